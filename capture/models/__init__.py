@@ -1,0 +1,1 @@
+"""Looped language models, from a description and a set of weights."""

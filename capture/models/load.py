@@ -1,0 +1,105 @@
+"""From what a user writes as MODEL to a model: a spec, or a directory."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .description import Description
+from .families import ModelError
+from .model import LoopedModel
+from .random import RandomModel, parse_random
+
+_WINDOW = re.compile(r"(\d+)-(\d+)x(\d+)")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found and checked, with the loop it will be run with; weights are not loaded yet."""
+
+    spec: str
+    origin: Checkpoint | RandomModel
+    description: Description
+
+    def load(self, device: str = "cpu", dtype: str = "auto") -> LoopedModel:
+        """The model with its weights; dtype "auto" is the one they are stored in."""
+        return self.origin.load(self.description, device, DTYPES[self.resolve_dtype(dtype)])
+
+    def resolve_dtype(self, dtype: str) -> str:
+        """The name of the dtype that "auto" stands for."""
+        wanted = self.origin.dtype if dtype == "auto" else DTYPES[dtype]
+        return str(wanted).removeprefix("torch.")
+
+    @property
+    def num_parameters(self) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in LoopedModel(self.description).parameters())
+
+    def identity(self) -> dict[str, object]:
+        """What a plan says of the model, as JSON."""
+        d = self.description
+        norm = d.block.norm
+        return {
+            "name": self.origin.name,
+            "spec": self.spec,
+            "notation": d.notation,
+            "prelude": d.prelude,
+            "core": d.core,
+            "recurrences": d.recurrences,
+            "coda": d.coda,
+            "injection": d.injection,
+            "norm": norm,
+            "width": d.width,
+            "num_heads": d.num_heads,
+            "num_kv_heads": d.num_kv_heads,
+            "head_width": d.head_width,
+            "mlp_width": d.mlp_width,
+            "vocab_size": d.vocab_size,
+            "max_positions": d.max_positions,
+            "num_parameters": self.num_parameters,
+            "weights_sha256": self.origin.weights_sha256,
+        }
+
+
+def find_model(spec: str, loop: str | None = None, recurrences: int | None = None) -> ModelSource:
+    """Finds and checks a model without loading its weights.
+
+    Args:
+        spec: a directory, or `random:...`.
+        loop: window of a feedforward model's layers to repeat, first-lastxtimes, both layers included.
+        recurrences: passes through the core instead of the model's own number.
+    Raises:
+        ModelError: see `open_checkpoint` and `parse_random`; also a loop or count that the model cannot run.
+    """
+    if spec.startswith("random:"):
+        origin = parse_random(spec)
+    elif Path(spec).is_dir():
+        origin = open_checkpoint(Path(spec))
+    else:
+        raise ModelError(f"{spec!r} is no directory here and no random: spec")
+    description = origin.description
+    try:
+        if loop is not None:
+            if (match := _WINDOW.fullmatch(loop)) is None:
+                raise ValueError(f"--loop {loop!r} must read first-lastxtimes, for example 10-19x8")
+            description = description.with_loop(*map(int, match.groups()))
+        if recurrences is not None:
+            description = description.with_recurrences(recurrences)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    return ModelSource(spec, origin, replace(description))
+
+
+def load_model(
+    spec: str,
+    *,
+    loop: str | None = None,
+    recurrences: int | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> LoopedModel:
+    """`find_model` and its weights, ready to run."""
+    return find_model(spec, loop, recurrences).load(device, dtype)

@@ -1,0 +1,195 @@
+"""The general looped model: any description, one forward pass over packed sequences.
+
+Unusual in it: no padding and no batch axis (sequences stand one after the other along N); attention and the
+residual add run through a tap; the norm before a branch is applied by the add before it, because a fused
+kernel does both in one pass; queries, keys and values are one matrix, gate and up another.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.residual_norm import rms_norm
+from .description import NORMS, Block, Description, Rotary, Step
+from .tap import HalfNorms, Packed, Plain
+
+PLAIN = Plain()
+
+
+class TransformerBlock(nn.Module):
+    """One block; which norms exist is the placement's choice, the others are None."""
+
+    def __init__(self, description: Description) -> None:
+        super().__init__()
+        d = description
+        placement = NORMS[d.block.norm]
+        self.kind: Block = d.block
+        self.heads = (d.num_heads, d.num_kv_heads)
+        self.head_width = d.head_width
+        qkv_width = (d.num_heads + 2 * d.num_kv_heads) * d.head_width
+        self.qkv = _matrix(qkv_width, d.width)
+        self.attention_out = _matrix(d.width, d.num_heads * d.head_width)
+        self.gate_up = _matrix(2 * d.mlp_width, d.width)  # gate rows first
+        self.mlp_out = _matrix(d.width, d.mlp_width)
+        for half in ("attention", "mlp"):
+            for place, there in placement._asdict().items():
+                weight = nn.Parameter(torch.empty(d.width), requires_grad=False) if there else None
+                self.register_parameter(f"{half}_{place}_norm", weight)
+        for name, heads in (("q_norm", d.num_heads), ("k_norm", d.num_kv_heads)):
+            weight = torch.empty(heads * d.head_width) if d.block.qk_norm else None
+            self.register_parameter(
+                name, None if weight is None else nn.Parameter(weight, requires_grad=False)
+            )
+
+    def forward(
+        self,
+        step: Step,
+        x_ND: Tensor,
+        y_ND: Tensor,
+        next_weight_D: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        lengths: tuple[int, ...],
+        tap: Plain,
+    ) -> tuple[Tensor, Tensor]:
+        """x: the stream; y: the same with this block's input norm. Returns both for the block that follows."""
+        eps = self.kind.eps
+        q_NHC, k_NKC, v_NKC = self._queries_keys_values(y_ND, rotation)
+        o_NHC = tap.attention(step, q_NHC, k_NKC, v_NKC, lengths, self.head_width**-0.5)
+        norms = HalfNorms(
+            eps, self.attention_branch_output_norm, self.attention_stream_norm, self.mlp_branch_input_norm
+        )
+        attended_ND = F.linear(o_NHC.flatten(1), self.attention_out)
+        x_ND, y_ND = tap.residual(step, "attention", x_ND, attended_ND, norms)
+        gate_NI, up_NI = F.linear(y_ND, self.gate_up).chunk(2, dim=-1)
+        branch_ND = F.linear(F.silu(gate_NI) * up_NI, self.mlp_out)
+        norms = HalfNorms(eps, self.mlp_branch_output_norm, self.mlp_stream_norm, next_weight_D)
+        return tap.residual(step, "mlp", x_ND, branch_ND, norms)
+
+    def _queries_keys_values(
+        self, y_ND: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        H, K = self.heads
+        C = self.head_width
+        qk_NX, v_NX = F.linear(y_ND, self.qkv).split([(H + K) * C, K * C], dim=-1)
+        if self.q_norm is not None:
+            q_NX, k_NX = qk_NX.split([H * C, K * C], dim=-1)
+            eps = self.kind.eps
+            qk_NX = torch.cat([rms_norm(q_NX, self.q_norm, eps), rms_norm(k_NX, self.k_norm, eps)], dim=-1)
+        qk_NXC = rotate(qk_NX.unflatten(-1, (H + K, C)), rotation, self.kind.rotary.interleaved)
+        return qk_NXC[:, :H], qk_NXC[:, H:], v_NX.unflatten(-1, (K, C))
+
+
+class LoopedModel(nn.Module):
+    """A description with weights; inference only."""
+
+    def __init__(self, description: Description) -> None:
+        super().__init__()
+        self.description = d = description
+        self.embedding = _matrix(d.vocab_size, d.width)
+        self.blocks = nn.ModuleList(TransformerBlock(d) for _ in range(d.num_blocks))
+        self.adapter = _matrix(d.width, 2 * d.width) if d.injection == "linear" else None
+        self.final_norm = nn.Parameter(torch.empty(d.width), requires_grad=False)
+        self.head = None if d.tied_head else _matrix(d.vocab_size, d.width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def forward(self, batch: Packed, tap: Plain = PLAIN, initial_state_ND: Tensor | None = None) -> Tensor:
+        """Runs every step; returns what the head reads, [N, D].
+
+        Args:
+            batch: packed token ids, on the model's device.
+            tap: where attention and residual adds are run.
+            initial_state_ND: state entering the first recurrence, for models whose description draws one.
+        """
+        d = self.description
+        rotation = rotary_table(d.block.rotary, d.head_width, batch.position_N, self.dtype)
+        x_ND = F.embedding(batch.token_id_N, self.embedding)
+        if d.embedding_scale != 1:
+            x_ND = x_ND * d.embedding_scale
+        steps = list(d.steps())
+        p, k = d.prelude, d.core
+        blocks: list[TransformerBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
+        x_ND = self._run(steps[:p], blocks[:p], x_ND, rotation, batch, tap)
+        if d.initial_state == "normal":
+            assert initial_state_ND is not None, "this model's loop starts from a drawn state"
+            state_ND = initial_state_ND.to(x_ND)
+        else:
+            state_ND = x_ND
+        for recurrence in range(d.recurrences):
+            start = p + recurrence * k
+            entering_ND = (
+                state_ND
+                if self.adapter is None
+                else F.linear(torch.cat([state_ND, x_ND], dim=-1), self.adapter)
+            )
+            core = blocks[p : p + k]
+            state_ND = self._run(steps[start : start + k], core, entering_ND, rotation, batch, tap)
+            if d.recurrence_end == "norm":
+                state_ND = rms_norm(state_ND, self.final_norm, d.block.eps)
+            tap.loop_state(recurrence, state_ND)
+        if d.norm_before_coda:
+            state_ND = rms_norm(state_ND, self.final_norm, d.block.eps)
+        tail = d.depth - d.coda
+        state_ND = self._run(steps[tail:], blocks[p + k :], state_ND, rotation, batch, tap)
+        return rms_norm(state_ND, self.final_norm, d.block.eps) if d.closes_with_norm else state_ND
+
+    def logits(self, head_input_ND: Tensor) -> Tensor:
+        """[N, V] in the model's dtype."""
+        logits_NV = F.linear(head_input_ND, self.embedding if self.head is None else self.head)
+        return logits_NV if self.description.logit_scale == 1 else logits_NV * self.description.logit_scale
+
+    def _run(
+        self,
+        steps: list[Step],
+        blocks: list[TransformerBlock],
+        x_ND: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        batch: Packed,
+        tap: Plain,
+    ) -> Tensor:
+        """One pass over neighbouring blocks, each leaving the next one's normed input behind."""
+        if not blocks:
+            return x_ND
+        weights = [block.attention_branch_input_norm for block in blocks]
+        y_ND = x_ND if weights[0] is None else rms_norm(x_ND, weights[0], self.description.block.eps)
+        following = [after for _, after in pairwise(weights)] + [None]
+        for step, block, next_weight_D in zip(steps, blocks, following, strict=True):
+            x_ND, y_ND = block(step, x_ND, y_ND, next_weight_D, rotation, batch.lengths, tap)
+        return x_ND
+
+
+def rotary_table(
+    rotary: Rotary, head_width: int, position_N: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, 1, C/2] of every token's angles, computed in float32 and rounded to `dtype`."""
+    exponent = torch.arange(0, head_width, 2, device=position_N.device).float() / head_width
+    frequency = 1.0 / rotary.theta**exponent
+    if (scaling := rotary.scaling) is not None:
+        turns = scaling.original_max_positions * frequency / (2 * torch.pi)
+        smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        smooth = smooth.clamp(0, 1)
+        frequency = frequency * (smooth + (1 - smooth) / scaling.factor)
+    angle = position_N.float().outer(frequency).unsqueeze(1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_NHC: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Turns pairs of channels by their position's angle."""
+    cos, sin = rotation
+    if interleaved:
+        a, b = x_NHC.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    a, b = x_NHC.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def _matrix(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns), requires_grad=False)

@@ -1,0 +1,131 @@
+"""Randomly initialised models, for the paper's architecture study and for trying things without a download.
+
+`random:(0,12x32,0)I,norm=pre,width=256,heads=4,seed=0`: the paper's notation, then options. Embeddings and
+the initial state are standard normal, every other matrix is normal with standard deviation gain/√width, norm
+weights are 1, SwiGLU is four times the width, tokens are bytes.
+Scale decides what such a model does: with gain 0.64, or embeddings of 0.02, pre-norm with injection no longer
+    converges.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from .description import NORMS, Block, Description
+from .families import ModelError
+from .model import LoopedModel
+
+_LOOP = re.compile(r"random:\((\d+),(\d+)(?:x(\d+))?,(\d+)\)(I?)(?:,(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomOptions:
+    """What may follow the loop in a spec."""
+
+    norm: str = "pre"
+    width: int = 256
+    """Channels."""
+    heads: int = 4
+    seed: int = 0
+    gain: float = 0.32
+    """Standard deviation of the matrices, times √width."""
+    embedding_std: float = 1.0
+    positions: int = 65_536
+    """Longest sequence, tokens."""
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A spec that was read; weights are drawn by `load`."""
+
+    name: str
+    description: Description
+    options: RandomOptions
+    dtype: torch.dtype = torch.float32
+    tokenizer_path: Path | None = None  # bytes
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash over the drawn parameters, so that another generator of random numbers shows."""
+        digest = hashlib.sha256()
+        for parameter in self.load(self.description, "cpu", torch.float32).parameters():
+            digest.update(parameter.numpy())
+        return digest.hexdigest()
+
+    def load(self, description: Description, device: str, dtype: torch.dtype) -> LoopedModel:
+        """Draws in float32 on the CPU, so that every device and dtype starts from the same numbers."""
+        model = LoopedModel(description)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                std = self.options.gain * description.width**-0.5
+                parameter.normal_(
+                    0, self.options.embedding_std if name == "embedding" else std, generator=generator
+                )
+        return model.to(device=device, dtype=dtype).eval()
+
+
+def parse_random(spec: str) -> RandomModel:
+    """Reads a `random:` spec.
+
+    Raises:
+        ModelError: not of the form above; says what is wrong and shows a right one.
+    """
+    match = _LOOP.fullmatch(spec)
+    if match is None:
+        raise ModelError(
+            f"{spec!r} is not a random model; write for example random:(0,12x32,0)I,norm=pre,width=256,heads=4,seed=0"
+        )
+    prelude, core, recurrences, coda, injection, rest = match.groups()
+    options = _read_options(rest or "")
+    if options.norm not in NORMS:
+        raise ModelError(f"norm={options.norm} is not known; choose one of {', '.join(NORMS)}")
+    if options.width % options.heads:
+        raise ModelError(f"width={options.width} is no multiple of heads={options.heads}")
+    times = int(recurrences) if recurrences else int(int(core) > 0)
+    try:
+        description = Description(
+            prelude=int(prelude),
+            core=int(core),
+            recurrences=times,
+            coda=int(coda),
+            width=options.width,
+            num_heads=options.heads,
+            num_kv_heads=options.heads,
+            head_width=options.width // options.heads,
+            mlp_width=4 * options.width,
+            vocab_size=256,
+            max_positions=options.positions,
+            block=Block(norm=options.norm, qk_norm=False),
+            injection="linear" if injection else None,
+            initial_state="normal" if injection else "prelude",
+            recurrence_end="norm" if options.norm == "ouro" and int(core) else None,
+            norm_before_coda=options.norm == "huginn" and int(core) > 0,
+        )
+    except ValueError as error:
+        raise ModelError(f"{spec!r}: {error}") from error
+    return RandomModel(spec.removeprefix("random:"), description, options)
+
+
+def _read_options(text: str) -> RandomOptions:
+    types = {field.name: type(field.default) for field in fields(RandomOptions)}
+    given = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        if name not in types or not equals:
+            raise ModelError(
+                f"{item!r} is no option of a random model; they are {', '.join(types)}, each as name=value"
+            )
+        try:
+            given[name] = types[name](value)
+        except ValueError:
+            raise ModelError(f"{name}={value} is no {types[name].__name__}") from None
+        if types[name] is not str and (given[name] < 0 or (given[name] == 0 and name != "seed")):
+            raise ModelError(f"{name}={value} must be positive")
+    return RandomOptions(**given)
