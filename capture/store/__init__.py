@@ -1,0 +1,5 @@
+"""The store: one Zarr v3 group per capture, written unit by unit and safe to kill at any moment.
+
+Import from the modules: `quantities` (the table of what can be captured), `layout` (make a store), `commit`
+(write units), `lock` (one driver at a time), `verify` and `reader`. Nothing here knows models or engines.
+"""

@@ -1,0 +1,275 @@
+"""Making a store: a Zarr v3 group whose arrays all have their final shapes before anything is captured.
+
+    run.zarr/
+      zarr.json                     the plan as attributes, consolidated metadata of every array
+      <coordinate>/zarr.json c.0    written here, whole
+      <quantity>/zarr.json          made here, empty
+      <quantity>/c.<u>.0 ...        one file per unit, put there by `commit.py`
+      unit_done/                    which units are there, written when the last one is
+      .looptap/plan.json  files.json  ledger/  attempts/  staging/
+
+A unit owns `unit_rows` rows of axis 0 of every quantity, so no two units share a file. Nothing is resized,
+so the consolidated metadata written here is never stale.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import ZstdCodec
+
+from .disk import checksum, full_disk_named, sync, sync_tree, write_new
+from .errors import StoreError, StoreExistsError, StoreMissingError
+from .lock import machine, process_start
+
+FORMAT = 1
+BFLOAT16_NAN = 0x7FC0
+_COORDINATE_ROWS = 1 << 18  # 1 to 2 MiB a chunk
+
+Coordinate = tuple[tuple[str, ...], np.ndarray, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One quantity's array.
+
+    `unit_rows` is how many rows of axis 0 one unit owns. Compressed arrays (statistics) are one zstd chunk a
+    unit. Others (states) are one shard a unit, inside which each chunk holds up to 512 rows of one depth
+    (axis 1), bare. bfloat16 is kept as uint16 with the attribute bits_of="bfloat16".
+    """
+
+    dimensions: tuple[str, ...]
+    shape: tuple[int, ...]
+    unit_rows: int
+    dtype: str
+    attributes: dict[str, Any]
+    compressed: bool = True
+
+
+def create_store(
+    path: str | Path,
+    *,
+    plan: dict[str, Any],
+    coordinates: Mapping[str, Coordinate],
+    arrays: Mapping[str, ArraySpec],
+) -> None:
+    """Make the store of a plan; it appears under its name complete and synced, or not at all.
+
+    Args:
+        plan: what is captured, as JSON, kept as the group's attribute `plan`; `num_units` is read here.
+        coordinates: name -> (dimensions, values, attributes), known from the plan. `unit_done` is added.
+        arrays: name -> the array to be filled by units.
+    Raises:
+        StoreExistsError: something is at the path; nothing was written.
+        StoreFullError: no room for the coordinates.
+    """
+    path = Path(path)
+    if store_exists(path):
+        raise StoreExistsError(f"{path} holds a store: open it to go on with it, or choose another path")
+    for name, spec in arrays.items():
+        if spec.shape[0] != plan["num_units"] * spec.unit_rows:
+            raise ValueError(
+                f"{name} has {spec.shape[0]} rows, but {plan['num_units']} units of {spec.unit_rows} rows "
+                f"make {plan['num_units'] * spec.unit_rows}"
+            )
+    num_bytes = sum(values.nbytes for _, values, _ in coordinates.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new_path = _new_path(path)
+    with full_disk_named(path.parent, "the coordinates of a new store", num_bytes):
+        try:
+            _fill(new_path, plan, coordinates, arrays)
+            try:
+                os.rename(new_path, path)
+            except OSError as error:
+                if store_exists(path):
+                    raise StoreExistsError(f"{path} was made by another process just now: open it") from error
+                raise
+            sync([path.parent])
+        finally:
+            shutil.rmtree(new_path, ignore_errors=True)
+
+
+def store_exists(path: str | Path) -> bool:
+    """Whether a store is at the path; an empty directory or nothing counts as free.
+
+    Raises:
+        StoreExistsError: something else is there; the message says what.
+    """
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        return False
+    if not path.is_dir():
+        raise StoreExistsError(f"{path} is a file, not a store: choose another path")
+    names = sorted(entry.name for entry in os.scandir(path))
+    if not names:
+        return False
+    if ".looptap" in names and "zarr.json" in names:
+        return True
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise StoreExistsError(f"{path} is not a looptap store, it holds {shown}: choose another path")
+
+
+def read_group(path: str | Path) -> dict[str, Any]:
+    """The group's zarr.json of a store of this format.
+
+    Raises:
+        StoreMissingError: nothing is there.
+        StoreError: what is there is not a store, or a store of another format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreMissingError(f"{path} does not exist: give the path of a store made by a capture")
+    try:
+        group = json.loads((path / "zarr.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{path} is not a looptap store: it has no zarr.json") from None
+    except ValueError as error:
+        raise StoreError(f"{path}/zarr.json cannot be read ({error}): restore it, or capture again") from None
+    number = group.get("attributes", {}).get("looptap_format")
+    if number is None:
+        raise StoreError(f"{path} is a Zarr group, not a looptap store: it has no attribute looptap_format")
+    if number != FORMAT:
+        raise StoreError(
+            f"{path} is a store of format {number}, this looptap reads format {FORMAT}: "
+            f"{'upgrade looptap' if number > FORMAT else 'capture again'}"
+        )
+    return group
+
+
+def unit_arrays(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metadata of the arrays that units fill, by name, from what `read_group` returns."""
+    written_by_planner = group["attributes"]["coordinates"].split()
+    metadata = group["consolidated_metadata"]["metadata"]
+    return {name: array for name, array in metadata.items() if name not in written_by_planner}
+
+
+def plan_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Where two plans differ, as lines "settings.seed: 0 -> 1" (stored -> wanted).
+
+    `versions` and `created` may differ between runs of one plan; `hash` follows from the rest.
+    """
+    old, new = _flatten(stored), _flatten(json.loads(json.dumps(wanted)))
+    return [
+        f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
+        for field in dict.fromkeys([*old, *new])
+        if field.split(".")[0] not in ("versions", "created", "hash")
+        and (field not in old or field not in new or old[field] != new[field])
+    ]
+
+
+def inner_rows(unit_rows: int) -> int:
+    """Rows of an uncompressed array's inner chunk: the most, up to 512, that divide a unit.
+
+    A unit whose divisors are all small (a prime number of rows) is one chunk: tiny ones cost more than large.
+    """
+    divisor = next(rows for rows in range(min(512, unit_rows), 0, -1) if unit_rows % rows == 0)
+    return divisor if divisor >= 128 else unit_rows
+
+
+def _fill(
+    root: Path, plan: dict[str, Any], coordinates: Mapping[str, Coordinate], arrays: Mapping[str, ArraySpec]
+) -> None:
+    for folder in ("ledger", "attempts", "staging"):
+        (root / ".looptap" / folder).mkdir(parents=True)
+    coordinates = dict(coordinates)
+    coordinates["unit_done"] = (
+        ("unit",),
+        np.zeros(plan["num_units"], np.uint8),
+        {"long_name": "whether the unit was captured", "note": "written when the capture is complete"},
+    )
+    for name, (dimensions, values, attributes) in coordinates.items():
+        _write_coordinate(root, name, dimensions, np.asarray(values), attributes)
+    for name, spec in arrays.items():
+        described = " ".join(
+            other for other, (dimensions, *_) in coordinates.items()
+            if other not in spec.dimensions and set(dimensions) <= set(spec.dimensions)
+        )  # fmt: skip
+        _make_array(root, name, spec, {"coordinates": described} if described else {})
+    names = [*coordinates, *arrays]
+    metadata = {name: json.loads((root / name / "zarr.json").read_bytes()) for name in names}
+    group = {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": {"looptap_format": FORMAT, "plan": plan, "coordinates": " ".join(coordinates)},
+        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": metadata},
+    }
+    (root / "zarr.json").unlink(missing_ok=True)
+    write_new(root / "zarr.json", json.dumps(group).encode())
+    write_new(root / ".looptap" / "plan.json", json.dumps(plan, indent=1).encode())
+    planned = [p for p in root.rglob("*") if p.is_file() and p.parent.name != "unit_done"]
+    files = {str(p.relative_to(root)): {"bytes": p.stat().st_size, "crc32c": checksum(p)} for p in planned}
+    write_new(root / ".looptap" / "files.json", json.dumps(files).encode())
+    sync_tree(root)
+
+
+def _write_coordinate(
+    root: Path, name: str, dimensions: tuple[str, ...], values: np.ndarray, attributes: dict[str, Any]
+) -> None:
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"coordinate {name} has type {values.dtype}: give whole numbers or floats")
+    array = zarr.create_array(
+        str(root),
+        name=name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=(max(1, min(len(values), _COORDINATE_ROWS)), *values.shape[1:]),
+        compressors=[ZstdCodec(level=1)],
+        fill_value=_fill_value(values.dtype, attributes),
+        attributes=attributes,
+        dimension_names=dimensions,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    array[...] = values
+
+
+def _make_array(root: Path, name: str, spec: ArraySpec, attributes: dict[str, Any]) -> None:
+    unit = (spec.unit_rows, *spec.shape[1:])
+    inner = (inner_rows(spec.unit_rows), *(1 for _ in spec.shape[1:2]), *spec.shape[2:])
+    zarr.create_array(
+        str(root),
+        name=name,
+        shape=spec.shape,
+        dtype=spec.dtype,
+        chunks=unit if spec.compressed else inner,
+        shards=None if spec.compressed else unit,
+        compressors=[ZstdCodec(level=1)] if spec.compressed else None,
+        fill_value=_fill_value(np.dtype(spec.dtype), spec.attributes),
+        attributes={**spec.attributes, **attributes},
+        dimension_names=spec.dimensions,
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+
+
+def _fill_value(dtype: np.dtype, attributes: dict[str, Any]) -> int | float:
+    """What an unwritten element reads as: never something that could be data."""
+    if attributes.get("bits_of") == "bfloat16":
+        return BFLOAT16_NAN
+    return {"f": float("nan"), "i": -1, "u": 0}[dtype.kind]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat = {}
+    for name, part in value.items():
+        flat |= _flatten(part, f"{prefix}.{name}".strip("."))
+    return flat
+
+
+def _new_path(path: Path) -> Path:
+    """A name beside the store to build it under; leftovers of killed builders are removed on the way."""
+    prefix = f".{path.name}.new-{machine()}-"
+    for left in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+        pid, _, start = left.name.removeprefix(prefix).partition("-")
+        if str(process_start(int(pid))) != start:
+            shutil.rmtree(left)
+    new_path = path.parent / f"{prefix}{os.getpid()}-{process_start(os.getpid())}"
+    shutil.rmtree(new_path, ignore_errors=True)
+    return new_path

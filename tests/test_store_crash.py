@@ -1,0 +1,442 @@
+"""The store under kill -9, late attempts, two drivers: nothing lost, nothing torn, nothing twice.
+
+Run as a script this file is the capture that gets killed: `test_store_crash.py drive|work PATH SEED`.
+"""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from looptap.capture.store import commit, disk, lock
+from looptap.capture.store.commit import Attempt, Store
+from looptap.capture.store.errors import StoreExistsError, StoreLockedError, UnitTakenError
+from looptap.capture.store.layout import ArraySpec, create_store, store_exists
+from looptap.capture.store.lock import driver_lock, lock_holder
+from looptap.capture.store.verify import verify_store
+
+ROWS, DEPTHS = 64, 3
+
+
+def open_or_create(path: Path, num_units: int) -> Store:
+    plan = {"num_units": num_units, "unit_tokens": ROWS, "unit_sequences": 1}
+    coordinates = {"token_id": (("token",), np.arange(num_units * ROWS, dtype=np.int32), {})}
+    shape = (num_units * ROWS, DEPTHS)
+    arrays = {
+        "residual_norm": ArraySpec(("token", "depth"), shape, ROWS, "float32", {}),
+        "gap_norm": ArraySpec(("token", "depth"), shape, ROWS, "float32", {}),
+        "state": ArraySpec(("token", "depth", "hidden"), (*shape, 8), ROWS, "float32", {}, compressed=False),
+    }
+    if not store_exists(path):
+        create_store(path, plan=plan, coordinates=coordinates, arrays=arrays)
+    return Store.open(path)
+
+
+def write_unit(attempt: Attempt, salt: int = 0) -> Attempt:
+    """Stage a unit: random values, ragged. Another salt gives another content, of the same unit."""
+    generator = np.random.default_rng([attempt.unit, salt])
+    for name, array in attempt.store.arrays.items():
+        rows = ROWS - attempt.unit % 7
+        attempt.write(name, generator.standard_normal((rows, *array["shape"][1:])).astype(np.float32))
+    return attempt
+
+
+RECEIPT = {"num_sequences": 1, "num_tokens": ROWS, "seconds": 0.0, "non_finite": {}}
+
+
+def content(store: Store) -> dict[str, np.ndarray]:
+    return {name: zarr.open_array(store.path, path=name, mode="r")[...] for name in store.arrays}
+
+
+def check_whole(store: Store, calm: Store) -> None:
+    """The store is finished, sound, equal to one written in peace, and no unit was tried after its commit."""
+    report = verify_store(store.path)
+    assert report.ok and not report.units_missing and not report.uncommitted, report
+    for (name, values), wanted in zip(content(store).items(), content(calm).values(), strict=True):
+        np.testing.assert_array_equal(values, wanted, err_msg=name)
+    last: dict[int, int] = {}
+    for file in store.attempts_dir.iterdir():
+        unit, number = map(int, file.name.split("."))
+        last[unit] = max(last.get(unit, 0), number)
+    assert {entry["unit"]: entry["attempt"] for entry in store.entries()} == last
+
+
+@pytest.fixture(scope="module")
+def calm_store(tmp_path_factory) -> Callable[[int], Store]:
+    stores: dict[int, Store] = {}
+
+    def of_size(num_units: int) -> Store:
+        if num_units not in stores:
+            stores[num_units] = open_or_create(tmp_path_factory.mktemp("calm") / "run.zarr", num_units)
+            for unit in range(num_units):
+                write_unit(stores[num_units].begin(unit)).commit(RECEIPT)
+            stores[num_units].finish()
+        return stores[num_units]
+
+    return of_size
+
+
+def start(role: str, path: Path, num_units: int, seed: int = 0) -> subprocess.Popen:
+    """A child that has its imports behind it and begins now."""
+    child = subprocess.Popen(
+        [sys.executable, __file__, role, str(path), str(num_units), str(seed)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    with child.stdout:
+        assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def drive(path: Path, num_units: int) -> None:
+    """One capture, as its driver does it: create or resume, one unit after the other, finish."""
+    print("ready", flush=True)
+    store = open_or_create(path, num_units)
+    with driver_lock(path):
+        store.clean_staging()
+        for unit in store.todo():
+            write_unit(store.begin(unit)).commit(RECEIPT)
+        store.finish()
+
+
+def work(path: Path, seed: int) -> None:
+    """A worker nobody coordinates: the units in random order, giving way where another was first."""
+    print("ready", flush=True)
+    store = Store.open(path)
+    order = random.Random(seed).sample(range(store.num_units), store.num_units)
+    for unit in order:
+        with suppress(UnitTakenError):
+            write_unit(store.begin(unit)).commit(RECEIPT)
+
+
+def test_killed_at_random_moments_and_run_again(tmp_path, calm_store):
+    """24 kills, from before the store exists to its last unit; the dead are not collected in between."""
+    path, num_units, moments = tmp_path / "run.zarr", 300, random.Random(0)
+    killed, in_flight = [], 0
+    for _ in range(24):
+        child = start("drive", path, num_units)
+        time.sleep(moments.choice([0.001, 0.01, 0.1]) * moments.random())
+        child.send_signal(signal.SIGKILL)
+        killed.append(child)
+        if path.exists():
+            in_flight += any(os.listdir(path / ".looptap" / "staging"))
+    last = start("drive", path, num_units)
+    assert last.wait() == 0
+    assert {child.wait() for child in killed} <= {-signal.SIGKILL, 0}
+    assert in_flight >= 3, "the kills hit nothing in flight: this test proves nothing"
+    check_whole(Store.open(path), calm_store(num_units))
+    assert [p.name for p in tmp_path.iterdir()] == ["run.zarr"]  # nothing half made beside it
+
+
+def test_uncoordinated_workers_killed_at_random(tmp_path, calm_store):
+    """Three workers race for every unit, are killed and replaced; whoever commits, the content is one."""
+    num_units, moments = 120, random.Random(1)
+    store = open_or_create(tmp_path / "run.zarr", num_units)
+    for round_ in range(4):
+        workers = [start("work", store.path, num_units, seed=10 * round_ + i) for i in range(3)]
+        for worker in workers:
+            time.sleep(0.1 * moments.random())
+            worker.kill()
+            worker.wait()
+    store.clean_staging()
+    last = [start("work", store.path, num_units, seed=i) for i in (101, 102)]
+    assert [worker.wait() for worker in last] == [0, 0]
+    for unit in store.todo():  # those the two kept taking from each other
+        write_unit(store.begin(unit)).commit(RECEIPT)
+    store.finish()
+    report = verify_store(store.path)
+    assert report.ok and not report.units_missing and not report.uncommitted, report
+    for values, wanted in zip(content(store).values(), content(calm_store(num_units)).values(), strict=True):
+        np.testing.assert_array_equal(values, wanted)
+
+
+def test_killed_while_finishing(tmp_path):
+    """Every prefix of what `finish` writes, as a kill between two writes leaves it."""
+    store = open_or_create(tmp_path / "run.zarr", 3)
+    for unit in range(3):
+        write_unit(store.begin(unit)).commit(RECEIPT)
+    for stop in range(4):
+        steps = iter(range(stop))
+
+        def replace(path: Path, data: bytes, steps=steps) -> None:
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            disk.replace(path, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(commit, "replace", replace)
+            if stop < 3:
+                with pytest.raises(KeyboardInterrupt):
+                    store.finish()
+            else:
+                store.finish()
+    assert verify_store(store.path).ok and (store.path / ".looptap" / "complete").exists()
+
+
+def test_a_late_attempt_is_refused(tmp_path):
+    store = open_or_create(tmp_path / "run.zarr", 2)
+    late, newer = store.begin(1), store.begin(1)
+    assert (late.number, newer.number) == (1, 2)
+    write_unit(late, salt=1)
+    with pytest.raises(UnitTakenError, match=r"unit 1 of .* has a later attempt: attempt 1 stops"):
+        late.commit(RECEIPT)
+    entry = write_unit(newer, salt=2).commit(RECEIPT)
+    with pytest.raises(UnitTakenError, match="was committed by attempt 2: attempt 1 stops"):
+        write_unit(Attempt(store, 1, 1)).commit(RECEIPT)
+    with pytest.raises(UnitTakenError, match=r"unit 1 of .* is committed: nothing is left to do"):
+        store.begin(1)
+    assert store.entry(1) == entry and verify_store(store.path).ok and store.todo() == [0]
+
+
+class Killed(BaseException):
+    """Ends an attempt as a kill does: nothing catches it, nothing is cleaned up."""
+
+
+@pytest.mark.parametrize("dies", [True, False])
+@pytest.mark.parametrize("placed", range(4))
+def test_an_entry_that_came_too_late(tmp_path, monkeypatch, placed, dies):
+    """An attempt pauses before its ledger entry and enters it when a later one has `placed` so many files."""
+    store = open_or_create(tmp_path / "run.zarr", 2)
+    late = write_unit(store.begin(1), salt=1)
+    newer_entries, newer_calls = [], iter(range(100))
+
+    def publish(source: Path, target: Path) -> None:
+        if source.parent != late.staging_dir:
+            if next(newer_calls) == placed:
+                disk.publish(late.staging_dir / "entry.json", store.ledger_dir / "1.json")
+            return disk.publish(source, target)
+        if target.parent != store.ledger_dir:
+            return disk.publish(source, target)
+        with suppress(UnitTakenError):
+            newer_entries.append(write_unit(store.begin(1), salt=2).commit(RECEIPT))
+        if dies:
+            raise Killed
+
+    monkeypatch.setattr(commit, "publish", publish)
+    if placed == 0:  # nothing was replaced: the entry is true and stays
+        with pytest.raises(Killed) if dies else nullcontext():
+            late.commit(RECEIPT)
+        assert store.entry(1)["attempt"] == 1 and newer_entries == []
+    else:
+        with pytest.raises(Killed if dies else UnitTakenError):
+            late.commit(RECEIPT)
+        assert newer_entries == [store.entry(1)] and store.entry(1)["attempt"] == 2
+    report = verify_store(store.path)
+    assert report.ok and report.uncommitted == [], report
+
+
+def no_links(source: Path, target: Path) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+class Turns:
+    """Two attempts in two threads, one running at a time; at every `gate` chance says who goes on or dies."""
+
+    def __init__(self, seed: int, kill: bool):
+        self.random = random.Random(seed)
+        self.alive, self.changed = ["a", "b"], threading.Condition()
+        self.turn, victim = self.random.choice("ab"), self.random.choice("ab")
+        self.gates_left = {name: self.random.randrange(8) if kill and name == victim else 99 for name in "ab"}
+
+    def gate(self) -> None:
+        me = threading.current_thread().name
+        if me not in self.gates_left:
+            return
+        self._next()
+        self._await(me)
+        self.gates_left[me] -= 1
+        if self.gates_left[me] < 0:
+            raise Killed
+
+    def run(self, attempt: Callable[[], None]) -> None:
+        me = threading.current_thread().name
+        self._await(me)
+        try:
+            attempt()
+        except (UnitTakenError, Killed):
+            pass
+        finally:
+            self.alive.remove(me)
+            self._next()
+
+    def _next(self) -> None:
+        with self.changed:
+            self.turn = self.random.choice(self.alive) if self.alive else ""
+            self.changed.notify_all()
+
+    def _await(self, me: str) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.turn == me, timeout=60)
+
+
+@pytest.mark.parametrize("links", [True, False])  # without: as vfat and some network mounts
+@pytest.mark.parametrize("kill", [False, True])
+def test_two_attempts_interleaved(tmp_path, monkeypatch, links, kill):
+    """100 units, each by two attempts of different content that take turns at every publish and sync."""
+    store, turns = open_or_create(tmp_path / "run.zarr", 100), None
+
+    def gated(function: Callable) -> Callable:
+        def call(*arguments):
+            turns.gate()
+            return function(*arguments)
+
+        return call
+
+    def attempt() -> None:
+        name = threading.current_thread().name
+        begun = write_unit(store.begin(unit), salt=ord(name))
+        committed.append((name, begun.commit(RECEIPT)))
+
+    monkeypatch.setattr(commit, "publish", gated(disk.publish))
+    monkeypatch.setattr(commit, "sync", gated(disk.sync))
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    outcomes = []
+    for unit in range(store.num_units):
+        turns, committed = Turns(unit, kill), []
+        threads = [threading.Thread(target=turns.run, args=[attempt], name=name) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        entry = store.entry(unit)
+        assert len(committed) <= 1 and (not committed or committed[0][1] == entry), (unit, committed, entry)
+        if entry:
+            for shard in entry["shards"].values():
+                assert disk.checksum(store.path / shard["file"]) == shard["crc32c"], (unit, entry)
+        outcomes.append((len(committed), entry and entry["attempt"]))
+    # (who came back from commit, whose entry there is): either attempt wins, by turns; killed, also neither
+    assert ({(1, 2), (0, None), (0, 2)} if kill else {(1, 1), (1, 2)}) <= set(outcomes), Counter(outcomes)
+    for unit in store.todo():
+        write_unit(store.begin(unit)).commit(RECEIPT)
+    store.finish()
+    assert verify_store(store.path).ok
+
+
+def test_a_driver_keeps_others_out(tmp_path):
+    store = open_or_create(tmp_path / "run.zarr", 2)
+    with driver_lock(store.path) as held:
+        assert held.held and lock_holder(store.path)["pid"] == os.getpid()
+        with pytest.raises(
+            StoreLockedError, match=rf"written by process {os.getpid()} on {os.uname().nodename}"
+        ):
+            drive(store.path, 2)
+        child = start("drive", store.path, 2)
+        assert child.wait() != 0
+        assert store.todo() == [0, 1]
+    assert lock_holder(store.path) is None
+    drive(store.path, 2)
+    assert store.todo() == []
+
+
+def test_a_killed_driver_is_succeeded_at_once(tmp_path):
+    """Killed, but still in the process table, as a shell or a batch system leaves it."""
+    path = tmp_path / "run.zarr"
+    child = start("drive", path, 10_000)
+    while not (path.exists() and lock_holder(path)):
+        time.sleep(0.01)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, not collected
+    began = time.perf_counter()
+    with driver_lock(path):
+        assert time.perf_counter() - began < 1
+    child.wait()
+
+
+def forge_lock(path: Path, silent_s: float, **changes) -> None:
+    """The lock of a driver somewhere else, last heard of some time ago."""
+    mine = {"host": "elsewhere", "pid": os.getpid(), "process_start": 1, "machine": "0", **changes}
+    file = path / ".looptap" / "driver.lock"
+    file.write_text(json.dumps(mine))
+    os.utime(file, (time.time() - silent_s, time.time() - silent_s))
+
+
+def test_a_silent_driver_is_succeeded_after_a_minute(tmp_path):
+    path = open_or_create(tmp_path / "run.zarr", 2).path
+    forge_lock(path, silent_s=50)
+    with (
+        pytest.raises(StoreLockedError, match=r"on elsewhere \(last sign of life 5\d s ago\)"),
+        driver_lock(path),
+    ):
+        pass
+    forge_lock(path, silent_s=61)
+    with driver_lock(path):
+        pass
+    # the process number lives on this machine, but another process has it now
+    forge_lock(path, silent_s=0, machine=lock.machine())
+    with driver_lock(path):
+        pass
+
+
+def test_one_of_many_takes_a_lapsed_lock_over(tmp_path):
+    path, winners, losers = open_or_create(tmp_path / "run.zarr", 2).path, [], []
+
+    def contend(everyone: threading.Barrier) -> None:
+        everyone.wait()
+        try:
+            with driver_lock(path):
+                winners.append(1)
+                everyone.wait()
+        except StoreLockedError:
+            losers.append(1)
+            everyone.wait()
+
+    for _ in range(20):
+        forge_lock(path, silent_s=100)
+        everyone = threading.Barrier(8)
+        threads = [threading.Thread(target=contend, args=[everyone]) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (len(winners), len(losers)) == (20, 140)
+    assert {p.name for p in (path / ".looptap").glob("driver.*")} == {"driver.guard"}
+
+
+def test_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    path = open_or_create(tmp_path / "run.zarr", 2).path
+    file = path / ".looptap" / "driver.lock"
+    with driver_lock(path) as held:
+        first = file.stat().st_mtime_ns
+        time.sleep(0.3)
+        assert file.stat().st_mtime_ns > first
+        file.unlink()  # as a successor does that thought this one dead
+        forge_lock(path, silent_s=0)
+        assert not held.held
+        time.sleep(0.1)
+    assert json.loads(file.read_bytes())["host"] == "elsewhere"  # not ours to remove
+
+
+def test_two_builders_of_one_store(tmp_path):
+    """One wins; the other says so and leaves nothing. A dead builder's leftovers go, a living one's stay."""
+    living = tmp_path / f".run.zarr.new-{lock.machine()}-{os.getppid()}-{lock.process_start(os.getppid())}"
+    dead = tmp_path / f".run.zarr.new-{lock.machine()}-{os.getpid()}-1"
+    living.mkdir()
+    dead.mkdir()
+    open_or_create(tmp_path / "run.zarr", 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"run.zarr", living.name}
+    with pytest.raises(StoreExistsError):
+        create_store(tmp_path / "run.zarr", plan={"num_units": 2}, coordinates={}, arrays={})
+
+
+if __name__ == "__main__":
+    role, store_path, number, seed = sys.argv[1:]
+    if role == "drive":
+        drive(Path(store_path), int(number))
+    else:
+        work(Path(store_path), int(seed))
