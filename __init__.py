@@ -1,0 +1,33 @@
+"""looptap: activation capture for looped (depth-recurrent) language models.
+
+model = looptap.load_model("random:(0,12x32,0)I,norm=pre")
+dataset = looptap.capture("random:(0,12x32,0)I", ["Once upon a time"])  # in memory, an xarray Dataset
+dataset = looptap.open("run.zarr")  # what `looptap capture` wrote, lazily
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["capture", "load_model", "open"]
+
+if TYPE_CHECKING:
+    from .capture.memory import capture
+    from .capture.models.load import load_model
+    from .capture.store.reader import open_store as open
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used: importing looptap alone loads neither torch nor zarr."""
+    if name == "load_model":
+        from .capture.models.load import load_model
+
+        return load_model
+    if name == "open":
+        from .capture.store.reader import open_store
+
+        return open_store
+    if name == "capture":  # a package that can be called, see there
+        from importlib import import_module
+
+        return import_module(".capture", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,192 @@
+"""The `looptap` command. Every subcommand imports what it needs when it runs, so that help is quick."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.extras import SubcommandApp
+
+from .benchmarks.capture import CaptureBench
+from .capture.settings import CaptureSettings, InspectSettings
+
+app = SubcommandApp()
+bench = SubcommandApp()
+
+StorePath = Annotated[Path, Positional, arg(metavar="STORE", help="A store made by looptap capture.")]
+StorePaths = Annotated[
+    tuple[Path, ...], Positional, arg(metavar="STORE", help="Stores, drawn side by side in this order.")
+]
+
+
+@app.command
+def capture(settings: OmitArgPrefixes[CaptureSettings]) -> int:
+    """Run a model over a dataset and record what happens inside its loop.
+
+    The same command continues a capture that was stopped or killed.
+    """
+    from .capture.plan import make_plan
+    from .capture.progress import run_with_progress
+
+    return 0 if run_with_progress(make_plan(settings)).complete else 1
+
+
+@app.command
+def status(store: StorePath) -> int:
+    """Say how far a capture is: units, tokens, bytes, failures, and who is at work on it."""
+    from .capture.show import print_status
+    from .capture.store.verify import store_status
+
+    print_status(store, store_status(store))
+    return 0
+
+
+@app.command
+def verify(store: StorePath) -> int:
+    """Read a store whole and compare every file with the checksum taken when it was written.
+
+    Exit code 1 if a file is not what was committed, or if units are missing.
+    """
+    from .capture.show import print_verified
+    from .capture.store.verify import verify_store
+
+    found = verify_store(store)
+    print_verified(found)
+    return 0 if found.ok and not found.units_missing else 1
+
+
+@app.command
+def info(
+    target: Annotated[str, Positional, arg(metavar="STORE-or-MODEL")],
+    loop: Annotated[str | None, arg(metavar="FIRST-LASTxTIMES")] = None,
+    recurrences: Annotated[int | None, arg(metavar="INT")] = None,
+) -> int:
+    """Describe a store or a model: its loop, sizes, and what each quantity takes.
+
+    Args:
+        target: A store, a model directory, or a random: spec.
+        loop: For a feedforward model, the window of layers to repeat.
+        recurrences: For a looped model, passes through the core.
+    """
+    from .capture.show import print_model, print_store
+
+    if (Path(target) / ".looptap").is_dir():
+        print_store(Path(target))
+    else:
+        from .capture.models.load import find_model
+
+        print_model(find_model(target, loop, recurrences))
+    return 0
+
+
+@app.command
+def analyze(
+    store: StorePath,
+    out: Annotated[Path, arg(metavar="DIR")],
+    table_format: Literal["parquet", "csv"] = "parquet",
+) -> int:
+    """Compute every measure of a store as tables, and every figure as png and svg.
+
+    Args:
+        out: Directory for the results.
+        table_format: Of the tables.
+    """
+    from .analysis.analyze import write_analysis
+
+    for path in write_analysis(store, out, table_format=table_format):
+        print(path)
+    return 0
+
+
+@app.command
+def report(
+    stores: StorePaths,
+    out: Annotated[Path, arg(metavar="FILE")] = Path("report.html"),
+    title: str | None = None,
+) -> int:
+    """Write one self-contained page about one or several captures: verdicts, figures, numbers.
+
+    Args:
+        out: The HTML file to write.
+        title: Heading of the page; made from the captures if not given.
+    """
+    from .analysis.report import write_report
+
+    print(write_report(stores, out, title))
+    return 0
+
+
+@app.command
+def inspect(settings: OmitArgPrefixes[InspectSettings]) -> int:
+    """Run one short prompt and show its inside: trajectory, logit lens, and attention maps with --out."""
+    from .capture.inspect import inspect_prompt
+    from .capture.show import print_inspection
+
+    inspection = inspect_prompt(settings)
+    print_inspection(inspection)
+    if settings.out is not None:
+        from .analysis.inspection import write_inspection
+
+        print(write_inspection(inspection, settings.out))
+    return 0
+
+
+@app.command
+def demo(out: Annotated[Path, arg(metavar="DIR")] = Path("demo")) -> int:
+    """Capture two small looped models on bundled prompts and write a report about them; needs no download.
+
+    Both are randomly initialised with 12 layers run 32 times, one with input injection, one without.
+
+    Args:
+        out: Directory for the two stores and the report.
+    """
+    from .analysis.findings import find
+    from .analysis.report import write_report
+    from .capture.demo import capture_demo
+    from .capture.show import print_verdicts
+
+    stores = capture_demo(out)
+    path = write_report(stores, out / "report.html", "Two loops: with and without input injection")
+    print_verdicts(find(stores))
+    print(f"report: {path.absolute()}")
+    return 0
+
+
+app.command(
+    bench, name="bench", help="Measure what looptap costs beside the alternatives, as ratios in one run."
+)
+
+
+@bench.command(name="capture")
+def bench_capture(settings: OmitArgPrefixes[CaptureBench]) -> int:
+    """Measure what a capture costs, as ratios to the same model's forward pass without a tap."""
+    from .benchmarks import capture as benchmark
+
+    benchmark.bench_capture(settings)
+    return 0
+
+
+def main() -> None:
+    """Run the command line.
+
+    A user's mistake ends in one message and exit code 2, an unfinished capture in 1, Ctrl-C in 130.
+    """
+    started_s = time.perf_counter()
+    try:
+        code = app.cli(prog="looptap", description="Activation capture for looped language models.")
+    except KeyboardInterrupt:
+        after = time.perf_counter() - started_s
+        print(
+            f"\nstopped after {after:.0f} s; what is committed is safe, the same command continues",
+            file=sys.stderr,
+        )
+        code = 130
+    except (ValueError, OSError) as error:
+        print(f"looptap: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

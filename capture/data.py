@@ -1,0 +1,190 @@
+"""Datasets: rows of text or of token ids, each row one sequence. A row's number in the file is its sequence
+id for good.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """Data that cannot be captured as it is; says which row and why."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids, and what a plan says of it."""
+
+    name: str
+    sha256: str | None
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Token ids of every row, int32, in file order; empty rows keep their number and hold no ids."""
+
+    rows: list[np.ndarray]
+    identity: dict[str, object]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.rows))
+
+
+def open_tokenizer(path: Path | None) -> Tokenizer:
+    """The tokenizer.json at `path`, or plain UTF-8 bytes if there is none to be had."""
+    if path is None:
+        return Tokenizer(
+            "bytes", None, lambda text: list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace")
+        )
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a bad file
+        raise DataError(f"{path} is no tokenizer that the tokenizers library reads: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return Tokenizer(
+        path.name,
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        lambda text: tokenizer.encode(text).ids,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+    )
+
+
+def read_dataset(
+    path: Path, tokenizer: Tokenizer | None, *, field: str = "text", limit: int | None = None
+) -> Dataset:
+    """Reads and tokenises a whole file.
+
+    Args:
+        tokenizer: for .jsonl and .txt; None where the model has none, which only token ids can do without.
+        field: of each .jsonl line. limit: only the first so many rows.
+    Raises:
+        DataError: no such file or kind, nothing in it, a row that does not fit; names the row, from 0.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is no file; data is a .jsonl, .txt, .npy or .safetensors file")
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".txt"):
+        if tokenizer is None:
+            raise DataError(
+                f"{path} is text and the model has no tokenizer.json beside it; give token ids (.npy, .safetensors)"
+            )
+        texts = islice(_jsonl(path, field) if suffix == ".jsonl" else _lines(path), limit)
+        rows = [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
+    elif suffix in (".npy", ".safetensors"):
+        rows = (_npy(path) if suffix == ".npy" else _safetensors(path))[:limit]
+    else:
+        raise DataError(
+            f"{path}: {suffix or 'no suffix'} is not read; .jsonl, .txt, .npy and .safetensors are"
+        )
+    if not any(map(len, rows)):
+        raise DataError(
+            f"{path} holds no tokens in its {len(rows)} rows" + (f" (limit {limit})" if limit else "")
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    identity: dict[str, object] = {
+        "name": path.name,
+        "sha256": digest,
+        "field": field if suffix == ".jsonl" else None,
+        "num_rows": len(rows),
+        "num_empty_rows": sum(not len(row) for row in rows),
+    }
+    return Dataset(rows, identity)
+
+
+def check_rows(dataset: Dataset, vocab_size: int, max_positions: int) -> None:
+    """Refuses ids that the model has no embedding for, and sequences longer than its positions."""
+    for number, row in enumerate(dataset.rows):
+        if len(row) > max_positions:
+            raise DataError(
+                f"row {number} has {len(row)} tokens and the model takes at most {max_positions}; "
+                "shorten it or leave it out"
+            )
+        if len(row) and not (row.min() >= 0 and row.max() < vocab_size):
+            wrong = row[(row < 0) | (row >= vocab_size)][0]
+            raise DataError(
+                f"row {number} holds the token id {wrong}; this model's vocabulary is 0 to {vocab_size - 1}. "
+                "Is this another model's tokenizer?"
+            )
+
+
+def _jsonl(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path)):
+        if not line.strip():
+            yield ""
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, row {number}: not JSON ({error})") from error
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
+            raise DataError(
+                f"{path}, row {number}: no text field {field!r}; it holds {found}. Choose with --field"
+            )
+        yield record[field]
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _npy(path: Path) -> list[np.ndarray]:
+    try:
+        ids_ST = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path} is no .npy array of numbers: {error}") from error
+    if not isinstance(ids_ST, np.ndarray):
+        raise DataError(f"{path} is an archive; a single .npy array of token ids [S, T] is wanted")
+    return _matrix_rows(path, ids_ST, None)
+
+
+def _safetensors(path: Path) -> list[np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, KeyError, OSError) as error:
+        raise DataError(f"{path} is damaged or no safetensors file: {error}") from error
+    if "input_ids" not in tensors:
+        raise DataError(f"{path} has no tensor input_ids; it holds {', '.join(tensors) or 'nothing'}")
+    return _matrix_rows(path, tensors["input_ids"], tensors.get("lengths"))
+
+
+def _matrix_rows(path: Path, ids_ST: np.ndarray, lengths_S: np.ndarray | None) -> list[np.ndarray]:
+    if ids_ST.ndim != 2 or ids_ST.dtype.kind not in "iu":
+        raise DataError(f"{path}: token ids must be integers [S, T], got {ids_ST.dtype} {list(ids_ST.shape)}")
+    S, T = ids_ST.shape
+    if lengths_S is None:
+        lengths_S = np.full(S, T)
+    if (
+        lengths_S.shape != (S,)
+        or lengths_S.dtype.kind not in "iu"
+        or (S and not (lengths_S.min() >= 0 and lengths_S.max() <= T))
+    ):
+        raise DataError(f"{path}: lengths must be {S} whole numbers from 0 to {T}")
+    limits = np.iinfo(np.int32)
+    rows = [row[:length] for row, length in zip(ids_ST, lengths_S, strict=True)]
+    for number, row in enumerate(rows):
+        if len(row) and (int(row.min()) < 0 or int(row.max()) > limits.max):
+            raise DataError(
+                f"{path}, row {number}: token id {int(row.min())} to {int(row.max())} is out of range"
+            )
+    return [row.astype(np.int32) for row in rows]

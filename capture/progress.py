@@ -1,0 +1,115 @@
+"""What a capture tells a person: the plan before it starts, one bar while it runs, a few lines at the end.
+
+All of it goes to stderr; what a script may want to read (`print_*` of stores and prompts, in `show.py`) goes to stdout.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .engine import UnitDone, UnitFailed
+from .plan import Plan
+from .run import Outcome, prepare_store, run_capture
+
+console = Console(stderr=True, highlight=False)
+
+
+def print_plan(plan: Plan) -> None:
+    """What the capture will take, in five lines."""
+    d = plan.description
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "model",
+        f"{plan.source.origin.name}  {d.notation}, {d.block.norm} norms, {plan.dtype} on {plan.device}",
+    )
+    empty = plan.dataset.identity["num_empty_rows"]
+    table.add_row(
+        "data",
+        f"{plan.num_sequences} sequences, {plan.dataset.num_tokens} tokens"
+        + (f"; {empty} empty rows get no slots" if empty else ""),
+    )
+    table.add_row(
+        "units", f"{plan.num_units} of {plan.unit_tokens} token slots, {d.depth} block invocations a token"
+    )
+    table.add_row("quantities", ", ".join(plan.quantities))
+    table.add_row("disk", f"up to {to_size(plan.disk_bytes)} in {plan.settings.store}")
+    gaps = {
+        None: "",
+        "keep states": f"; keeps {to_size(plan.kept_bytes)} of loop states for the gaps",
+        "run twice": f"; runs the loop twice for the gaps, as keeping {to_size(plan.kept_bytes)} is over the bound",
+    }[plan.gap_method]
+    table.add_row("memory", f"about {to_size(plan.memory_bytes)}{gaps}")
+    console.print(table)
+
+
+@contextmanager
+def unit_bar(plan: Plan, num_done: int) -> Iterator["UnitBar"]:
+    """A bar on a terminal; nothing elsewhere."""
+    columns = (
+        TextColumn("capture"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("units"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("capture", total=plan.num_units, completed=num_done, rate="")
+        yield UnitBar(progress, task)
+
+
+class UnitBar:
+    """Counts what ends; its rate is over this run alone."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+        self._started_s = time.perf_counter()
+        self._num_tokens = 0
+
+    def __call__(self, event: UnitDone | UnitFailed) -> None:
+        if isinstance(event, UnitFailed):
+            console.print(f"unit {event.unit} failed three times:\n{event.error}", markup=False)
+            return
+        self._num_tokens += event.entry["num_tokens"]
+        rate = self._num_tokens / (time.perf_counter() - self._started_s)
+        self._progress.update(self._task, advance=1, rate=f"{rate:.0f} tokens/s")
+
+
+def print_outcome(outcome: Outcome, seconds: float) -> None:
+    """One line of result, one for anything that is not as it should be."""
+    done = outcome.num_units - len(outcome.failures)
+    before = f", {outcome.num_resumed} of them before" if outcome.num_resumed else ""
+    console.print(
+        f"{done} of {outcome.num_units} units are in {outcome.path}{before}; this run took {seconds:.1f} s"
+    )
+    if outcome.num_non_finite:
+        console.print(
+            f"{outcome.num_non_finite} values are infinite or undefined; `looptap status` says where"
+        )
+    if outcome.failures:
+        units = ", ".join(str(failure.unit) for failure in outcome.failures)
+        console.print(f"failed: units {units}; the same command tries them again", style="bold red")
+
+
+def run_with_progress(plan: Plan) -> Outcome:
+    """A capture as a person watches it: the plan, the bar, the outcome."""
+    print_plan(plan)
+    num_done = len(prepare_store(plan).done())
+    started_s = time.perf_counter()
+    with unit_bar(plan, num_done) as bar:
+        outcome = run_capture(plan, bar)
+    print_outcome(outcome, time.perf_counter() - started_s)
+    return outcome
+
+
+def to_size(num_bytes: int) -> str:
+    """Bytes as a person says them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError

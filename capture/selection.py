@@ -1,0 +1,100 @@
+"""Which residuals are kept whole: depths by stage, layer and recurrence, and tokens by position."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from .models.description import STAGES, Description
+
+_STATES = re.compile(r"(prelude|core|coda)(?:\[([^\]]*)\])?(?:@(.+))?")
+_RANGE = re.compile(r"(-?\d+)-(\d+)")
+
+
+def select_depths(states: Sequence[str], description: Description) -> tuple[int, ...]:
+    """Depths named by selections such as `all`, `core[-1]@0,1,last`, `prelude[all]`, in order, each once.
+
+    Args:
+        states: selections, added together. Layers and recurrences are numbers, from the end if negative,
+            ranges 0-3, `last` or `all`, with commas; both default to all.
+    Raises:
+        ValueError: not of that form, or nothing in this model; says what there is.
+    """
+    steps = list(description.steps())
+    chosen: set[int] = set()
+    for text in states:
+        if text == "all":
+            chosen.update(range(len(steps)))
+            continue
+        if (match := _STATES.fullmatch(text)) is None:
+            raise ValueError(
+                f"states {text!r}: write all or STAGE[LAYERS]@RECURRENCES, for example core[-1]@0,1,last"
+            )
+        stage, layers, recurrences = match.groups()
+        num_layers = {name: getattr(description, name) for name in STAGES}[stage]
+        if not num_layers:
+            raise ValueError(f"states {text!r}: {description.notation} has no {stage}")
+        if recurrences is not None and stage != "core":
+            raise ValueError(f"states {text!r}: only the core has recurrences, the {stage} runs once")
+        wanted_layers = _numbers(layers or "all", num_layers, f"layers of the {stage}")
+        wanted_recurrences = _numbers(recurrences or "all", description.recurrences, "recurrences")
+        chosen.update(
+            step.depth
+            for step in steps
+            if step.stage == stage
+            and step.layer in wanted_layers
+            and (stage != "core" or step.recurrence in wanted_recurrences)
+        )
+    return tuple(sorted(chosen))
+
+
+def select_tokens(tokens: str, seed: int, sequence_id: int, length: int) -> np.ndarray:
+    """Positions of one sequence whose states are kept, int64, in order.
+
+    Args:
+        tokens: `all`, `last`, `every:8` (positions 0, 8, 16, ...) or `sample:0.05` (each with that chance,
+            the same for the same seed, sequence and position whatever else is captured).
+    """
+    kind, _, argument = tokens.partition(":")
+    if tokens == "all":
+        return np.arange(length)
+    if tokens == "last":
+        return np.arange(length)[-1:]
+    if kind == "every" and argument.isdigit() and int(argument) > 0:
+        return np.arange(0, length, int(argument))
+    if kind == "sample" and (share := _share(argument)) is not None:
+        # a key of its own, so that the sample is independent of the initial states' draw
+        generator = np.random.Generator(np.random.Philox(key=[seed, sequence_id], counter=[0, 0, 0, 1]))
+        return np.flatnonzero(generator.random(length) < share)
+    raise ValueError(
+        f"tokens {tokens!r}: choose all, last, every:NUMBER or sample:SHARE with a share above 0 up to 1"
+    )
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 < share <= 1 else None
+
+
+def _numbers(text: str, count: int, what: str) -> set[int]:
+    """Whole numbers below `count` out of a list such as `0,2-4,-1,last`."""
+    chosen: set[int] = set()
+    for item in text.split(","):
+        if item == "all":
+            chosen.update(range(count))
+            continue
+        if match := _RANGE.fullmatch(item):
+            first, last = int(match[1]), int(match[2])
+        elif item == "last":
+            first = last = count - 1
+        elif re.fullmatch(r"-?\d+", item):
+            first = last = int(item) + (count if int(item) < 0 else 0)
+        else:
+            raise ValueError(f"{item!r} is no number, range, last or all among the {what}")
+        if not 0 <= first <= last < count:
+            raise ValueError(f"{item} is not among the {what}, which are 0 to {count - 1}")
+        chosen.update(range(first, last + 1))
+    return chosen

@@ -1,0 +1,88 @@
+"""What a user can set of a capture. The command line is made from this class, and the plan records it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSettings:
+    """Run a model over a dataset and record what happens inside its loop; the same command resumes."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Directory with config.json and safetensors, or a spec such as random:(0,12x32,0)I,norm=pre."""
+    data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """.jsonl (with --field), .txt (a document a line), token ids as .npy [S, T] or .safetensors."""
+    store: Annotated[Path, tyro.conf.arg(metavar="PATH")]
+    """Directory of the Zarr store to write or to go on with."""
+    field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
+    """Field of each .jsonl line that holds the text."""
+    limit: Annotated[int | None, tyro.conf.arg(metavar="ROWS")] = None
+    """Only the first so many rows of the data."""
+    loop: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LASTxTIMES")] = None
+    """Repeat a window of a feedforward model's layers: first-lastxtimes, for example 10-19x8."""
+    recurrences: Annotated[int | None, tyro.conf.arg(metavar="TIMES")] = None
+    """Passes through the core; the model's own number if not given."""
+    quantities: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = (
+        "residual",
+        "steps",
+        "gaps",
+        "attention",
+    )
+    """Names of quantities, or the groups residual, steps, gaps, attention, all."""
+    states: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SELECTION [SELECTION ...]")] = ()
+    """Keep residuals too: all, or STAGE[LAYERS]@RECURRENCES such as core[-1]@0,1,last and core[all]@last."""
+    tokens: Annotated[str, tyro.conf.arg(metavar="SELECTION")] = "all"
+    """Whose states are kept: all, last (of each sequence), every:8 (positions), sample:0.05 (a share)."""
+    sink_tokens: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 1
+    """First keys of a sequence that count as the attention sink."""
+    dtype: Dtype = "auto"
+    """The model runs in this; auto is what its files hold."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
+    """Of drawn initial states and of token samples."""
+    unit_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Token slots of one unit, the piece that is committed at once; by default 4096 or the longest sequence."""
+    batch_tokens: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 2048
+    """Most tokens in one forward pass."""
+    gap_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 2.0
+    """Memory that kept loop states may take for the gaps, GiB; past it the loop is run twice instead."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "recurrences", "unit_tokens", "batch_tokens", "sink_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if self.gap_memory_gib < 0:
+            raise ValueError(f"gap_memory_gib must not be negative, got {self.gap_memory_gib}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings:
+    """Run one short prompt and look inside."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Directory with config.json and safetensors, or a spec such as random:(0,12x32,0)I,norm=pre."""
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
+    """The text to run."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """HTML page with attention maps and the trajectory."""
+    loop: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LASTxTIMES")] = None
+    """Repeat a window of a feedforward model's layers."""
+    recurrences: Annotated[int | None, tyro.conf.arg(metavar="TIMES")] = None
+    """Passes through the core; the model's own number if not given."""
+    dtype: Dtype = "auto"
+    """The model runs in this; auto is what its files hold."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
+    """Of drawn initial states."""
+    map_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 1.0
+    """Most memory that attention maps may take, GiB; a prompt that needs more is refused."""

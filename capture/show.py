@@ -1,0 +1,145 @@
+"""Stores, models and prompts as text on stdout, for the commands that only look."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .progress import to_size
+
+if TYPE_CHECKING:
+    from ..analysis.findings import Findings
+    from .inspect import Inspection
+    from .models.load import ModelSource
+    from .store.verify import Report
+
+console = Console(highlight=False)
+
+
+def print_status(path: Path, status: dict[str, Any]) -> None:
+    """What `store_status` found."""
+    done, total = status["units_done"], status["units_total"]
+    table = Table.grid(padding=(0, 2))
+    table.add_row("units", f"{done} of {total}" + (", complete" if status["complete"] else ""))
+    table.add_row("captured", f"{status['num_sequences']} sequences, {status['num_tokens']} tokens")
+    table.add_row("on disk", to_size(status["num_bytes"]))
+    table.add_row(
+        "time", f"{status['seconds']:.1f} s of work; last commit {status['last_commit'] or 'never'}"
+    )
+    if status["num_non_finite"]:
+        table.add_row("non-finite", f"{status['num_non_finite']} values are infinite or undefined")
+    driver = status["driver"]
+    table.add_row("at work", f"process {driver['pid']} on {driver['host']}" if driver else "nobody")
+    for failure in status["failures"]:
+        table.add_row("failed", f"unit {failure['unit']}, attempt {failure['attempt']}: {failure['error']}")
+    console.print(str(path), markup=False)
+    console.print(table)
+
+
+def print_verified(report: "Report") -> None:
+    """What `verify_store` found."""
+    done, missing = len(report.units_done), len(report.units_missing)
+    console.print(
+        f"{report.path}: {done} of {done + missing} units, {report.num_files} files, {to_size(report.num_bytes)} read"
+    )
+    for problem in report.problems:
+        console.print(f"  {problem}", markup=False, style="red")
+    if report.uncommitted:
+        console.print(
+            f"  {len(report.uncommitted)} files belong to no committed unit; the next run replaces them"
+        )
+    if missing:
+        console.print(f"  {missing} units are missing; the capture's command continues it")
+    console.print(
+        "every committed file is as it was written" if report.ok else f"{len(report.problems)} problems"
+    )
+
+
+def print_store(path: Path) -> None:
+    """The plan that a store was made from."""
+    from .store.commit import Store
+
+    plan = Store.open(path).plan
+    model, data, settings = plan["model"], plan["data"], plan["settings"]
+    table = Table.grid(padding=(0, 2))
+    table.add_row("model", f"{model['name']}  {model['notation']}, {model['norm']} norms, {plan['dtype']}")
+    table.add_row("weights", f"{model['num_parameters']} parameters, sha256 {model['weights_sha256'][:16]}…")
+    table.add_row("data", f"{data['name']}, {plan['num_sequences']} sequences, {plan['num_tokens']} tokens")
+    table.add_row("units", f"{plan['num_units']} of {plan['unit_tokens']} token slots")
+    table.add_row("quantities", ", ".join(settings["quantities"]))
+    if settings["states"]:
+        table.add_row("states", f"{' '.join(settings['states'])} of tokens {settings['tokens']}")
+    table.add_row(
+        "made", f"{plan['created']}, looptap {plan['versions']['looptap']}, torch {plan['versions']['torch']}"
+    )
+    console.print(str(path), markup=False)
+    console.print(table)
+
+
+def print_model(source: "ModelSource") -> None:
+    """A model's loop and sizes, and what a token of it takes in a store."""
+    from .store.quantities import QUANTITIES
+
+    d = source.description
+    itemsize = source.origin.dtype.itemsize
+    sizes = {"token": 1, "depth": d.depth, "head": d.num_heads, "depth_state": d.depth, "hidden": d.width}
+    table = Table.grid(padding=(0, 2))
+    table.add_row("model", source.origin.name)
+    start = "a draw per sequence and position" if d.initial_state == "normal" else "the prelude's output"
+    table.add_row("loop", f"{d.notation}: {d.num_blocks} blocks run {d.depth} times; it starts from {start}")
+    table.add_row(
+        "block", f"{d.block.norm} norms, {d.num_heads} heads on {d.num_kv_heads} key heads of {d.head_width}"
+    )
+    table.add_row(
+        "width", f"{d.width}, MLP {d.mlp_width}, vocabulary {d.vocab_size}, up to {d.max_positions} positions"
+    )
+    weights = to_size(source.num_parameters * itemsize)
+    table.add_row(
+        "weights", f"{source.num_parameters} parameters, {weights} in {source.resolve_dtype('auto')}"
+    )
+    console.print(table)
+    volume = Table("quantity", "bytes a token", "what it is", box=None, padding=(0, 2, 0, 0))
+    for name, quantity in QUANTITIES.items():
+        values = 1
+        for axis in quantity.axes:
+            values *= sizes[axis]
+        volume.add_row(name, to_size(values * (itemsize if name == "state" else 4)), quantity.definition)
+    console.print(volume)
+
+
+def print_inspection(inspection: "Inspection") -> None:
+    """The last token's way through the loop, a row a recurrence."""
+    console.print(
+        f"{inspection.plan['model']['name']}, {len(inspection.tokens)} tokens; the last is {inspection.tokens[-1]!r}",
+        markup=False,
+    )
+    table = Table(
+        "recurrence", "step", "distance to last", "entropy, nat", "next token", box=None, padding=(0, 2, 0, 0)
+    )
+    for row in inspection.rows():
+        step, gap = (
+            f"{value:.1e}" if value is not None else "-" for value in (row.relative_step, row.relative_gap)
+        )
+        lens = " ".join(f"{token!r} {share:.2f}" for token, share in row.lens)
+        table.add_row(
+            "-" if row.recurrence is None else str(row.recurrence), step, gap, f"{row.entropy:.2f}", lens
+        )
+    console.print(table, markup=False)
+    console.print(
+        "step and distance: of the last core layer, over its residual norm; entropy: mean over core heads"
+    )
+
+
+def print_verdicts(findings: "list[Findings]") -> None:
+    """The three answers of each capture, with the number that each rests on."""
+    table = Table("", *(each.label for each in findings), box=None, padding=(0, 2, 0, 0))
+    for row in zip(*(each.verdicts for each in findings), strict=True):
+        cells = []
+        for verdict in row:
+            answer = {True: "yes", False: "no", None: "cannot tell"}[verdict.answer]
+            number = "" if verdict.value is None else f", {verdict.value:.2g} {verdict.unit}"
+            since = f", from recurrence {verdict.recurrence}" if verdict.recurrence is not None else ""
+            cells.append(answer + number + since)
+        table.add_row(row[0].question, *cells)
+    console.print(table)

@@ -1,0 +1,196 @@
+"""The worker: runs one unit through the model and commits what was measured. The same object works in any
+engine.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from .models.initial_state import draw_initial_state
+from .models.load import ModelSource
+from .models.tap import Packed
+from .plan import versions
+from .store.commit import Attempt, Store
+from .store.quantities import QUANTITIES
+from .tap import Buffers, LastStates, Statistics
+
+
+class _Sequence(NamedTuple):
+    sequence_id: int
+    start: int  # first slot inside the unit
+    token_ids: np.ndarray  # int32
+
+
+class Worker:
+    """Holds a model on a device and works for one store."""
+
+    def __init__(self, source: ModelSource, store: Store) -> None:
+        self._store = store
+        self._plan: dict[str, Any] = store.plan
+        self._settings: dict[str, Any] = store.plan["settings"]
+        self._model = source.load(self._settings["device"], self._settings["dtype"])
+        self._source = source
+        self._group = zarr.open_group(str(store.path), mode="r")
+        has_states = "state" in self._settings["quantities"]
+        self._state_depths: list[int] = (
+            np.asarray(self._array("state_depth")[:]).tolist() if has_states else []
+        )
+
+    def run(self, unit: int) -> dict[str, Any]:
+        """Captures and commits one unit; returns its ledger entry. What it raises is noted with the attempt."""
+        with self._store.begin(unit) as attempt:
+            try:
+                return self._run(unit, attempt)
+            except Exception as error:
+                attempt.fail(f"{type(error).__name__}: {error}")
+                raise
+
+    def _run(self, unit: int, attempt: Attempt) -> dict[str, Any]:
+        started_s = time.perf_counter()
+        sequences = self._sequences(unit)
+        num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+        buffers = self._measure(unit, sequences)
+        receipt = {
+            "num_sequences": len(sequences),
+            "num_tokens": num_tokens,
+            "non_finite": _count_non_finite(buffers, num_tokens),
+            "model_seconds": time.perf_counter() - started_s,
+            "versions": versions(),
+        }
+        for name in list(buffers.values):
+            attempt.write(name, buffers.values.pop(name).movedim(0, 1).contiguous().cpu().numpy())
+        if buffers.state is not None:
+            attempt.write("state", _to_stored(buffers.state.movedim(0, 1).contiguous().cpu()))
+        receipt["seconds"] = time.perf_counter() - started_s
+        return attempt.commit(receipt)
+
+    def measure(self, unit: int) -> Buffers:
+        """Runs one unit and returns what was measured, without touching the store; for benchmarks."""
+        return self._measure(unit, self._sequences(unit))
+
+    @torch.inference_mode()
+    def forward(self, unit: int) -> None:
+        """Runs one unit's batches without a tap; what a capture is compared with."""
+        for batch in _batches(self._sequences(unit), self._settings["batch_tokens"]):
+            packed, initial_ND = self._inputs(batch)
+            self._model(packed, initial_state_ND=initial_ND)
+
+    def _sequences(self, unit: int) -> list[_Sequence]:
+        C, Q = self._plan["unit_tokens"], self._plan["unit_sequences"]
+        here = slice(unit * Q, (unit + 1) * Q)
+        ids = np.asarray(self._array("token_id")[unit * C : (unit + 1) * C])
+        columns = (np.asarray(self._array(f"sequence_{name}")[here]) for name in ("id", "start", "length"))
+        return [
+            _Sequence(int(sequence_id), int(start) - unit * C, ids[start - unit * C :][:length])
+            for sequence_id, start, length in zip(*columns, strict=True)
+            if length
+        ]
+
+    @torch.inference_mode()
+    def _measure(self, unit: int, sequences: list[_Sequence]) -> Buffers:
+        d, device = self._source.description, self._model.device
+        C = self._plan["unit_tokens"]
+        values = {
+            name: torch.full(
+                (d.depth, C, d.num_heads) if "head" in QUANTITIES[name].axes else (d.depth, C),
+                float("nan"),
+                device=device,
+            )
+            for name in self._settings["quantities"]
+            if name != "state"
+        }
+        state, state_slots = None, np.empty(0, np.int64)
+        if self._state_depths:
+            state_slots = self._state_slots(unit, sequences)
+            shape = (len(self._state_depths), len(state_slots), d.width)
+            state = torch.empty(shape, dtype=self._model.dtype, device=device)
+        for batch in _batches(sequences, self._settings["batch_tokens"]):
+            start, end = batch[0].start, batch[-1].start + len(batch[-1].token_ids)
+            part = Buffers({name: value[:, start:end] for name, value in values.items()})
+            if state is not None:
+                first, last = np.searchsorted(state_slots, [start, end])
+                rows = torch.from_numpy(state_slots[first:last] - start).to(device)
+                part = Buffers(part.values, state[:, first:last], rows)
+            self._measure_batch(batch, part)
+        return Buffers(values, state)
+
+    def _measure_batch(self, batch: list[_Sequence], buffers: Buffers) -> None:
+        d = self._source.description
+        packed, initial_ND = self._inputs(batch)
+        last_states = None
+        if self._plan["gap_method"] == "run twice":
+            first_run = LastStates(d)
+            self._model(packed, first_run, initial_ND)
+            last_states = first_run.states
+        tap = Statistics(
+            d,
+            buffers,
+            sink_tokens=self._settings["sink_tokens"],
+            state_depths=self._state_depths,
+            last_states=last_states,
+        )
+        self._model(packed, tap, initial_ND)
+
+    def _inputs(self, batch: list[_Sequence]) -> tuple[Packed, Tensor | None]:
+        d, device = self._source.description, self._model.device
+        token_id_N = torch.from_numpy(
+            np.concatenate([sequence.token_ids for sequence in batch]).astype(np.int64)
+        )
+        lengths = tuple(len(sequence.token_ids) for sequence in batch)
+        packed = Packed(token_id_N.to(device), lengths)
+        if d.initial_state != "normal":
+            return packed, None
+        ids = [sequence.sequence_id for sequence in batch]
+        return packed, draw_initial_state(self._settings["seed"], ids, lengths, d.width, d.initial_std).to(
+            device
+        )
+
+    def _state_slots(self, unit: int, sequences: list[_Sequence]) -> np.ndarray:
+        """Slots inside the unit whose states are kept, in order."""
+        rows, C = self._plan["num_state_rows"], self._plan["unit_tokens"]
+        if rows is None:
+            return np.arange(sum(len(sequence.token_ids) for sequence in sequences))
+        slots = np.asarray(self._array("state_token")[unit * rows : (unit + 1) * rows])
+        return slots[slots >= 0] - unit * C
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+
+def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Sequence]]:
+    """Neighbouring sequences of at most so many tokens together; one longer than that is a batch of its own."""
+    batch: list[_Sequence] = []
+    used = 0
+    for sequence in sequences:
+        if batch and used + len(sequence.token_ids) > batch_tokens:
+            yield batch
+            batch, used = [], 0
+        batch.append(sequence)
+        used += len(sequence.token_ids)
+    yield batch
+
+
+def _count_non_finite(buffers: Buffers, num_tokens: int) -> dict[str, int]:
+    """Infinite or undefined values where a number is due, by quantity; steps and gaps have undefined places
+    of their own.
+    """
+    counts = {
+        name: int((~value[:, :num_tokens].isfinite()).sum())
+        for name, value in buffers.values.items()
+        if not name.startswith(("step_", "gap_"))
+    }
+    if buffers.state is not None:
+        counts["state"] = int((~buffers.state.isfinite()).sum())
+    return {name: count for name, count in counts.items() if count}
+
+
+def _to_stored(state: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: its bits go as uint16."""
+    return state.view(torch.uint16).numpy() if state.dtype == torch.bfloat16 else state.numpy()
