@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first used: importing looptap alone loads neither torch nor zarr."""
+    """Imports public names when they are first used, so that looptap alone loads neither torch nor zarr."""
     if name == "load_model":
         from .capture.models.load import load_model
 

@@ -1,6 +1,6 @@
 """Captures: models, taps, plans, workers, engines, the store.
 
-The package can be called, `looptap.capture(model, data)`, because what it does and what it is named are one word.
+The package can be called, `looptap.capture(model, data)`: what it does and what it is named are one word.
 """
 
 import sys

@@ -77,7 +77,7 @@ def read_dataset(
     if suffix in (".jsonl", ".txt"):
         if tokenizer is None:
             raise DataError(
-                f"{path} is text and the model has no tokenizer.json beside it; give token ids (.npy, .safetensors)"
+                f"{path} is text and the model has no tokenizer.json beside it; give token ids instead"
             )
         texts = islice(_jsonl(path, field) if suffix == ".jsonl" else _lines(path), limit)
         rows = [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
@@ -172,8 +172,7 @@ def _matrix_rows(path: Path, ids_ST: np.ndarray, lengths_S: np.ndarray | None) -
     if ids_ST.ndim != 2 or ids_ST.dtype.kind not in "iu":
         raise DataError(f"{path}: token ids must be integers [S, T], got {ids_ST.dtype} {list(ids_ST.shape)}")
     S, T = ids_ST.shape
-    if lengths_S is None:
-        lengths_S = np.full(S, T)
+    lengths_S = np.full(S, T) if lengths_S is None else lengths_S
     if (
         lengths_S.shape != (S,)
         or lengths_S.dtype.kind not in "iu"

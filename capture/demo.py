@@ -1,4 +1,4 @@
-"""The demo's two captures: one loop with input injection and one without, over prompts that come with the package."""
+"""The demo: one loop with input injection and one without, over prompts that come with the package."""
 
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -17,7 +17,7 @@ UNIT_TOKENS = 1024  # a handful of units, so that progress shows and an interrup
 def capture_demo(out_dir: Path) -> list[Path]:
     """Captures both models into `out_dir`, or goes on with what is there; returns the stores' paths."""
     stores = []
-    with as_file(files(__package__) / "demo_prompts.jsonl") as prompts:
+    with as_file(files("looptap.capture") / "demo_prompts.jsonl") as prompts:
         for name, model in MODELS.items():
             stores.append(out_dir / f"{name}.zarr")
             settings = CaptureSettings(

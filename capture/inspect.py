@@ -16,7 +16,7 @@ from .models.description import Description, Step
 from .models.initial_state import draw_initial_state
 from .models.load import ModelSource, find_model
 from .models.model import LoopedModel
-from .models.tap import Half, HalfNorms, Packed
+from .models.tap import Packed
 from .plan import PlanError, resolve_device
 from .settings import InspectSettings
 from .tap import Buffers, Statistics
@@ -160,7 +160,7 @@ def _run(
 
 
 def _to_head(model: LoopedModel, state_ND: Tensor) -> Tensor:
-    """A loop state as the head would read it: through the final norm, unless the recurrence ended with that."""
+    """A loop state as the head would read it: through the final norm, unless that ended the recurrence."""
     if model.description.recurrence_end == "norm":
         return state_ND
     return rms_norm(state_ND, model.final_norm, model.description.block.eps)
@@ -176,7 +176,7 @@ def _check(settings: InspectSettings, source: ModelSource, ids: list[int]) -> No
     d, T = source.description, len(ids)
     if not T:
         raise PlanError("the prompt has no tokens; give some text with --prompt")
-    if T > d.max_positions:
+    if d.max_positions < T:
         raise PlanError(f"the prompt has {T} tokens and the model takes at most {d.max_positions}")
     maps_gib = d.depth * d.num_heads * T * T * 4 / 2**30
     if maps_gib > settings.map_memory_gib:

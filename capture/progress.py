@@ -1,6 +1,6 @@
 """What a capture tells a person: the plan before it starts, one bar while it runs, a few lines at the end.
 
-All of it goes to stderr; what a script may want to read (`print_*` of stores and prompts, in `show.py`) goes to stdout.
+All of it goes to stderr; what a command was asked to show (`show.py`) goes to stdout.
 """
 
 import time
@@ -40,7 +40,7 @@ def print_plan(plan: Plan) -> None:
     gaps = {
         None: "",
         "keep states": f"; keeps {to_size(plan.kept_bytes)} of loop states for the gaps",
-        "run twice": f"; runs the loop twice for the gaps, as keeping {to_size(plan.kept_bytes)} is over the bound",
+        "run twice": f"; runs the loop twice for the gaps, whose states would take {to_size(plan.kept_bytes)}",
     }[plan.gap_method]
     table.add_row("memory", f"about {to_size(plan.memory_bytes)}{gaps}")
     console.print(table)
@@ -108,8 +108,7 @@ def run_with_progress(plan: Plan) -> Outcome:
 
 def to_size(num_bytes: int) -> str:
     """Bytes as a person says them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    raise AssertionError
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= 1024**power:
+            return f"{num_bytes / 1024**power:.1f} {unit}"
+    return f"{num_bytes} B"

@@ -47,7 +47,7 @@ class CaptureSettings:
     seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
     """Of drawn initial states and of token samples."""
     unit_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
-    """Token slots of one unit, the piece that is committed at once; by default 4096 or the longest sequence."""
+    """Token slots of one unit, which is committed as one; by default 4096 or the longest sequence."""
     batch_tokens: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 2048
     """Most tokens in one forward pass."""
     gap_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 2.0

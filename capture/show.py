@@ -41,7 +41,8 @@ def print_verified(report: "Report") -> None:
     """What `verify_store` found."""
     done, missing = len(report.units_done), len(report.units_missing)
     console.print(
-        f"{report.path}: {done} of {done + missing} units, {report.num_files} files, {to_size(report.num_bytes)} read"
+        f"{report.path}: {done} of {done + missing} units; "
+        f"read {report.num_files} files, {to_size(report.num_bytes)}"
     )
     for problem in report.problems:
         console.print(f"  {problem}", markup=False, style="red")
@@ -111,7 +112,8 @@ def print_model(source: "ModelSource") -> None:
 def print_inspection(inspection: "Inspection") -> None:
     """The last token's way through the loop, a row a recurrence."""
     console.print(
-        f"{inspection.plan['model']['name']}, {len(inspection.tokens)} tokens; the last is {inspection.tokens[-1]!r}",
+        f"{inspection.plan['model']['name']}, {len(inspection.tokens)} tokens, "
+        f"the last of them {inspection.tokens[-1]!r}",
         markup=False,
     )
     table = Table(

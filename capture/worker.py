@@ -42,7 +42,7 @@ class Worker:
         )
 
     def run(self, unit: int) -> dict[str, Any]:
-        """Captures and commits one unit; returns its ledger entry. What it raises is noted with the attempt."""
+        """Captures and commits one unit; returns its ledger entry. An error is noted with the attempt."""
         with self._store.begin(unit) as attempt:
             try:
                 return self._run(unit, attempt)
@@ -165,7 +165,7 @@ class Worker:
 
 
 def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Sequence]]:
-    """Neighbouring sequences of at most so many tokens together; one longer than that is a batch of its own."""
+    """Neighbouring sequences of at most so many tokens; one longer than that is a batch of its own."""
     batch: list[_Sequence] = []
     used = 0
     for sequence in sequences:

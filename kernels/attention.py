@@ -1,10 +1,11 @@
 """Causal attention over packed sequences that also says where each query looked, without a T×T matrix.
 
 Blocks of queries go past all their keys at once. Of each block the scores exist only until its statistics are
-taken, so extra memory is linear in T. Formulas, with t the scaled scores, m their row maximum and p = exp(t −
-m):
-    l = Σp    entropy = ln l − Σ p (t − m) / l    peak = 1 / l    sink = Σ_{j<s} p / l    received_j = Σ_i
-    p_ij / l_i
+taken, so extra memory is linear in T. With t the scaled scores, m their row maximum and p = exp(t − m):
+
+    l = Σp    entropy = ln l − Σ p (t − m) / l    peak = 1 / l    sink = Σ_{j<s} p / l
+    received_j = Σ_i p_ij / l_i
+
 Both terms of the entropy are ≥ 0, so nothing cancels (lse − E[t] loses 1e-4 nats at large scores).
 """
 
@@ -36,7 +37,7 @@ def attention(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, lengths: Sequence[int
             to N.
         scale: factor on the scores.
     """
-    o_NHC = torch.empty_like(q_NHC)
+    o_NHC = torch.empty(q_NHC.shape, dtype=q_NHC.dtype, device=q_NHC.device)
     for rows, size in _runs(lengths):
         q, k, v = (
             x[rows].unflatten(0, (-1, size)).transpose(1, 2) for x in (q_NHC, k_NKC, v_NKC)
@@ -57,18 +58,14 @@ def attention_with_statistics(
     Source: arXiv 2604.11791, section 4.1 (sink, mixing and ColSum scores); the centred entropy is ours.
     """
     N, H, _ = q_NHC.shape
-    o_NHC = torch.empty_like(q_NHC)
+    o_NHC = torch.empty(q_NHC.shape, dtype=q_NHC.dtype, device=q_NHC.device)
     outputs = AttentionStatistics(
         *(torch.empty(N, H, dtype=torch.float32, device=q_NHC.device) for _ in range(4))
     )
     for rows, size in _runs(lengths):
-        _one_length(
-            *(x[rows].unflatten(0, (-1, size)) for x in (q_NHC, k_NKC, v_NKC)),
-            scale,
-            sink_tokens,
-            o_NHC[rows].unflatten(0, (-1, size)),
-            *(x[rows].unflatten(0, (-1, size)) for x in outputs),
-        )
+        q, k, v, o = (x[rows].unflatten(0, (-1, size)) for x in (q_NHC, k_NKC, v_NKC, o_NHC))
+        here = AttentionStatistics(*(x[rows].unflatten(0, (-1, size)) for x in outputs))
+        _one_length(q, k, v, scale, sink_tokens, o, here)
     return o_NHC, outputs
 
 
@@ -79,12 +76,9 @@ def _one_length(
     scale: float,
     sink_tokens: int,
     o_GTHC: Tensor,
-    entropy_GTH: Tensor,
-    peak_GTH: Tensor,
-    sink_GTH: Tensor,
-    received_GTH: Tensor,
+    out: AttentionStatistics,
 ) -> None:
-    """G sequences of one length; writes into the last five."""
+    """G sequences of one length; writes into o and out, whose tensors are [G, T, H] here."""
     G, T, H, C = q_GTHC.shape
     K = k_GTKC.shape[2]
     # the heads that share a key head stand in the rows of one matrix product
@@ -109,13 +103,14 @@ def _one_length(
         o = torch.matmul(p.view(G, K, -1, end), v_GKTC[:, :, :end])
         o = o.view(G, K, H // K, B, C) * inverse.unsqueeze(-1)
         o_GTHC[:, start:end] = o.permute(0, 3, 1, 2, 4).flatten(2, 3)
-        for out, value in (
-            (entropy_GTH, entropy.clamp_min_(0)),
-            (peak_GTH, inverse),
-            (sink_GTH, p[..., :sink_tokens].sum(-1) * inverse),
+        sink = p[..., :sink_tokens].sum(-1) * inverse
+        for target, value in (
+            (out.entropy_NH, entropy.clamp_min_(0)),
+            (out.peak_NH, inverse),
+            (out.sink_NH, sink),
         ):
-            out[:, start:end] = value.permute(0, 3, 1, 2).flatten(2)
-    received_GTH.copy_(received_GKT.permute(0, 3, 1, 2).flatten(2))
+            target[:, start:end] = value.permute(0, 3, 1, 2).flatten(2)
+    out.received_NH.copy_(received_GKT.permute(0, 3, 1, 2).flatten(2))
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:

@@ -22,11 +22,11 @@ def attention_matrix(
         scale: factor on the scores, 1/√C by default.
     """
     H, C = q_NHC.shape[1:]
-    scale = C**-0.5 if scale is None else scale
+    factor = C**-0.5 if scale is None else scale
     matrices = []
     for q_THC, k_TKC in zip(q_NHC.split(list(lengths)), k_NKC.split(list(lengths)), strict=True):
         k_THC = k_TKC.double().repeat_interleave(H // k_TKC.shape[1], dim=1)
-        scores_HTT = torch.einsum("thc,shc->hts", q_THC.double(), k_THC) * scale
+        scores_HTT = torch.einsum("thc,shc->hts", q_THC.double(), k_THC) * factor
         future_TT = torch.ones(scores_HTT.shape[1:], dtype=torch.bool, device=q_NHC.device).triu(1)
         matrices.append(scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1))
     return matrices

@@ -91,7 +91,7 @@ class Description:
     max_positions: int
     block: Block
     injection: Literal["linear"] | None = None
-    """linear: every recurrence starts from Linear(concat(state, prelude output)), state first, without bias."""
+    """linear: a recurrence starts from Linear(concat(state, prelude output)), state first, without bias."""
     initial_state: Literal["prelude", "normal"] = "prelude"
     """What enters the first recurrence: the prelude's output, or a draw per sequence and position."""
     initial_std: float = 1.0
@@ -137,11 +137,8 @@ class Description:
     def steps(self) -> Iterator[Step]:
         """Every block invocation in the order they run."""
         depth = 0
-        for stage, layers, recurrences in (
-            ("prelude", self.prelude, 1),
-            ("core", self.core, self.recurrences),
-            ("coda", self.coda, 1),
-        ):
+        sizes = ((self.prelude, 1), (self.core, self.recurrences), (self.coda, 1))
+        for stage, (layers, recurrences) in zip(STAGES, sizes, strict=True):
             for recurrence in range(recurrences):
                 for layer in range(layers):
                     yield Step(depth, stage, layer, recurrence if stage == "core" else -1)

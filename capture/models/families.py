@@ -131,7 +131,7 @@ def _feedforward_sources(norms: dict[str, str]) -> Callable[[Description], list[
     """Tensors of the usual layout, given each norm's name in the files and here."""
 
     def sources(d: Description) -> list[Source]:
-        D, I, C = d.width, d.mlp_width, d.head_width
+        D, M, C = d.width, d.mlp_width, d.head_width
         H, K = d.num_heads, d.num_kv_heads
         found = [
             Source("model.embed_tokens.weight", (d.vocab_size, D), "embedding"),
@@ -147,9 +147,9 @@ def _feedforward_sources(norms: dict[str, str]) -> Callable[[Description], list[
                 Source(f"{attention}k_proj.weight", (K * C, D), f"{ours}qkv", H * C),
                 Source(f"{attention}v_proj.weight", (K * C, D), f"{ours}qkv", (H + K) * C),
                 Source(f"{attention}o_proj.weight", (D, H * C), f"{ours}attention_out"),
-                Source(f"{theirs}mlp.gate_proj.weight", (I, D), f"{ours}gate_up"),
-                Source(f"{theirs}mlp.up_proj.weight", (I, D), f"{ours}gate_up", I),
-                Source(f"{theirs}mlp.down_proj.weight", (D, I), f"{ours}mlp_out"),
+                Source(f"{theirs}mlp.gate_proj.weight", (M, D), f"{ours}gate_up"),
+                Source(f"{theirs}mlp.up_proj.weight", (M, D), f"{ours}gate_up", M),
+                Source(f"{theirs}mlp.down_proj.weight", (D, M), f"{ours}mlp_out"),
             ]
             found += [Source(f"{theirs}{name}.weight", (D,), ours + place) for name, place in norms.items()]
             if d.block.qk_norm:

@@ -33,15 +33,14 @@ class TransformerBlock(nn.Module):
         self.attention_out = _matrix(d.width, d.num_heads * d.head_width)
         self.gate_up = _matrix(2 * d.mlp_width, d.width)  # gate rows first
         self.mlp_out = _matrix(d.width, d.mlp_width)
-        for half in ("attention", "mlp"):
-            for place, there in placement._asdict().items():
-                weight = nn.Parameter(torch.empty(d.width), requires_grad=False) if there else None
-                self.register_parameter(f"{half}_{place}_norm", weight)
-        for name, heads in (("q_norm", d.num_heads), ("k_norm", d.num_kv_heads)):
-            weight = torch.empty(heads * d.head_width) if d.block.qk_norm else None
-            self.register_parameter(
-                name, None if weight is None else nn.Parameter(weight, requires_grad=False)
-            )
+        self.attention_branch_input_norm = _vector(d.width, placement.branch_input)
+        self.attention_branch_output_norm = _vector(d.width, placement.branch_output)
+        self.attention_stream_norm = _vector(d.width, placement.stream)
+        self.mlp_branch_input_norm = _vector(d.width, placement.branch_input)
+        self.mlp_branch_output_norm = _vector(d.width, placement.branch_output)
+        self.mlp_stream_norm = _vector(d.width, placement.stream)
+        self.q_norm = _vector(d.num_heads * d.head_width, d.block.qk_norm)
+        self.k_norm = _vector(d.num_kv_heads * d.head_width, d.block.qk_norm)
 
     def forward(
         self,
@@ -53,7 +52,7 @@ class TransformerBlock(nn.Module):
         lengths: tuple[int, ...],
         tap: Plain,
     ) -> tuple[Tensor, Tensor]:
-        """x: the stream; y: the same with this block's input norm. Returns both for the block that follows."""
+        """x: the stream; y: the same with this block's input norm. Returns both for the next block."""
         eps = self.kind.eps
         q_NHC, k_NKC, v_NKC = self._queries_keys_values(y_ND, rotation)
         o_NHC = tap.attention(step, q_NHC, k_NKC, v_NKC, lengths, self.head_width**-0.5)
@@ -73,7 +72,7 @@ class TransformerBlock(nn.Module):
         H, K = self.heads
         C = self.head_width
         qk_NX, v_NX = F.linear(y_ND, self.qkv).split([(H + K) * C, K * C], dim=-1)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q_NX, k_NX = qk_NX.split([H * C, K * C], dim=-1)
             eps = self.kind.eps
             qk_NX = torch.cat([rms_norm(q_NX, self.q_norm, eps), rms_norm(k_NX, self.k_norm, eps)], dim=-1)
@@ -193,3 +192,8 @@ def rotate(x_NHC: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) ->
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(rows, columns), requires_grad=False)
+
+
+def _vector(size: int, there: bool) -> nn.Parameter | None:
+    """A norm's weight, where there is one."""
+    return nn.Parameter(torch.empty(size), requires_grad=False) if there else None

@@ -53,7 +53,7 @@ class RandomModel:
         """Hash over the drawn parameters, so that another generator of random numbers shows."""
         digest = hashlib.sha256()
         for parameter in self.load(self.description, "cpu", torch.float32).parameters():
-            digest.update(parameter.numpy())
+            digest.update(parameter.numpy().data)
         return digest.hexdigest()
 
     def load(self, description: Description, device: str, dtype: torch.dtype) -> LoopedModel:
@@ -80,7 +80,7 @@ def parse_random(spec: str) -> RandomModel:
     match = _LOOP.fullmatch(spec)
     if match is None:
         raise ModelError(
-            f"{spec!r} is not a random model; write for example random:(0,12x32,0)I,norm=pre,width=256,heads=4,seed=0"
+            f"{spec!r} is not a random model; write for example random:(0,12x32,0)I,norm=pre,width=256"
         )
     prelude, core, recurrences, coda, injection, rest = match.groups()
     options = _read_options(rest or "")
