@@ -1,27 +1,32 @@
-"""One short prompt, everything about it: full attention maps, the loop's trajectory, and the logit lens.
+"""One short prompt, everything about it: a capture in memory, full attention maps, and the logit lens.
 
 This is the one place that writes T×T attention down, and only within a stated bound of memory.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import xarray as xr
 from torch import Tensor
 
 from ..kernels.residual_norm import rms_norm
 from .data import open_tokenizer
 from .models.description import Description, Step
-from .models.initial_state import draw_initial_state
-from .models.load import ModelSource, find_model
 from .models.model import LoopedModel
-from .models.tap import Packed
-from .plan import PlanError, resolve_device
-from .settings import InspectSettings
-from .tap import Buffers, Statistics
+from .models.tap import Plain
+from .plan import Plan, PlanError, make_plan
+from .run import prepare_store
+from .settings import CaptureSettings, InspectSettings
+from .store.reader import open_store
+from .worker import Worker
 
 LENS_TOKENS = 3  # how many of the likeliest next tokens are shown
+
+Lens = list[tuple[str, float]]  # tokens and their probability, likeliest first
 
 
 @dataclass(frozen=True)
@@ -34,77 +39,69 @@ class LensRow:
     relative_gap: float | None
     """‖x_t − x_last‖ / ‖x_last‖ of the last core layer."""
     entropy: float
-    """Of attention rows, nats, mean over the heads of the core."""
-    lens: list[tuple[str, float]]
-    """Likeliest next tokens and their probability, read through the model's own final norm and head."""
+    """Of attention rows, nats, mean over the heads of the core, or of all layers where there is no core."""
+    lens: Lens
+    """Likeliest next tokens, read through the model's own final norm and head."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All of one prompt, on the CPU."""
+    """All of one prompt."""
 
-    plan: dict[str, Any]
-    """`model` as in a store's plan."""
-    description: Description
-    prompt: str
+    dataset: xr.Dataset
+    """A capture of the prompt alone with every state, and `attention` (depth, head, query, key), float32."""
     tokens: list[str]
-    attention: Tensor
-    """Float32 [depth, H, T, T]."""
-    state: Tensor
-    """Float32 [depth, T, D], the residual after every block."""
-    values: dict[str, Tensor]
-    """Statistics by quantity, [depth, T] or [depth, T, H]."""
-    lens: list[list[tuple[str, float]]]
-    """For the last token, by recurrence."""
+    lens: list[Lens]
+    """For the last token, by recurrence; one entry for a feedforward model."""
 
     def rows(self) -> Iterator[LensRow]:
         """The last token's way, a row a recurrence."""
-        d = self.description
-        entropy_D = self.values["attention_entropy"][:, -1].mean(-1)
-        if not d.core:
-            yield LensRow(None, None, None, float(entropy_D.mean()), self.lens[0])
+        last = self.dataset.isel(token=-1)
+        core = last.isel(depth=last.stage.values == 1)
+        if not core.sizes["depth"]:
+            yield LensRow(None, None, None, float(last.attention_entropy.mean()), self.lens[0])
             return
-        norm_D = self.values["residual_norm"][:, -1]
-        last_depth = d.prelude + d.core * d.recurrences - 1
-        for recurrence in range(d.recurrences):
-            first = d.prelude + recurrence * d.core
-            depth = first + d.core - 1
-            step = self.values["step_norm"][depth, -1] / norm_D[depth]
-            gap = self.values["gap_norm"][depth, -1] / norm_D[last_depth]
-            yield LensRow(
-                recurrence,
-                float(step) if recurrence else None,
-                float(gap),
-                float(entropy_D[first : depth + 1].mean()),
-                self.lens[recurrence],
-            )
+        end = core.isel(depth=-1)
+        for recurrence, lens in enumerate(self.lens):
+            here = core.isel(depth=core.recurrence.values == recurrence)
+            block = here.isel(depth=-1)
+            step = float(block.step_norm / block.residual_norm) if recurrence else None
+            gap = float(block.gap_norm / end.residual_norm)
+            yield LensRow(recurrence, step, gap, float(here.attention_entropy.mean()), lens)
 
 
 def inspect_prompt(settings: InspectSettings) -> Inspection:
-    """Runs one prompt.
+    """Runs one prompt, once as a capture and once more for its maps.
 
     Raises:
         ModelError, DataError: as for a capture.
-        PlanError: an empty or too long prompt, or maps over `map_memory_gib`.
+        PlanError: maps over `map_memory_gib`.
     """
-    source = find_model(settings.model, settings.loop, settings.recurrences)
-    tokenizer_path = source.origin.tokenizer_path
-    if tokenizer_path is None and not settings.model.startswith("random:"):
-        raise PlanError(f"{settings.model} has no tokenizer.json, so it cannot read a prompt")
-    tokenizer = open_tokenizer(tokenizer_path)
-    ids = tokenizer.encode(settings.prompt)
-    _check(settings, source, ids)
-    model = source.load(resolve_device(settings.device), settings.dtype)
-    return _run(settings, source, model, ids, [tokenizer.decode([i]) for i in ids], tokenizer.decode)
+    with tempfile.TemporaryDirectory() as directory:
+        plan = _plan(settings, Path(directory))
+        _check_maps(plan, settings.map_memory_gib)
+        worker = Worker(plan.source, prepare_store(plan))
+        worker.run(0)
+        dataset = open_store(plan.settings.store).load()
+        tap = _Maps(plan.description, plan.dataset.num_tokens, worker.model.device)
+        head_input_ND = worker.forward(0, tap)
+    tokenizer = open_tokenizer(plan.source.origin.tokenizer_path)
+    read = [_to_head(worker.model, state_ND) for state_ND in tap.loop_states] or [head_input_ND[-1:]]
+    maps = (("depth", "head", "query", "key"), tap.maps.cpu().numpy())
+    return Inspection(
+        dataset=dataset.assign(attention=maps),
+        tokens=[tokenizer.decode([int(i)]) for i in plan.dataset.rows[0]],
+        lens=[_likeliest(worker.model, state_ND, tokenizer.decode) for state_ND in read],
+    )
 
 
-class _Maps(Statistics):
-    """Statistics, and the attention matrices and loop states besides."""
+class _Maps(Plain):
+    """Keeps attention matrices and the last token's loop states."""
 
-    def __init__(self, description: Description, buffers: Buffers, attention: Tensor) -> None:
-        super().__init__(description, buffers, state_depths=range(description.depth))
+    def __init__(self, description: Description, num_tokens: int, device: torch.device) -> None:
+        shape = (description.depth, description.num_heads, num_tokens, num_tokens)
+        self.maps = torch.empty(shape, device=device)
         self.loop_states: list[Tensor] = []
-        self._matrices = attention
 
     def attention(
         self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, lengths: Sequence[int], scale: float
@@ -112,53 +109,45 @@ class _Maps(Statistics):
         k_NHC = k_NKC.repeat_interleave(q_NHC.shape[1] // k_NKC.shape[1], dim=1)
         scores_HTT = torch.einsum("thc,shc->hts", q_NHC.float(), k_NHC.float()) * scale
         future_TT = torch.ones_like(scores_HTT[0], dtype=torch.bool).triu(1)
-        self._matrices[step.depth] = scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1)
+        self.maps[step.depth] = scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1)
         return super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
 
     def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
         self.loop_states.append(state_ND[-1:])
 
 
-@torch.inference_mode()
-def _run(
-    settings: InspectSettings,
-    source: ModelSource,
-    model: LoopedModel,
-    ids: list[int],
-    tokens: list[str],
-    decode,
-) -> Inspection:
-    d, T = source.description, len(ids)
-    names = ("residual_norm", "step_norm", "gap_norm", "attention_entropy")
-    values = {
-        name: torch.full(
-            (d.depth, T, d.num_heads) if "attention" in name else (d.depth, T),
-            float("nan"),
-            device=model.device,
-        )
-        for name in names
-    }
-    state = torch.empty(d.depth, T, d.width, dtype=model.dtype, device=model.device)
-    attention = torch.empty(d.depth, d.num_heads, T, T, device=model.device)
-    tap = _Maps(d, Buffers(values, state, torch.arange(T, device=model.device)), attention)
-    batch = Packed(torch.tensor(ids, device=model.device), (T,))
-    initial_ND = None
-    if d.initial_state == "normal":
-        initial_ND = draw_initial_state(settings.seed, [0], [T], d.width, d.initial_std).to(model.device)
-    head_input_ND = model(batch, tap, initial_ND)
-    read = [_to_head(model, state_ND) for state_ND in tap.loop_states] or [head_input_ND[-1:]]
-    return Inspection(
-        plan={"model": source.identity()},
-        description=d,
-        prompt=settings.prompt,
-        tokens=tokens,
-        attention=attention.cpu(),
-        state=state.float().cpu(),
-        values={name: value.cpu() for name, value in values.items()},
-        lens=[_likeliest(model.logits(state_ND), decode) for state_ND in read],
+def _plan(settings: InspectSettings, directory: Path) -> Plan:
+    if not settings.prompt:
+        raise PlanError("the prompt is empty; give some text with --prompt")
+    data_path = directory / "prompt.jsonl"
+    data_path.write_text(json.dumps({"text": settings.prompt}) + "\n")
+    wanted = CaptureSettings(
+        model=settings.model,
+        data=data_path,
+        store=directory / "prompt.zarr",
+        loop=settings.loop,
+        recurrences=settings.recurrences,
+        states=("all",),
+        dtype=settings.dtype,
+        device=settings.device,
+        seed=settings.seed,
     )
+    num_tokens = make_plan(wanted).dataset.num_tokens
+    return make_plan(replace(wanted, unit_tokens=num_tokens))  # no empty slots
 
 
+def _check_maps(plan: Plan, bound_gib: float) -> None:
+    d, T = plan.description, plan.dataset.num_tokens
+    row_bytes = d.depth * d.num_heads * 4
+    if row_bytes * T * T > bound_gib * 2**30:
+        raise PlanError(
+            f"attention maps of {T} tokens at {d.depth} depths take {row_bytes * T * T / 2**30:.2g} GiB, "
+            f"and the bound is {bound_gib:g}: {int((bound_gib * 2**30 / row_bytes) ** 0.5)} tokens fit; "
+            "shorten the prompt or raise --map-memory-gib"
+        )
+
+
+@torch.inference_mode()
 def _to_head(model: LoopedModel, state_ND: Tensor) -> Tensor:
     """A loop state as the head would read it: through the final norm, unless that ended the recurrence."""
     if model.description.recurrence_end == "norm":
@@ -166,22 +155,7 @@ def _to_head(model: LoopedModel, state_ND: Tensor) -> Tensor:
     return rms_norm(state_ND, model.final_norm, model.description.block.eps)
 
 
-def _likeliest(logits_NV: Tensor, decode) -> list[tuple[str, float]]:
-    probability_V = logits_NV[-1].float().softmax(-1)
-    share, token = probability_V.topk(LENS_TOKENS)
+@torch.inference_mode()
+def _likeliest(model: LoopedModel, head_input_ND: Tensor, decode: Callable[[list[int]], str]) -> Lens:
+    share, token = model.logits(head_input_ND)[-1].float().softmax(-1).topk(LENS_TOKENS)
     return [(decode([int(t)]), float(p)) for t, p in zip(token, share, strict=True)]
-
-
-def _check(settings: InspectSettings, source: ModelSource, ids: list[int]) -> None:
-    d, T = source.description, len(ids)
-    if not T:
-        raise PlanError("the prompt has no tokens; give some text with --prompt")
-    if d.max_positions < T:
-        raise PlanError(f"the prompt has {T} tokens and the model takes at most {d.max_positions}")
-    maps_gib = d.depth * d.num_heads * T * T * 4 / 2**30
-    if maps_gib > settings.map_memory_gib:
-        fits = int((settings.map_memory_gib * 2**30 / (4 * d.depth * d.num_heads)) ** 0.5)
-        raise PlanError(
-            f"{d.depth} attention maps of {T} tokens take {maps_gib:.2f} GiB and the bound is "
-            f"{settings.map_memory_gib:g}; {fits} tokens fit, or raise --map-memory-gib"
-        )

@@ -15,7 +15,7 @@ from .engine import UnitDone, UnitFailed
 from .plan import Plan
 from .run import Outcome, prepare_store, run_capture
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
 
 
 def print_plan(plan: Plan) -> None:
@@ -40,7 +40,7 @@ def print_plan(plan: Plan) -> None:
     gaps = {
         None: "",
         "keep states": f"; keeps {to_size(plan.kept_bytes)} of loop states for the gaps",
-        "run twice": f"; runs the loop twice for the gaps, whose states would take {to_size(plan.kept_bytes)}",
+        "run twice": f"; runs the loop twice, for its states would take {to_size(plan.kept_bytes)}",
     }[plan.gap_method]
     table.add_row("memory", f"about {to_size(plan.memory_bytes)}{gaps}")
     console.print(table)
@@ -72,7 +72,7 @@ class UnitBar:
 
     def __call__(self, event: UnitDone | UnitFailed) -> None:
         if isinstance(event, UnitFailed):
-            console.print(f"unit {event.unit} failed three times:\n{event.error}", markup=False)
+            console.print(f"unit {event.unit} failed three times:\n{event.error}")
             return
         self._num_tokens += event.entry["num_tokens"]
         rate = self._num_tokens / (time.perf_counter() - self._started_s)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .models.load import ModelSource
     from .store.verify import Report
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
 def print_status(path: Path, status: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ def print_status(path: Path, status: dict[str, Any]) -> None:
     table.add_row("at work", f"process {driver['pid']} on {driver['host']}" if driver else "nobody")
     for failure in status["failures"]:
         table.add_row("failed", f"unit {failure['unit']}, attempt {failure['attempt']}: {failure['error']}")
-    console.print(str(path), markup=False)
+    console.print(str(path))
     console.print(table)
 
 
@@ -45,7 +45,7 @@ def print_verified(report: "Report") -> None:
         f"read {report.num_files} files, {to_size(report.num_bytes)}"
     )
     for problem in report.problems:
-        console.print(f"  {problem}", markup=False, style="red")
+        console.print(f"  {problem}", style="red")
     if report.uncommitted:
         console.print(
             f"  {len(report.uncommitted)} files belong to no committed unit; the next run replaces them"
@@ -74,7 +74,7 @@ def print_store(path: Path) -> None:
     table.add_row(
         "made", f"{plan['created']}, looptap {plan['versions']['looptap']}, torch {plan['versions']['torch']}"
     )
-    console.print(str(path), markup=False)
+    console.print(str(path))
     console.print(table)
 
 
@@ -112,13 +112,10 @@ def print_model(source: "ModelSource") -> None:
 def print_inspection(inspection: "Inspection") -> None:
     """The last token's way through the loop, a row a recurrence."""
     console.print(
-        f"{inspection.plan['model']['name']}, {len(inspection.tokens)} tokens, "
-        f"the last of them {inspection.tokens[-1]!r}",
-        markup=False,
+        f"{inspection.dataset.plan['model']['name']}, {len(inspection.tokens)} tokens, "
+        f"the last of them {inspection.tokens[-1]!r}"
     )
-    table = Table(
-        "recurrence", "step", "distance to last", "entropy, nat", "next token", box=None, padding=(0, 2, 0, 0)
-    )
+    table = Table("recurrence", "step", "to last", "entropy", "next token", box=None, padding=(0, 2, 0, 0))
     for row in inspection.rows():
         step, gap = (
             f"{value:.1e}" if value is not None else "-" for value in (row.relative_step, row.relative_gap)
@@ -127,9 +124,10 @@ def print_inspection(inspection: "Inspection") -> None:
         table.add_row(
             "-" if row.recurrence is None else str(row.recurrence), step, gap, f"{row.entropy:.2f}", lens
         )
-    console.print(table, markup=False)
+    console.print(table)
     console.print(
-        "step and distance: of the last core layer, over its residual norm; entropy: mean over core heads"
+        "step, to last: distance to the recurrence before and to the last one, of the last core layer, "
+        "over the norm; entropy: nats, mean over the heads of the core"
     )
 
 

@@ -34,11 +34,24 @@ class Buffers:
 
 
 class LastStates(Plain):
-    """Keeps what each core layer leaves at the last recurrence, and nothing else."""
+    """Keeps what each core layer leaves at the last recurrence, and nothing else.
 
-    def __init__(self, description: Description) -> None:
+    Args:
+        measures_attention: whether the run that follows takes attention statistics. They come with an
+            attention of their own, which rounds otherwise; this run must round as that one does.
+    """
+
+    def __init__(self, description: Description, *, measures_attention: bool) -> None:
         self.states: dict[int, Tensor] = {}  # by layer
         self._last = description.recurrences - 1
+        self._measures_attention = measures_attention
+
+    def attention(
+        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, lengths: Sequence[int], scale: float
+    ) -> Tensor:
+        if not self._measures_attention:
+            return super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
+        return attention_with_statistics(q_NHC, k_NKC, v_NKC, lengths, scale)[0]
 
     def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
         result = super().residual(step, half, x_ND, branch_ND, norms)

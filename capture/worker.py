@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .models.initial_state import draw_initial_state
 from .models.load import ModelSource
-from .models.tap import Packed
+from .models.model import PLAIN
+from .models.tap import Packed, Plain
 from .plan import versions
 from .store.commit import Attempt, Store
 from .store.quantities import QUANTITIES
@@ -33,7 +34,7 @@ class Worker:
         self._store = store
         self._plan: dict[str, Any] = store.plan
         self._settings: dict[str, Any] = store.plan["settings"]
-        self._model = source.load(self._settings["device"], self._settings["dtype"])
+        self.model = source.load(self._settings["device"], self._settings["dtype"])
         self._source = source
         self._group = zarr.open_group(str(store.path), mode="r")
         has_states = "state" in self._settings["quantities"]
@@ -74,11 +75,13 @@ class Worker:
         return self._measure(unit, self._sequences(unit))
 
     @torch.inference_mode()
-    def forward(self, unit: int) -> None:
-        """Runs one unit's batches without a tap; what a capture is compared with."""
+    def forward(self, unit: int, tap: Plain = PLAIN) -> Tensor:
+        """Runs one unit's batches through another tap; returns what the head would read of the last one."""
+        head_input_ND = torch.empty(0)
         for batch in _batches(self._sequences(unit), self._settings["batch_tokens"]):
             packed, initial_ND = self._inputs(batch)
-            self._model(packed, initial_state_ND=initial_ND)
+            head_input_ND = self.model(packed, tap, initial_ND)
+        return head_input_ND
 
     def _sequences(self, unit: int) -> list[_Sequence]:
         C, Q = self._plan["unit_tokens"], self._plan["unit_sequences"]
@@ -93,7 +96,7 @@ class Worker:
 
     @torch.inference_mode()
     def _measure(self, unit: int, sequences: list[_Sequence]) -> Buffers:
-        d, device = self._source.description, self._model.device
+        d, device = self._source.description, self.model.device
         C = self._plan["unit_tokens"]
         values = {
             name: torch.full(
@@ -108,7 +111,7 @@ class Worker:
         if self._state_depths:
             state_slots = self._state_slots(unit, sequences)
             shape = (len(self._state_depths), len(state_slots), d.width)
-            state = torch.empty(shape, dtype=self._model.dtype, device=device)
+            state = torch.empty(shape, dtype=self.model.dtype, device=device)
         for batch in _batches(sequences, self._settings["batch_tokens"]):
             start, end = batch[0].start, batch[-1].start + len(batch[-1].token_ids)
             part = Buffers({name: value[:, start:end] for name, value in values.items()})
@@ -124,8 +127,9 @@ class Worker:
         packed, initial_ND = self._inputs(batch)
         last_states = None
         if self._plan["gap_method"] == "run twice":
-            first_run = LastStates(d)
-            self._model(packed, first_run, initial_ND)
+            is_measured = any(name.startswith("attention_") for name in buffers.values)
+            first_run = LastStates(d, measures_attention=is_measured)
+            self.model(packed, first_run, initial_ND)
             last_states = first_run.states
         tap = Statistics(
             d,
@@ -134,10 +138,10 @@ class Worker:
             state_depths=self._state_depths,
             last_states=last_states,
         )
-        self._model(packed, tap, initial_ND)
+        self.model(packed, tap, initial_ND)
 
     def _inputs(self, batch: list[_Sequence]) -> tuple[Packed, Tensor | None]:
-        d, device = self._source.description, self._model.device
+        d, device = self._source.description, self.model.device
         token_id_N = torch.from_numpy(
             np.concatenate([sequence.token_ids for sequence in batch]).astype(np.int64)
         )

@@ -54,8 +54,8 @@ class Checkpoint:
     def load(self, description: Description, device: str, dtype: torch.dtype) -> LoopedModel:
         """Streams the weights to the device; extra host memory is one tensor."""
         with torch.device("meta"):
-            model = LoopedModel(description)
-        model = model.to_empty(device=device).to(dtype)
+            model = LoopedModel(description).to(dtype)
+        model = model.to_empty(device=device)
         parameters = dict(model.named_parameters())
         for path in sorted(set(self.file_of.values())):
             with safe_open(path, framework="pt") as file:

@@ -106,6 +106,8 @@ class Description:
     def __post_init__(self) -> None:
         if (self.core == 0) != (self.recurrences == 0):
             raise ValueError(f"a core of {self.core} layers cannot run {self.recurrences} times")
+        if self.injection and not self.core:
+            raise ValueError(f"{self.notation} injects into a loop and has no core")
         if min(self.prelude, self.core, self.coda) < 0 or self.num_blocks == 0:
             raise ValueError(f"{self.notation} has no layers")
         if self.num_heads % self.num_kv_heads:
@@ -126,8 +128,8 @@ class Description:
     @property
     def notation(self) -> str:
         """The paper's: (prelude,core×recurrences,coda), and I with injection."""
-        loop = f"({self.prelude},{self.core}x{self.recurrences},{self.coda})"
-        return loop + ("I" if self.injection else "")
+        core = f"{self.core}x{self.recurrences}" if self.core else "0"
+        return f"({self.prelude},{core},{self.coda})" + ("I" if self.injection else "")
 
     @property
     def closes_with_norm(self) -> bool:
@@ -148,7 +150,8 @@ class Description:
         """The same model run another number of times."""
         if not self.core:
             raise ValueError(
-                f"{self.notation} has no core to repeat; give a window of its layers with --loop first-lastxtimes"
+                f"{self.notation} has no core to repeat; "
+                "give a window of its layers with --loop first-lastxtimes"
             )
         if recurrences < 1:
             raise ValueError(f"recurrences must be at least 1, got {recurrences}")
@@ -158,9 +161,9 @@ class Description:
         """A feedforward model with layers first..last, both included, run as a core."""
         if self.core:
             raise ValueError(f"{self.notation} is looped already; --loop takes a feedforward model")
-        if not 0 <= first <= last < self.prelude:
+        if not 0 <= first <= last < self.num_blocks:
             raise ValueError(
-                f"layers {first}-{last} are not in this model, which has 0 to {self.prelude - 1}"
+                f"layers {first}-{last} are not in this model, which has 0 to {self.num_blocks - 1}"
             )
         if recurrences < 1:
             raise ValueError(f"recurrences must be at least 1, got {recurrences}")
@@ -169,5 +172,5 @@ class Description:
             prelude=first,
             core=last - first + 1,
             recurrences=recurrences,
-            coda=self.prelude - last - 1,
+            coda=self.num_blocks - last - 1,
         )
