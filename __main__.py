@@ -34,7 +34,7 @@ def capture(settings: OmitArgPrefixes[CaptureSettings]) -> int:
 
 @app.command
 def status(store: StorePath) -> int:
-    """Say how far a capture is: units, tokens, bytes, failures, and who is at work on it."""
+    """Say how far a capture is, what failed, and who is at work on it."""
     from .capture.show import print_status
     from .capture.store.verify import store_status
 
@@ -44,7 +44,7 @@ def status(store: StorePath) -> int:
 
 @app.command
 def verify(store: StorePath) -> int:
-    """Read a store whole and compare every file with the checksum taken when it was written.
+    """Compare every file of a store with the checksum taken when it was written.
 
     Exit code 1 if a file is not what was committed, or if units are missing.
     """
@@ -59,14 +59,14 @@ def verify(store: StorePath) -> int:
 @app.command
 def info(
     target: Annotated[str, Positional, arg(metavar="STORE-or-MODEL")],
-    loop: Annotated[str | None, arg(metavar="FIRST-LASTxTIMES")] = None,
-    recurrences: Annotated[int | None, arg(metavar="INT")] = None,
+    loop: Annotated[str | None, arg(metavar="WINDOW")] = None,
+    recurrences: Annotated[int | None, arg(metavar="TIMES")] = None,
 ) -> int:
     """Describe a store or a model: its loop, sizes, and what each quantity takes.
 
     Args:
         target: A store, a model directory, or a random: spec.
-        loop: For a feedforward model, the window of layers to repeat.
+        loop: For a feedforward model, the layers to repeat: first-lastxtimes, for example 10-19x8.
         recurrences: For a looped model, passes through the core.
     """
     from .capture.show import print_model, print_store
@@ -103,9 +103,9 @@ def analyze(
 def report(
     stores: StorePaths,
     out: Annotated[Path, arg(metavar="FILE")] = Path("report.html"),
-    title: str | None = None,
+    title: Annotated[str | None, arg(metavar="TEXT")] = None,
 ) -> int:
-    """Write one self-contained page about one or several captures: verdicts, figures, numbers.
+    """Write one self-contained page about one or several captures, side by side.
 
     Args:
         out: The HTML file to write.
@@ -119,7 +119,7 @@ def report(
 
 @app.command
 def inspect(settings: OmitArgPrefixes[InspectSettings]) -> int:
-    """Run one short prompt and show its inside: trajectory, logit lens, and attention maps with --out."""
+    """Run one prompt: its way through the loop, and attention maps with --out."""
     from .capture.inspect import inspect_prompt
     from .capture.show import print_inspection
 
@@ -134,17 +134,17 @@ def inspect(settings: OmitArgPrefixes[InspectSettings]) -> int:
 
 @app.command
 def demo(out: Annotated[Path, arg(metavar="DIR")] = Path("demo")) -> int:
-    """Capture two small looped models on bundled prompts and write a report about them; needs no download.
+    """Capture two small models on bundled prompts and report on them; no download.
 
-    Both are randomly initialised with 12 layers run 32 times, one with input injection, one without.
+    Both are randomly initialised, 12 layers run 32 times, one with injection.
 
     Args:
         out: Directory for the two stores and the report.
     """
     from .analysis.findings import find
     from .analysis.report import write_report
+    from .analysis.show import print_verdicts
     from .capture.demo import capture_demo
-    from .capture.show import print_verdicts
 
     stores = capture_demo(out)
     path = write_report(stores, out / "report.html", "Two loops: with and without input injection")
@@ -160,7 +160,7 @@ app.command(
 
 @bench.command(name="capture")
 def bench_capture(settings: OmitArgPrefixes[CaptureBench]) -> int:
-    """Measure what a capture costs, as ratios to the same model's forward pass without a tap."""
+    """Measure a capture's cost as ratios to the same model's plain forward pass."""
     from .benchmarks import capture as benchmark
 
     benchmark.bench_capture(settings)

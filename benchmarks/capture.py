@@ -33,7 +33,7 @@ class CaptureBench:
         "random:(30,0,0),width=576,heads=9"
     )
     """Directory or spec; the default has about the shape of SmolLM2-135M."""
-    loop: str | None = None
+    loop: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LASTxTIMES")] = None
     """Repeat a window of a feedforward model's layers: first-lastxtimes."""
     sequences: int = 32
     """How many sequences are captured."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def read_dataset(
                 f"{path} is text and the model has no tokenizer.json beside it; give token ids instead"
             )
         texts = islice(_jsonl(path, field) if suffix == ".jsonl" else _lines(path), limit)
-        rows = [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
+        rows = [_encode(path, tokenizer, number, text) for number, text in enumerate(texts)]
     elif suffix in (".npy", ".safetensors"):
         rows = (_npy(path) if suffix == ".npy" else _safetensors(path))[:limit]
     else:
@@ -119,6 +120,14 @@ def check_rows(dataset: Dataset, vocab_size: int, max_positions: int) -> None:
             )
 
 
+def _encode(path: Path, tokenizer: Tokenizer, number: int, text: str) -> np.ndarray:
+    try:
+        # no text, no tokens: a tokenizer may put a beginning before nothing at all
+        return np.array(tokenizer.encode(text) if text else [], dtype=np.int32)
+    except Exception as error:  # the library raises bare Exception, and half a surrogate pair is no UTF-8
+        raise DataError(f"{path}, row {number}: {tokenizer.name} cannot read it: {error}") from error
+
+
 def _jsonl(path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(path)):
         if not line.strip():
@@ -148,7 +157,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _npy(path: Path) -> list[np.ndarray]:
     try:
         ids_ST = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, BadZipFile) as error:
         raise DataError(f"{path} is no .npy array of numbers: {error}") from error
     if not isinstance(ids_ST, np.ndarray):
         raise DataError(f"{path} is an archive; a single .npy array of token ids [S, T] is wanted")
@@ -161,8 +170,10 @@ def _safetensors(path: Path) -> list[np.ndarray]:
 
     try:
         tensors = load_file(path)
-    except (SafetensorError, KeyError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged or no safetensors file: {error}") from error
+    except (KeyError, TypeError) as error:  # a dtype that NumPy lacks
+        raise DataError(f"{path}: input_ids and lengths must be whole numbers; {error}") from error
     if "input_ids" not in tensors:
         raise DataError(f"{path} has no tensor input_ids; it holds {', '.join(tensors) or 'nothing'}")
     return _matrix_rows(path, tensors["input_ids"], tensors.get("lengths"))
@@ -183,7 +194,6 @@ def _matrix_rows(path: Path, ids_ST: np.ndarray, lengths_S: np.ndarray | None) -
     rows = [row[:length] for row, length in zip(ids_ST, lengths_S, strict=True)]
     for number, row in enumerate(rows):
         if len(row) and (int(row.min()) < 0 or int(row.max()) > limits.max):
-            raise DataError(
-                f"{path}, row {number}: token id {int(row.min())} to {int(row.max())} is out of range"
-            )
+            wrong = row[(row < 0) | (row > limits.max)][0]
+            raise DataError(f"{path}, row {number} holds the token id {wrong}; ids are 0 to {limits.max}")
     return [row.astype(np.int32) for row in rows]

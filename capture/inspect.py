@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kernels.residual_norm import rms_norm
 from .data import open_tokenizer
 from .models.description import Description, Step
+from .models.load import find_model
 from .models.model import LoopedModel
 from .models.tap import Plain
 from .plan import Plan, PlanError, make_plan
@@ -132,6 +133,8 @@ def _plan(settings: InspectSettings, directory: Path) -> Plan:
         device=settings.device,
         seed=settings.seed,
     )
+    if find_model(settings.model).origin.tokenizer_path is None and not settings.model.startswith("random:"):
+        raise PlanError(f"{settings.model} has no tokenizer.json, so it cannot read a prompt")
     num_tokens = make_plan(wanted).dataset.num_tokens
     return make_plan(replace(wanted, unit_tokens=num_tokens))  # no empty slots
 
@@ -139,7 +142,7 @@ def _plan(settings: InspectSettings, directory: Path) -> Plan:
 def _check_maps(plan: Plan, bound_gib: float) -> None:
     d, T = plan.description, plan.dataset.num_tokens
     row_bytes = d.depth * d.num_heads * 4
-    if row_bytes * T * T > bound_gib * 2**30:
+    if not row_bytes * T * T <= bound_gib * 2**30:  # a bound that is no number holds nothing
         raise PlanError(
             f"attention maps of {T} tokens at {d.depth} depths take {row_bytes * T * T / 2**30:.2g} GiB, "
             f"and the bound is {bound_gib:g}: {int((bound_gib * 2**30 / row_bytes) ** 0.5)} tokens fit; "

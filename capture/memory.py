@@ -54,9 +54,9 @@ def _to_file(data: str | Path | Sequence[str] | Sequence[Sequence[int]], directo
         path = directory / "texts.jsonl"
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in data))
         return path
-    rows = [np.asarray(row, np.int64) for row in data]
-    if any(row.ndim != 1 for row in rows):
-        raise ValueError("data must be a file, a list of texts, or a list of lists of token ids")
+    rows = [np.asarray(row) for row in data]
+    if any(row.ndim != 1 or (len(row) and row.dtype.kind not in "iu") for row in rows):
+        raise ValueError("data must be a file, a list of texts, or a list of lists of whole token ids")
     lengths_S = np.array([len(row) for row in rows], np.int64)
     ids_ST = np.zeros((len(rows), max(lengths_S, default=0)), np.int64)
     for padded_T, row in zip(ids_ST, rows, strict=True):

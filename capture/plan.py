@@ -7,6 +7,7 @@ give the same units. A worker reads what it needs from the store that the plan m
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -111,7 +112,7 @@ class Plan:
     def disk_bytes(self) -> int:
         """Bytes of all units' arrays before compression, which statistics shrink a little by."""
         specs = self.arrays().values()
-        return sum(int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize for spec in specs)
+        return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs)
 
     @property
     def _batch_tokens(self) -> int:
@@ -234,6 +235,7 @@ def make_plan(settings: CaptureSettings) -> Plan:
     Raises:
         ModelError, DataError, PlanError, ValueError: a user's mistake; nothing was written.
     """
+    settings.check()
     source = find_model(settings.model, settings.loop, settings.recurrences)
     names = [*settings.quantities, "state"] if settings.states else list(settings.quantities)
     quantities = resolve_quantities(names)
@@ -291,8 +293,10 @@ def resolve_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         wanted = torch.device(device)
-    except RuntimeError as error:
-        raise PlanError(f"device {device!r} is not known; use cpu, cuda or cuda:NUMBER") from error
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise PlanError(f"device {device!r} is not known; use cpu, cuda or cuda:NUMBER")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise PlanError(f"device {device} is not there; torch sees {torch.cuda.device_count()} GPUs")
     return device

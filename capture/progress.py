@@ -7,15 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .engine import UnitDone, UnitFailed
 from .plan import Plan
 from .run import Outcome, prepare_store, run_capture
+from .show import make_console, to_size
 
-console = Console(stderr=True, highlight=False, markup=False)
+console = make_console(stderr=True)
 
 
 def print_plan(plan: Plan) -> None:
@@ -104,11 +104,3 @@ def run_with_progress(plan: Plan) -> Outcome:
         outcome = run_capture(plan, bar)
     print_outcome(outcome, time.perf_counter() - started_s)
     return outcome
-
-
-def to_size(num_bytes: int) -> str:
-    """Bytes as a person says them."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if num_bytes >= 1024**power:
-            return f"{num_bytes / 1024**power:.1f} {unit}"
-    return f"{num_bytes} B"

@@ -95,6 +95,6 @@ def _check_disk(plan: Plan, num_todo: int) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise PlanError(
-            f"{plan.settings.store} needs up to {needed / 2**30:.2f} GiB and its disk has "
-            f"{free / 2**30:.2f} GiB free; choose fewer quantities, states or rows, or another disk"
+            f"{plan.settings.store} needs up to {needed / 2**20:,.1f} MiB and its disk has "
+            f"{free / 2**20:,.1f} MiB free; choose fewer quantities, states or rows, or another disk"
         )

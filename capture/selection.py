@@ -36,7 +36,7 @@ def select_depths(states: Sequence[str], description: Description) -> tuple[int,
             raise ValueError(f"states {text!r}: {description.notation} has no {stage}")
         if recurrences is not None and stage != "core":
             raise ValueError(f"states {text!r}: only the core has recurrences, the {stage} runs once")
-        wanted_layers = _numbers(layers or "all", num_layers, f"layers of the {stage}")
+        wanted_layers = _numbers("all" if layers is None else layers, num_layers, f"layers of the {stage}")
         wanted_recurrences = _numbers(recurrences or "all", description.recurrences, "recurrences")
         chosen.update(
             step.depth
@@ -60,7 +60,7 @@ def select_tokens(tokens: str, seed: int, sequence_id: int, length: int) -> np.n
         return np.arange(length)
     if tokens == "last":
         return np.arange(length)[-1:]
-    if kind == "every" and argument.isdigit() and int(argument) > 0:
+    if kind == "every" and argument.isdecimal() and int(argument) > 0:
         return np.arange(0, length, int(argument))
     if kind == "sample" and (share := _share(argument)) is not None:
         # a key of its own, so that the sample is independent of the initial states' draw

@@ -53,15 +53,19 @@ class CaptureSettings:
     gap_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 2.0
     """Memory that kept loop states may take for the gaps, GiB; past it the loop is run twice instead."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a number out of its range.
+
+        Called by the plan: raised while the command line is parsed, the message would be buried in another.
+        """
         for name in ("limit", "recurrences", "unit_tokens", "batch_tokens", "sink_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
-        if self.gap_memory_gib < 0:
-            raise ValueError(f"gap_memory_gib must not be negative, got {self.gap_memory_gib}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        if not 0 <= self.gap_memory_gib < float("inf"):
+            raise ValueError(f"gap_memory_gib must be a number from 0, got {self.gap_memory_gib}")
 
 
 @dataclass(frozen=True, kw_only=True)

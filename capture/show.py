@@ -1,20 +1,27 @@
 """Stores, models and prompts as text on stdout, for the commands that only look."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .progress import to_size
-
 if TYPE_CHECKING:
-    from ..analysis.findings import Findings
     from .inspect import Inspection
     from .models.load import ModelSource
     from .store.verify import Report
 
-console = Console(highlight=False, markup=False)
+
+def make_console(stderr: bool) -> Console:
+    """Where plain text goes; lines are broken to fit a terminal, and left whole in a pipe or a file."""
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 10_000
+    return console
+
+
+console = make_console(stderr=False)
 
 
 def print_status(path: Path, status: dict[str, Any]) -> None:
@@ -131,15 +138,9 @@ def print_inspection(inspection: "Inspection") -> None:
     )
 
 
-def print_verdicts(findings: "list[Findings]") -> None:
-    """The three answers of each capture, with the number that each rests on."""
-    table = Table("", *(each.label for each in findings), box=None, padding=(0, 2, 0, 0))
-    for row in zip(*(each.verdicts for each in findings), strict=True):
-        cells = []
-        for verdict in row:
-            answer = {True: "yes", False: "no", None: "cannot tell"}[verdict.answer]
-            number = "" if verdict.value is None else f", {verdict.value:.2g} {verdict.unit}"
-            since = f", from recurrence {verdict.recurrence}" if verdict.recurrence is not None else ""
-            cells.append(answer + number + since)
-        table.add_row(row[0].question, *cells)
-    console.print(table)
+def to_size(num_bytes: int) -> str:
+    """Bytes as a person says them."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= 1024**power:
+            return f"{num_bytes / 1024**power:.1f} {unit}"
+    return f"{num_bytes} B"

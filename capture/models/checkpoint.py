@@ -75,7 +75,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     config = _read_config(path / "config.json")
     kind = config.fields.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelError(
             f"{config.path}: model_type {kind!r} is not known; looptap reads {', '.join(sorted(FAMILIES))}"
         )
@@ -123,9 +123,10 @@ def _read_headers(path: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
         weight_map = _read_config(index_path).fields.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index_path} has no weight_map")
-        files = sorted(set(weight_map.values()))
-        if strange := [name for name in files if Path(str(name)).name != name]:
+        named = list(weight_map.values())
+        if strange := [name for name in named if name in ("", "..") or Path(str(name)).name != name]:
             raise ModelError(f"{index_path} names {strange[0]!r}, which is no file of this directory")
+        files = sorted(set(named))
     elif single_path.is_file():
         weight_map, files = None, [single_path.name]
     else:

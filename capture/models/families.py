@@ -49,13 +49,23 @@ class Config:
 
     def number(self, name: str) -> float:
         value = self._get(name, None)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
             raise ModelError(f"{self.path}: {name} must be a positive number, got {value!r}")
         return float(value)
 
     def flag(self, name: str) -> bool:
         """A switch that is off unless the config turns it on."""
-        return bool(self.fields.get(name, False))
+        value = self._get(name, False)
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.path}: {name} must be true or false, got {value!r}")
+        return value
+
+    def nested(self, name: str) -> "Config":
+        """The fields of an object inside the config; none where there is no such object."""
+        value = self._get(name, {})
+        if not isinstance(value, dict):
+            raise ModelError(f"{self.path}: {name} must be an object, got {value!r}")
+        return Config(self.path, value)
 
     def must_be(self, name: str, wanted: object) -> None:
         """Refuses a config that asks for something other than what is wired here; absent means wanted."""
@@ -107,22 +117,21 @@ def _feedforward(config: Config, block: Block) -> Description:
 
 def _rotary(config: Config) -> Rotary:
     """Old files carry rope_theta and rope_scaling, newer ones rope_parameters with both inside."""
-    fields = config.fields.get("rope_parameters") or {}
-    scaling = config.fields.get("rope_scaling") or fields
-    theta = fields.get("rope_theta") or config.number("rope_theta")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    newer, older = config.nested("rope_parameters"), config.nested("rope_scaling")
+    scaling = older if older.fields else newer
+    theta = (newer if "rope_theta" in newer.fields else config).number("rope_theta")
+    kind = scaling.fields.get("rope_type", scaling.fields.get("type", "default"))
     if kind == "default":
-        return Rotary(theta=float(theta))
+        return Rotary(theta=theta)
     if kind != "llama3":
         raise ModelError(f"{config.path}: rotary scaling {kind!r} is not known; default and llama3 are")
-    nested = Config(config.path, scaling)
     return Rotary(
-        theta=float(theta),
+        theta=theta,
         scaling=Llama3Scaling(
-            factor=nested.number("factor"),
-            low_freq_factor=nested.number("low_freq_factor"),
-            high_freq_factor=nested.number("high_freq_factor"),
-            original_max_positions=nested.integer("original_max_position_embeddings"),
+            factor=scaling.number("factor"),
+            low_freq_factor=scaling.number("low_freq_factor"),
+            high_freq_factor=scaling.number("high_freq_factor"),
+            original_max_positions=scaling.integer("original_max_position_embeddings"),
         ),
     )
 

@@ -82,6 +82,8 @@ def find_model(spec: str, loop: str | None = None, recurrences: int | None = Non
         raise ModelError(f"{spec!r} is no directory here and no random: spec")
     description = origin.description
     try:
+        if loop is not None and recurrences is not None:
+            raise ValueError(f"--loop {loop} says how often already; leave --recurrences {recurrences} out")
         if loop is not None:
             if (match := _WINDOW.fullmatch(loop)) is None:
                 raise ValueError(f"--loop {loop!r} must read first-lastxtimes, for example 10-19x8")

@@ -122,10 +122,14 @@ def _read_options(text: str) -> RandomOptions:
             raise ModelError(
                 f"{item!r} is no option of a random model; they are {', '.join(types)}, each as name=value"
             )
+        if name in given:
+            raise ModelError(f"{name} is given twice")
         try:
             given[name] = types[name](value)
         except ValueError:
             raise ModelError(f"{name}={value} is no {types[name].__name__}") from None
-        if types[name] is not str and (given[name] < 0 or (given[name] == 0 and name != "seed")):
-            raise ModelError(f"{name}={value} must be positive")
+        if name == "seed" and not 0 <= given[name] < 2**64:
+            raise ModelError(f"seed={value} must be a whole number from 0 to 2**64 - 1")
+        if types[name] is not str and name != "seed" and not 0 < given[name] < float("inf"):
+            raise ModelError(f"{name}={value} must be positive and finite")
     return RandomOptions(**given)

@@ -131,7 +131,8 @@ def read_group(path: str | Path) -> dict[str, Any]:
         raise StoreError(f"{path} is not a looptap store: it has no zarr.json") from None
     except ValueError as error:
         raise StoreError(f"{path}/zarr.json cannot be read ({error}): restore it, or capture again") from None
-    number = group.get("attributes", {}).get("looptap_format")
+    attributes = group.get("attributes") if isinstance(group, dict) else None
+    number = attributes.get("looptap_format") if isinstance(attributes, dict) else None
     if number is None:
         raise StoreError(f"{path} is a Zarr group, not a looptap store: it has no attribute looptap_format")
     if number != FORMAT:

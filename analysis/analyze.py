@@ -1,0 +1,93 @@
+"""Every measure of a capture as a table and every figure as a picture, for work outside looptap."""
+
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+
+from .findings import Findings, find, long_table
+
+TABLE_FORMATS = ("parquet", "csv")
+FIGURE_FORMATS = ("png", "svg")
+_PNG_SCALE = 2.0  # pixels a point: sharp on paper and on dense screens
+
+
+class FormatError(ValueError):
+    """A table or figure was asked for in a format that is not written."""
+
+
+def write_analysis(
+    store: str | Path | xr.Dataset,
+    out_dir: str | Path,
+    table_format: str = "parquet",
+    figure_format: tuple[str, ...] = FIGURE_FORMATS,
+) -> list[Path]:
+    """Write the tables and figures of one capture into a directory.
+
+    Args:
+        store: path of a store, or a Dataset laid out like one.
+        out_dir: made if it is not there; files of the same names are replaced.
+        table_format: parquet or csv.
+        figure_format: any of png and svg; none for tables alone.
+    Returns:
+        paths written: `measures` (a row per measure and depth), `verdicts`, `non_finite`, `trajectory` and
+        `distinctness` where states are kept, and one file per figure and format.
+    Raises:
+        FormatError: a format is unknown.
+        NothingCapturedError: the store has no finished sequence yet.
+    """
+    _check("table format", [table_format], TABLE_FORMATS)
+    _check("figure format", figure_format, FIGURE_FORMATS)
+    (findings,) = find([store])
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    paths = [_write_table(t, out_dir / f"{name}.{table_format}") for name, t in tables(findings).items()]
+    return paths + (_write_figures(findings, out_dir, figure_format) if figure_format else [])
+
+
+def tables(findings: Findings) -> dict[str, pd.DataFrame]:
+    """All numbers of one capture, by name of the table."""
+    wrong = findings.measures["non_finite"].to_dataframe().reset_index()
+    result = {
+        "measures": long_table(findings.measures),
+        "verdicts": pd.DataFrame([vars(verdict) for verdict in findings.verdicts]),
+        "non_finite": wrong[wrong["non_finite"] > 0].reset_index(drop=True),
+    }
+    if isinstance(findings.trajectory, xr.Dataset):
+        position = findings.trajectory["position"]
+        table = position.to_dataframe().reset_index()
+        table["explained"] = findings.trajectory["explained"].values[table["component"]]
+        result["trajectory"] = table
+    if isinstance(findings.distinctness, xr.Dataset):
+        pairs = findings.distinctness[["cosine", "relative_distance"]]
+        result["distinctness"] = pairs.to_dataframe().reset_index()
+    return result
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> Path:
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path, index=False)
+    return path
+
+
+def _write_figures(findings: Findings, out_dir: Path, formats: tuple[str, ...]) -> list[Path]:
+    from .figures import FIGURES
+
+    paths = []
+    for draw in FIGURES:
+        figure = draw([findings])
+        if figure is None:
+            continue
+        for each in formats:
+            path = out_dir / f"{figure.name}.{each}"
+            figure.chart().save(path, scale_factor=_PNG_SCALE if each == "png" else 1)
+            paths.append(path)
+    return paths
+
+
+def _check(what: str, given: list[str] | tuple[str, ...], known: tuple[str, ...]) -> None:
+    for each in given:
+        if each not in known:
+            raise FormatError(f"{each!r} is not a {what}: choose {' or '.join(known)}")

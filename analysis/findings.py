@@ -1,0 +1,144 @@
+"""Everything measured in one capture, under the label that figures and tables show it by."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+
+from .measures import MEASURES, measure
+from .states import StatesMissingError, distinctness, trajectory
+from .streaming import Depths, NothingCapturedError, as_dataset, depths_of
+from .verdicts import Verdict, verdicts
+
+STAGES = ("prelude", "core", "coda")
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """The measures of one capture; `trajectory` and `distinctness` are the reason where there is none."""
+
+    label: str
+    measures: xr.Dataset
+    trajectory: xr.Dataset | str
+    distinctness: xr.Dataset | str
+    verdicts: list[Verdict]
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        return self.measures.attrs["plan"]
+
+    @property
+    def depths(self) -> Depths:
+        return depths_of(self.measures)
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """Units done and in the plan."""
+        total = self.plan["num_units"]
+        return self.measures.attrs.get("units_done", total), total
+
+
+def find(stores: Sequence[str | Path | xr.Dataset]) -> list[Findings]:
+    """Measure every store, labelled so that no two captures share a label.
+
+    Raises:
+        NothingCapturedError: a store has no finished sequence; the message names it.
+    """
+    datasets = [as_dataset(store) for store in stores]
+    labels = make_labels([dataset.attrs["plan"] for dataset in datasets])
+    return [_find_one(dataset, label) for dataset, label in zip(datasets, labels, strict=True)]
+
+
+def _find_one(dataset: xr.Dataset, label: str) -> Findings:
+    try:
+        measures = measure(dataset)
+    except NothingCapturedError as error:
+        raise NothingCapturedError(f"{label}: {error}") from error
+    path, apart = _or_reason(trajectory, dataset), _or_reason(distinctness, dataset)
+    return Findings(
+        label=label,
+        measures=measures,
+        trajectory=path,
+        distinctness=apart,
+        verdicts=verdicts(measures, apart),
+    )
+
+
+def _or_reason(function: Callable[[xr.Dataset], xr.Dataset], dataset: xr.Dataset) -> xr.Dataset | str:
+    try:
+        return function(dataset)
+    except (StatesMissingError, NothingCapturedError) as error:
+        return str(error)
+
+
+def make_labels(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """Short labels: the model's name and notation and what else tells captures apart, or a number."""
+    if not plans:
+        return []
+    always, extra, last = zip(*map(_label_parts, plans), strict=True)
+    labels = list(always)
+    for column in zip(*extra, strict=True):
+        if len(set(labels)) < len(labels) and len(set(column)) > 1:
+            labels = [f"{label} {part}" for label, part in zip(labels, column, strict=True)]
+    labels = [
+        f"{label} {tail}" if labels.count(label) > 1 else label
+        for label, tail in zip(labels, last, strict=True)
+    ]
+    return [
+        f"{label} [{index + 1}]" if labels.count(label) > 1 else label for index, label in enumerate(labels)
+    ]
+
+
+def _label_parts(plan: dict[str, Any]) -> tuple[str, tuple[str, ...], str]:
+    """What every label shows, what it adds where captures differ, and what if that is not enough."""
+    model, settings = plan["model"], plan["settings"]
+    name, spec = str(model["name"]), str(model.get("spec") or model["name"])
+    is_random = spec.startswith("random:")
+    short = "random" if is_random else name.rstrip("/").rsplit("/", 1)[-1]
+    norm = f"{model['norm']}-norm" if model["norm"] == "pre" else f"{model['norm']} norms"
+    extra = (norm, f"width {model['width']}", str(plan["data"]["name"]), str(settings["dtype"]))
+    tail = spec.rpartition(")")[2].lstrip("I,") if is_random else f"seed {settings['seed']}"
+    return f"{short} {str(model['notation']).replace('x', TIMES)}", extra, tail
+
+
+def depth_table(measures: xr.Dataset) -> pd.DataFrame:
+    """A row per depth: stage, layer, recurrence, and every measure with `_low` and `_high`."""
+    depths = depths_of(measures)
+    columns: dict[str, Any] = {
+        "depth": measures["depth"].values,
+        "stage": [STAGES[stage] for stage in depths.stage],
+        "layer": depths.layer,
+        "recurrence": depths.recurrence,
+    }
+    for name in MEASURES:
+        if name in measures:
+            value, low, high, _ = measures[name].values
+            columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return pd.DataFrame(columns)
+
+
+def long_table(measures: xr.Dataset) -> pd.DataFrame:
+    """A row per measure and depth: value, band, number of sequences, unit and definition."""
+    depths = depths_of(measures)
+    place = {
+        "depth": measures["depth"].values,
+        "stage": [STAGES[stage] for stage in depths.stage],
+        "layer": depths.layer,
+        "recurrence": depths.recurrence,
+    }
+    parts = []
+    for name in MEASURES:
+        if name in measures:
+            value, low, high, sequences = measures[name].values
+            numbers = {"value": value, "low": low, "high": high, "sequences": sequences.astype(int)}
+            about = {key: measures[name].attrs[key] for key in ("units", "fold", "definition")}
+            parts.append(pd.DataFrame({"measure": name, **place, **numbers, **about}))
+    return (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame({"measure": [], **{key: [] for key in place}})
+    )

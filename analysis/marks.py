@@ -1,0 +1,205 @@
+"""The hand that draws every figure: colours by grouping, lines with bands, stage shading, panels.
+
+A figure is defined once: `Figure.chart` is what png and svg are made of, and its panels, as wide as the
+page lets them be and with hover, are what the report shows. Captures share the axes of a figure, so that
+eyes can compare.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from .axes import PANEL_HEIGHT, depth_axis
+
+# one scheme per grouping, everywhere: recurrences from green to night blue, layers from amber to plum,
+# realised depth in grey; lightness falls along each scheme, so that order shows without colour too
+RECURRENCE_COLORS = ("#4fb58c", "#2c93a8", "#2b66a8", "#2a3a8c", "#1c1347")
+LAYER_COLORS = ("#e39a2d", "#d96b3a", "#bf3f55", "#8a2a6b", "#4a1a55")
+GROUP_COLORS = {"recurrence": RECURRENCE_COLORS, "layer": LAYER_COLORS}
+DEPTH_COLOR = "#4a4a48"
+FONT = "Inter, Helvetica Neue, Arial, sans-serif"  # vl-convert brings its own for the last
+FEW_LINES, _SOME_LINES = 16, 48  # up to here: bands beside the lines; from here on: hairlines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One plot of one capture. `columns` are the fields of the table `data` that it draws from."""
+
+    label: str
+    data: str
+    columns: tuple[str, ...]
+    layers: Sequence[alt.Chart]
+    hover: Sequence[alt.Chart] = ()
+
+    def chart(self, hover: bool) -> alt.LayerChart | alt.FacetChart:
+        layers = [*self.layers, *self.hover] if hover else self.layers
+        title = alt.Title(self.label, anchor="start", fontSize=12, fontWeight=600, color="#33332f", offset=8)
+        return alt.layer(*layers, data=alt.NamedData(name=self.data), title=title, height=PANEL_HEIGHT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """Panels in rows of `columns`, the tables they draw from, and what a reader must know to read them."""
+
+    name: str
+    title: str
+    paper: str
+    """which figures of arXiv 2604.11791 it answers to"""
+    subtitle: str
+    columns: int
+    panels: Sequence[Panel]
+    tables: dict[str, pd.DataFrame]
+    group: str | None = None
+    group_domain: tuple[int, int] = (0, 1)
+    absent: dict[str, str] = field(default_factory=dict)
+    """capture -> why it is not drawn"""
+    notes: Sequence[str] = ()
+    """what else a reader must know, such as a band that is not drawn"""
+
+    def chart(self, width: int = 420) -> alt.ConcatChart:
+        """The whole figure as one chart that holds its data; nothing in it is loaded from elsewhere."""
+        charts = [panel.chart(hover=False).properties(width=width) for panel in self.panels]
+        title = alt.Title(self.title, subtitle=self.subtitle, anchor="start", fontSize=16, offset=14)
+        chart = alt.concat(*charts, columns=self.columns, title=title, spacing=28)
+        columns = {
+            name: [c for p in self.panels if p.data == name for c in p.columns] for name in self.tables
+        }
+        datasets = {name: to_records(self.tables[name], dict.fromkeys(columns[name])) for name in self.tables}
+        return chart.resolve_scale(color="shared").properties(datasets=datasets, config=config())
+
+
+def config() -> dict[str, Any]:
+    """Typography and axes that all figures share."""
+    text = {"labelFont": FONT, "titleFont": FONT, "labelFontSize": 11, "titleFontSize": 11.5}
+    text |= {"titleFontWeight": 500, "labelColor": "#55554f", "titleColor": "#33332f"}
+    axis = text | {
+        "gridColor": "#ebeae5",
+        "domainColor": "#9a9993",
+        "tickColor": "#9a9993",
+        "titlePadding": 8,
+    }
+    titles = {"font": FONT, "subtitleFont": FONT, "subtitleColor": "#55554f", "subtitleFontSize": 12}
+    return {
+        "font": FONT,
+        "background": "#ffffff",
+        "view": {"stroke": None},
+        "axis": axis,
+        "axisX": {"grid": False},
+        "axisY": {"domain": False, "ticks": False, "minExtent": 48},  # plots below one another line up
+        "legend": text
+        | {"gradientLength": 160, "gradientThickness": 8, "gradientOpacity": 1, "orient": "bottom"},
+        "title": titles,
+        "concat": {"spacing": 28},
+    }
+
+
+def to_records(table: pd.DataFrame, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows as JSON values: seven significant digits, as float32 has; None where there is no number."""
+    columns = {name: to_json_column(np.asarray(table[name])) for name in names}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def to_json_column(values: np.ndarray) -> list[Any]:
+    if values.dtype.kind != "f":
+        return values.tolist()
+    return [float(f"{value:.7g}") if np.isfinite(value) else None for value in values.tolist()]
+
+
+def color_by(group: str, domain: tuple[int, int]) -> alt.Color:
+    """Colour of a layer or recurrence, the same in every figure of a report."""
+    legend = alt.Legend(title=group, type="gradient", format="d", tickMinStep=1)
+    legend = legend if domain[1] > domain[0] else None
+    return alt.Color(f"{group}:Q", scale=color_scale(group, domain), legend=legend)
+
+
+def color_scale(group: str, domain: tuple[int, int]) -> alt.Scale:
+    colors = GROUP_COLORS[group]
+    stops = np.linspace(domain[0], max(domain[1], domain[0] + 1), len(colors))
+    return alt.Scale(domain=stops.tolist(), range=list(colors))
+
+
+def grouped_lines(
+    *,
+    x: str,
+    x_domain: tuple[int, int],
+    y: str,
+    y_options: dict[str, Any],
+    group: str,
+    domain: tuple[int, int],
+    log: bool,
+    band: bool,
+    tooltip: Sequence[alt.Tooltip],
+) -> tuple[list[alt.Chart], list[alt.Chart]]:
+    """A line per layer or recurrence, thinner the more there are; and what hovering shows."""
+    num_lines = domain[1] - domain[0] + 1
+    width, opacity = (
+        (1.8, 0.95) if num_lines <= FEW_LINES else (1.2, 0.8) if num_lines <= _SOME_LINES else (0.7, 0.6)
+    )
+    shown = f"datum.recurrence >= 0 && isValid(datum.{y})" + (f" && datum.{y} > 0" if log else "")
+    single = x_domain[0] == x_domain[1]
+    ends = [x_domain[0] - 0.5, x_domain[1] + 0.5] if single else list(x_domain)
+    place = alt.X(
+        f"{x}:Q", axis=alt.Axis(title=x, tickMinStep=1, format="d"), scale=alt.Scale(domain=ends, nice=False)
+    )
+    color = color_by(group, domain)
+    base = alt.Chart().transform_filter(shown)
+    base = base.encode(x=place, y=alt.Y(f"{y}:Q", **y_options), color=color, detail=f"{group}:N")
+    line = base.mark_line(strokeWidth=width, opacity=opacity, clip=True, interpolate="linear")
+    layers = [line]
+    if band:
+        area = (
+            alt.Chart()
+            .transform_filter(f"{shown} && isValid(datum.{y}_low)")
+            .mark_area(opacity=0.13, clip=True)
+            .encode(x=place, y=alt.Y(f"{y}_low:Q", **y_options), y2=f"{y}_high:Q", detail=f"{group}:N",
+                    fill=alt.Fill(f"{group}:Q", scale=color_scale(group, domain), legend=None))
+        )  # fmt: skip
+        layers = [area, line]
+    if single:  # a line needs two points
+        layers.append(base.mark_point(filled=True, size=18, opacity=1))
+    near = alt.selection_point(
+        on="pointerover", clear="pointerout", nearest=True, fields=[group], empty=False
+    )
+    focus = base.transform_filter(near).mark_line(strokeWidth=width + 1.6, clip=True)
+    points = base.mark_point(filled=True, size=34).encode(
+        opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=list(tooltip)
+    )
+    return layers, [focus, points.add_params(near)]
+
+
+def depth_lines(
+    *,
+    y: str,
+    y_options: dict[str, Any],
+    num_depths: int,
+    log: bool,
+    band: bool,
+    tooltip: Sequence[alt.Tooltip],
+    dash: bool = False,
+) -> tuple[list[alt.Chart], list[alt.Chart]]:
+    """One grey line along realised depth with its band; and what hovering shows."""
+    shown = f"isValid(datum.{y})" + (f" && datum.{y} > 0" if log else "")
+    base = (
+        alt.Chart()
+        .transform_filter(shown)
+        .encode(x=depth_axis(num_depths), y=alt.Y(f"{y}:Q", **y_options), color=alt.value(DEPTH_COLOR))
+    )
+    area = base.mark_area(opacity=0.14, clip=True).encode(
+        y=alt.Y(f"{y}_low:Q", **y_options), y2=f"{y}_high:Q"
+    )
+    width = 1.6 if num_depths <= 100 else 1.0
+    line = base.mark_line(strokeWidth=width, clip=True, strokeDash=[4, 3] if dash else [1, 0])
+    layers = [area.transform_filter(f"isValid(datum.{y}_low)"), line] if band else [line]
+    if num_depths <= 64:
+        layers.append(base.mark_point(filled=True, size=16, opacity=1))
+    near = alt.selection_point(
+        on="pointerover", clear="pointerout", nearest=True, fields=["depth"], empty=False
+    )
+    points = base.mark_point(filled=True, size=44).encode(
+        opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=list(tooltip)
+    )
+    return layers, [points.add_params(near)]

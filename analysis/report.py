@@ -1,0 +1,278 @@
+"""One self-contained page about one or several captures: verdicts, figures and what is seen in them, numbers.
+
+The page loads nothing: the Vega libraries are embedded once, each capture's table once, and every panel is a
+small specification that names the table and columns it draws from.
+"""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from .captions import caption, number
+from .findings import Findings, find
+from .measures import MEASURES
+from .verdicts import Verdict
+
+if TYPE_CHECKING:
+    from .marks import Figure
+
+_TABLE_MEASURES = (
+    "relative_step",
+    "step_cosine",
+    "relative_gap",
+    "residual_norm",
+    "mixing_score",
+    "entropy_change",
+    "sink_rate",
+    "colsum_concentration",
+)
+_MOST_ROWS = 16
+
+
+def write_report(
+    stores: Sequence[str | Path | xr.Dataset], out_path: str | Path, title: str | None = None
+) -> Path:
+    """Write the page about these captures, side by side.
+
+    Args:
+        stores: paths of stores, or Datasets laid out like one; at least one.
+        out_path: the HTML file; directories above it are made.
+        title: heading of the page; made from the captures if left out.
+    Returns:
+        the path written.
+    Raises:
+        ValueError: no store was given.
+        NothingCapturedError: a store has no finished sequence yet.
+    """
+    if not stores:
+        raise ValueError("no store was given: name at least one to report on")
+    page = render(find(stores), title)
+    out_path = Path(out_path)
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    out_path.write_text(page, encoding="utf-8")
+    return out_path
+
+
+def render(findings: Sequence[Findings], title: str | None = None) -> str:
+    """The page as HTML."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    from . import axes, figures, marks
+
+    drawn = [figure for draw in figures.FIGURES if (figure := draw(findings)) is not None]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["unbroken"] = _unbroken
+    template = environment.from_string(
+        files(__name__.rpartition(".")[0]).joinpath("report.html").read_text(encoding="utf-8")
+    )
+    return template.render(
+        title=title or _title(findings),
+        lead=_lead(findings),
+        panel_height=axes.PANEL_HEIGHT,
+        findings=findings,
+        facts=_facts(findings),
+        verdicts=[_verdict_row(row) for row in zip(*(each.verdicts for each in findings), strict=True)],
+        figures=[_figure(figure, findings) for figure in drawn],
+        missing=_missing(findings),
+        numbers=[_numbers(each) for each in findings],
+        plans=[(each.label, json.dumps(each.plan, indent=2, ensure_ascii=False)) for each in findings],
+        colors={group: ", ".join(colors) for group, colors in marks.GROUP_COLORS.items()},
+        definitions=[MEASURES[name] for name in _TABLE_MEASURES],
+        bundle=Markup(_bundle()),
+        tables=Markup(_script_json(_packed(drawn))),
+        config=Markup(_script_json(marks.config())),
+        version=version("looptap"),
+        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    )
+
+
+def _title(findings: Sequence[Findings]) -> str:
+    labels = [each.label for each in findings]
+    return "Inside the loop: " + (" beside ".join(labels) if len(labels) <= 2 else f"{len(labels)} captures")
+
+
+def _lead(findings: Sequence[Findings]) -> str:
+    """How much was captured, once if it is the same for all."""
+    counts = {}
+    for each in findings:
+        size = each.measures.attrs
+        text = f"{size['num_sequences']:,} sequences, {size['num_tokens']:,} tokens, "
+        counts.setdefault(text + f"{len(each.depths):,} block invocations a token", []).append(each.label)
+    if len(counts) == 1:
+        return f"{next(iter(counts))}{', each' if len(findings) > 1 else ''}."
+    return "; ".join(f"{', '.join(labels)}: {text}" for text, labels in counts.items()) + "."
+
+
+def _facts(findings: Sequence[Findings]) -> list[tuple[str, list[str]]]:
+    """What was captured: a name, and each capture's value."""
+    rows: dict[str, list[str]] = {}
+    for each in findings:
+        plan, measures = each.plan, each.measures.attrs
+        model, data, settings = plan["model"], plan["data"], plan["settings"]
+        done, total = each.units
+        loop = f"{model['core']} layers, {model['recurrences']} recurrences" if model["core"] else "none"
+        facts = {
+            "Model": str(model.get("spec") or model["name"]),
+            "Notation": str(model["notation"]),
+            "Loop": loop,
+            "Injection, norms": f"{model.get('injection') or 'none'}, {model['norm']}",
+            "Parameters": f"{model['num_parameters']:,}" if model.get("num_parameters") else "not recorded",
+            "Data": str(data["name"]) + (f", field {data['field']}" if data.get("field") else ""),
+            "Captured": f"{measures['num_sequences']:,} sequences, {measures['num_tokens']:,} tokens",
+            "Units done": f"{done:,} of {total:,}" + ("" if done == total else ": unfinished"),
+            "Type, device": f"{settings['dtype']}, {settings['device']}",
+            "Non-finite values": f"{int(each.measures['non_finite'].sum()):,}",
+            "Planned on": str(plan.get("created", "not recorded")),
+        }
+        for name, value in facts.items():
+            rows.setdefault(name, []).append(value)
+    return list(rows.items())
+
+
+def _verdict_row(row: Sequence[Verdict]) -> dict[str, Any]:
+    first = row[0]
+    return {
+        "question": first.question,
+        "figure": first.figure,
+        "threshold": f"{first.relation} {number(first.threshold)} {first.unit}",
+        "reason": first.reason,
+        "cells": [
+            {
+                "answer": {True: "yes", False: "no", None: "cannot tell"}[verdict.answer],
+                "value": None if verdict.value is None else f"{_precise(verdict)} {verdict.unit}",
+                "since": verdict.recurrence,
+                "detail": verdict.detail,
+            }
+            for verdict in row
+        ],
+    }
+
+
+def _precise(verdict: Verdict) -> str:
+    """A cosine near 1 needs the digits that tell it from the threshold."""
+    assert verdict.value is not None
+    return (
+        f"{verdict.value:.6f}" if verdict.unit == "cosine" and verdict.value > 0.99 else number(verdict.value)
+    )
+
+
+def _figure(figure, findings: Sequence[Findings]) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    panels = []
+    for index, panel in enumerate(figure.panels):
+        spec = panel.chart(hover=True).properties(
+            width="container", description=f"{figure.title}, {panel.label}"
+        )
+        body = _without_legends(spec.to_dict(validate=False))
+        body |= {"autosize": {"type": "fit", "contains": "padding"}}
+        body.pop("config", None)
+        columns = list(dict.fromkeys(panel.columns))
+        packed = _script_json({"table": panel.data, "columns": columns, "spec": body})
+        panels.append({"id": f"{figure.name}-{index}", "json": Markup(packed), "label": panel.label})
+    return {"figure": figure, "panels": panels, "caption": caption(figure.name, findings)}
+
+
+def _without_legends(spec: Any) -> Any:
+    """The page draws one legend for a figure, not one in each panel."""
+    if isinstance(spec, dict):
+        return {k: None if k == "legend" else _without_legends(v) for k, v in spec.items()}
+    return [_without_legends(each) for each in spec] if isinstance(spec, list) else spec
+
+
+def _packed(figures: "Sequence[Figure]") -> dict[str, dict[str, list[Any]]]:
+    """Every table that panels draw from, by column: a third of the size of rows."""
+    from .marks import to_json_column
+
+    packed: dict[str, dict[str, list[Any]]] = {}
+    for figure in figures:
+        for panel in figure.panels:
+            table, columns = figure.tables[panel.data], packed.setdefault(panel.data, {})
+            columns |= {c: to_json_column(np.asarray(table[c])) for c in panel.columns if c not in columns}
+    return packed
+
+
+def _unbroken(text: str) -> str:
+    """Text in which no line ends inside a number such as 2.9e-7 or an option."""
+    from markupsafe import Markup, escape
+
+    marked = re.sub(r"\d[\d.]*e-\d+|--[a-z]+", r'<span class="unbroken">\g<0></span>', str(escape(text)))
+    return Markup(marked)
+
+
+def _script_json(value: Any) -> str:
+    """JSON that is safe inside a script element."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
+
+
+def _bundle() -> str:
+    import altair
+    from vl_convert import javascript_bundle
+
+    schema = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    return javascript_bundle("window.vegaEmbed = vegaEmbed;", schema).replace("</script", "<\\/script")
+
+
+def _missing(findings: Sequence[Findings]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What could not be computed, by reason, for each capture."""
+    result = []
+    for each in findings:
+        reasons: dict[str, list[str]] = {}
+        for name, why in each.measures.attrs["missing"].items():
+            reasons.setdefault(why, []).append(MEASURES[name].title.lower())
+        for name in ("trajectory", "distinctness"):
+            value = getattr(each, name)
+            if isinstance(value, str):
+                reasons.setdefault(value, []).append(name)
+        if reasons:
+            result.append((each.label, [(", ".join(names), why) for why, names in reasons.items()]))
+    return result
+
+
+def _numbers(each: Findings) -> dict[str, Any]:
+    """The table: means over the core's layers at some recurrences, or depths of a feedforward model."""
+    names = [name for name in _TABLE_MEASURES if name in each.measures]
+    core_RL = each.depths.core_RL
+    num_rows = len(core_RL) or len(each.depths)
+    groups = core_RL if len(core_RL) else np.arange(num_rows)[:, None]
+    picked = _picked(num_rows)
+    rows = []
+    for row in picked:
+        values = [each.measures[name].sel(statistic="value").values[groups[row]] for name in names]
+        rows.append([str(row), *(_cell(name, value) for name, value in zip(names, values, strict=True))])
+    return {
+        "label": each.label,
+        "head": ["recurrence" if len(core_RL) else "depth", *(MEASURES[name].title for name in names)],
+        "units": ["", *(MEASURES[name].unit for name in names)],
+        "rows": rows,
+        "of": "mean over the core's layers" if len(core_RL) else "one row a depth",
+    }
+
+
+def _cell(name: str, value_L: np.ndarray) -> str:
+    finite_L = value_L[np.isfinite(value_L)]
+    if not len(finite_L):
+        return ""
+    mean = float(finite_L.mean())
+    return f"{mean:.6f}" if name == "step_cosine" else number(mean)
+
+
+def _picked(num_rows: int) -> list[int]:
+    """All rows if few; else 0, the powers of two and the last."""
+    if num_rows <= _MOST_ROWS:
+        return list(range(num_rows))
+    powers = [2**power for power in range(num_rows.bit_length()) if 2**power < num_rows - 1]
+    return [0, *powers, num_rows - 1]

@@ -1,0 +1,217 @@
+"""What only the residuals themselves can show: one token's path through the loop, and how far layers lie
+apart.
+
+Both read the few rows and depths they need, never the whole `state` array.
+
+Source: arXiv 2604.11791, section 4.1, figure 5, and section 4.2.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from ..capture.store.reader import iter_units
+from .streaming import Depths, MeanFold, NothingCapturedError, as_dataset, depths_of
+
+_BLOCK_BYTES = 2**25  # float64 workspace, so that a long sequence does not multiply memory
+_TINY = np.finfo(float).tiny  # keeps 0 / 0 at 0
+
+
+class StatesMissingError(ValueError):
+    """The states a measure needs were not kept; the message says how to capture them."""
+
+
+def trajectory(
+    store: str | Path | xr.Dataset, sequence_id: int | None = None, components: int = 3
+) -> xr.Dataset:
+    """Principal components of one token's residuals over every kept core depth.
+
+    Args:
+        store: path of a store, or a Dataset laid out like one.
+        sequence_id: which sequence (its row in the data); the first with a kept state if left out. Its last
+            kept token is shown.
+        components: how many principal components.
+    Returns:
+        Dataset: `position` [point, component] in residual units, `explained` [component] (share of the
+            variance), with coordinates depth, layer and recurrence on point; attributes `sequence_id`,
+            `token_position`, `num_points`, `non_finite`.
+    Raises:
+        StatesMissingError: no core states, or none of that sequence, are kept.
+    """
+    dataset = as_dataset(store)
+    depths = depths_of(dataset)
+    kept = _kept_depths(dataset)
+    core = np.flatnonzero(depths.recurrence[kept] >= 0)
+    if len(core) < 2:
+        raise StatesMissingError(_advice(depths, f"{len(core)} core depths", "--states core"))
+    row, sequence = _last_row(dataset, sequence_id)
+    states = dataset["state"].isel({dataset["state"].dims[0]: row, "depth_state": core})
+    x_PD = _decoded(states).astype(np.float64)
+    finite = np.isfinite(x_PD).all(axis=1)
+    if finite.sum() < 2:
+        raise StatesMissingError(
+            f"the states of sequence {sequence} are not finite: there is no path to draw"
+        )
+    x_PD, depth = x_PD[finite], kept[core][finite]
+    u_PK, scale_K, _ = np.linalg.svd(x_PD - x_PD.mean(axis=0), full_matrices=False)
+    position_PK = (u_PK * scale_K)[:, :components]
+    position_PK *= np.where(
+        position_PK[-1] < 0, -1, 1
+    )  # a sign is arbitrary: the path ends on the positive side
+    explained_K = scale_K**2 / max((scale_K**2).sum(), _TINY)
+    slot = _slot(dataset, row)
+    return xr.Dataset(
+        {
+            "position": (("point", "component"), position_PK, {"units": "residual units"}),
+            "explained": ("component", explained_K[:components], {"units": "share of variance"}),
+        },
+        {
+            "depth": ("point", depth),
+            "layer": ("point", depths.layer[depth]),
+            "recurrence": ("point", depths.recurrence[depth]),
+        },
+        {
+            "sequence_id": sequence,
+            "token_position": int(dataset["token_position"][slot]),
+            "num_points": len(depth),
+            "non_finite": int((~finite).sum()),
+        },
+    )
+
+
+def distinctness(store: str | Path | xr.Dataset) -> xr.Dataset:
+    """How far apart the core's layers lie after the last recurrence, for every pair of layers.
+
+    Returns:
+        Dataset: `cosine` and `relative_distance` (over the mean of the two norms) [layer, other_layer], means
+        over sequences of means over kept tokens; `least_cosine` [statistic: value, low, high, sequences] of
+        the pair of layers with the least mean cosine; attributes `pair`, `num_tokens`, `non_finite`.
+    Raises:
+        StatesMissingError: not every core layer's state is kept for the last recurrence.
+        NothingCapturedError: no kept token is captured yet.
+    """
+    dataset = as_dataset(store)
+    depths = depths_of(dataset)
+    core_RL = depths.core_RL
+    if core_RL.shape[1] < 2:
+        why = "the core has one layer: there are no two points to tell apart"
+        raise StatesMissingError(why if len(core_RL) else "the model has no loop")
+    kept = _kept_depths(dataset)
+    found = [np.flatnonzero(kept == depth) for depth in core_RL[-1]]
+    if not all(len(index) for index in found):
+        num_kept = sum(len(index) for index in found)
+        what = f"{num_kept} of {len(found)} core layers at the last recurrence"
+        raise StatesMissingError(_advice(depths, what, "--states 'core[all]@last'"))
+    last = dataset.isel(depth_state=np.concatenate(found))
+    num_layers = core_RL.shape[1]
+    fold, num_tokens, bad = MeanFold((2, num_layers, num_layers)), 0, 0
+    for x_TLD in _iter_state_sequences(last):
+        finite = np.isfinite(x_TLD).all(axis=(1, 2))
+        bad += int((~finite).sum())
+        num_tokens += int(finite.sum())
+        if finite.any():
+            fold.add(_mean_pairs(x_TLD[finite]))
+    if not num_tokens:
+        raise NothingCapturedError(
+            "no kept token of a finished unit has finite states: there is nothing to compare"
+        )
+    statistics_42LL = fold.result()
+    cosine_LL, distance_LL = statistics_42LL[0]
+    pair = np.unravel_index(
+        np.where(np.eye(num_layers, dtype=bool), np.inf, cosine_LL).argmin(), cosine_LL.shape
+    )
+    layer = np.arange(num_layers)
+    return xr.Dataset(
+        {
+            "cosine": (("layer", "other_layer"), cosine_LL, {"units": "cosine"}),
+            "relative_distance": (("layer", "other_layer"), distance_LL, {"units": "share of the norm"}),
+            "least_cosine": ("statistic", statistics_42LL[:, 0, *pair]),
+        },
+        {"layer": layer, "other_layer": layer, "statistic": ["value", "low", "high", "sequences"]},
+        {"pair": [int(index) for index in pair], "num_tokens": num_tokens, "non_finite": bad},
+    )
+
+
+def _mean_pairs(x_TLD: np.ndarray) -> np.ndarray:
+    """Cosine and relative distance of every pair of layers, mean over tokens, float64 [2, layer, layer]."""
+    T, L, D = x_TLD.shape
+    total_2LL = np.zeros((2, L, L))
+    block = max(1, _BLOCK_BYTES // (8 * L * D))
+    for start in range(0, T, block):
+        block_TLD = x_TLD[start : start + block].astype(np.float64)
+        gram_TLL = block_TLD @ block_TLD.transpose(0, 2, 1)
+        square_TL = np.einsum("tll->tl", gram_TLL)
+        norm_TL = np.sqrt(square_TL)
+        product_TLL = norm_TL[:, :, None] * norm_TL[:, None, :]
+        square_TLL = square_TL[:, :, None] + square_TL[:, None, :] - 2 * gram_TLL
+        mean_TLL = (norm_TL[:, :, None] + norm_TL[:, None, :]) / 2
+        total_2LL[0] += np.clip(gram_TLL / np.maximum(product_TLL, _TINY), -1, 1).sum(axis=0)
+        total_2LL[1] += (np.sqrt(np.maximum(square_TLL, 0)) / np.maximum(mean_TLL, _TINY)).sum(axis=0)
+    return total_2LL / T
+
+
+def _iter_state_sequences(dataset: xr.Dataset) -> Iterator[np.ndarray]:
+    """States of one sequence after another, [token, depth, hidden]."""
+    for unit in iter_units(dataset, ["state"]):
+        x = _decoded(unit["state"])
+        owner = unit["token_sequence"].values
+        if "state_token" in unit.coords:
+            slot = unit["state_token"].values
+            owner = np.where(
+                slot >= 0, owner[slot % len(owner)], -1
+            )  # a unit's slots start at a multiple of its size
+        for sequence in np.unique(owner[owner >= 0]):
+            yield x[owner == sequence]
+
+
+def _last_row(dataset: xr.Dataset, sequence_id: int | None) -> tuple[int, int]:
+    """Row of `state` of a sequence's last kept token, and the sequence's id."""
+    if "state_token" in dataset.coords:
+        slot = dataset["state_token"].values
+        owner = np.where(slot >= 0, dataset["token_sequence"].values[slot], -1)
+    else:
+        owner = dataset["token_sequence"].values
+    ids = np.where(owner >= 0, dataset["sequence_id"].values[owner], -1)
+    if not (ids >= 0).any():
+        raise NothingCapturedError(
+            "no token with a kept state is captured yet: run the capture command again"
+        )
+    sequence = int(ids[ids >= 0].min()) if sequence_id is None else sequence_id
+    rows = np.flatnonzero(ids == sequence)
+    if not len(rows):
+        raise StatesMissingError(
+            f"no state of sequence {sequence} is kept; kept are {_some(np.unique(ids[ids >= 0]))}"
+        )
+    return int(rows[-1]), sequence
+
+
+def _slot(dataset: xr.Dataset, row: int) -> int:
+    return int(dataset["state_token"][row]) if "state_token" in dataset.coords else row
+
+
+def _kept_depths(dataset: xr.Dataset) -> np.ndarray:
+    if "state" not in dataset:
+        raise StatesMissingError(
+            "no states are kept: capture again with --quantities all,state --states core"
+        )
+    return dataset["state_depth"].values.astype(np.int64)
+
+
+def _advice(depths: Depths, kept: str, states: str) -> str:
+    if not len(depths.core_RL):
+        return "the model has no loop"
+    return f"states of {kept} are kept: capture again with --quantities all,state {states}"
+
+
+def _decoded(states: xr.DataArray) -> np.ndarray:
+    """Values as float32, also where the bits of bfloat16 are stored."""
+    values = states.values
+    if states.attrs.get("bits_of") == "bfloat16" and values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values
+
+
+def _some(values: np.ndarray) -> str:
+    return ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")

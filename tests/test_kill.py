@@ -1,0 +1,166 @@
+"""`kill -9` of a real capture at random moments, and the same command again: the finished store is that of a
+capture left in peace, and no unit ran again after its commit.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from looptap.capture.store.commit import Store
+from looptap.capture.store.verify import verify_store
+
+NUM_KILLS = 20
+UNIT_TOKENS = 48
+# a drawn initial state, gaps, attention and kept states: everything that a unit can hold
+MODEL = "random:(0,2x3,0)I,width=32,heads=2"
+OPTIONS = ["--unit-tokens", str(UNIT_TOKENS), "--states", "core[all]@last", "--tokens", "last"]
+
+
+def write_ids(directory: Path, num_units: int) -> Path:
+    """Rows of just over half a unit, so that each is a unit of its own, which takes tens of milliseconds."""
+    path = directory / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (num_units, UNIT_TOKENS // 2 + 1)))
+    return path
+
+
+def start(ids_path: Path, store_path: Path) -> subprocess.Popen:
+    command = ["capture", MODEL, "--data", str(ids_path), "--store", str(store_path), *OPTIONS]
+    # two captures run beside each other here; lines are looked for whole
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "looptap", *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(capture: subprocess.Popen) -> str:
+    """What a capture that must succeed said."""
+    said, _ = capture.communicate()
+    assert capture.returncode == 0, said
+    return said
+
+
+def num_committed(path: Path) -> int:
+    return len(os.listdir(path / ".looptap" / "ledger")) if path.exists() else 0
+
+
+def wait_for_units(
+    capture: subprocess.Popen, path: Path, num_units: int, timeout_s: float = float("inf")
+) -> None:
+    """Until so many units are committed, or the time is over, or the capture ended."""
+    end_s = time.monotonic() + timeout_s
+    while num_committed(path) < num_units and time.monotonic() < end_s and capture.poll() is None:
+        time.sleep(0.001)
+
+
+def content(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Every array of a store, coordinates too, by its bytes: NaN as it was written."""
+    group = zarr.open_group(str(path), mode="r")
+    for name, array in sorted(group.arrays()):
+        yield name, np.asarray(array[...]).tobytes()
+
+
+def check_equal(path: Path, calm_path: Path) -> None:
+    """Sound, complete and equal to a capture in peace, with no attempt at a unit after its commit."""
+    report = verify_store(path)
+    assert report.ok and not report.units_missing and not report.uncommitted, report
+    for (name, values), (wanted_name, wanted) in zip(content(path), content(calm_path), strict=True):
+        assert name == wanted_name and values == wanted, name
+    store = Store.open(path)
+    attempts: dict[int, list[int]] = {unit: [] for unit in range(store.num_units)}
+    for file in store.attempts_dir.iterdir():
+        unit, number = map(int, file.name.split("."))
+        attempts[unit].append(number)
+        assert file.stat().st_mtime_ns <= (store.ledger_dir / f"{unit}.json").stat().st_mtime_ns, file
+        assert file.stat().st_size == 0, file.read_text()  # an attempt that raised notes why
+    for entry in store.entries():  # one a unit, of its last attempt
+        assert sorted(attempts[entry["unit"]]) == list(range(1, entry["attempt"] + 1)), entry
+    assert [entry["unit"] for entry in store.entries()] == list(range(store.num_units))
+    assert not any(store.staging_dir.iterdir())
+
+
+def test_killed_at_random_moments(tmp_path):
+    """Every fourth kill falls at any time since the process began, so also into its imports and the store's
+    making; the others some units after its first, at any point inside a unit.
+    """
+    num_units, moments = 240, random.Random(0)
+    ids_path = write_ids(tmp_path, num_units)
+    path, calm_path = tmp_path / "run.zarr", tmp_path / "calm.zarr"
+    calm = start(ids_path, calm_path)
+    in_the_middle = in_flight = 0
+    for kill in range(NUM_KILLS):
+        capture = start(ids_path, path)
+        early_s = float("inf") if kill % 4 else 2.5 * moments.random()
+        wait_for_units(capture, path, num_committed(path) + moments.randint(1, 8), early_s)
+        time.sleep(0.05 * moments.random())
+        capture.kill()
+        capture.communicate()
+        assert capture.returncode == -signal.SIGKILL, "it was done before it was killed"
+        in_the_middle += 0 < num_committed(path) < num_units
+        in_flight += path.exists() and any((path / ".looptap" / "staging").iterdir())
+    assert in_the_middle >= NUM_KILLS / 3 and in_flight >= NUM_KILLS / 3, (in_the_middle, in_flight)
+    before = num_committed(path)
+    assert f"{num_units} of {num_units} units are in {path}, {before} of them before" in finish(
+        start(ids_path, path)
+    )
+    finish(calm)
+    check_equal(path, calm_path)
+    assert max(entry["attempt"] for entry in Store.open(path).entries()) > 1, "no unit was tried again"
+    assert {item.name for item in tmp_path.iterdir()} == {"ids.npy", "run.zarr", "calm.zarr"}
+
+
+@pytest.fixture(scope="module")
+def calm_store(tmp_path_factory) -> Path:
+    """Forty units captured in peace, beside their ids."""
+    path = tmp_path_factory.mktemp("calm") / "run.zarr"
+    finish(start(write_ids(path.parent, 40), path))
+    return path
+
+
+def test_ctrl_c(tmp_path, calm_store):
+    path, ids_path = tmp_path / "run.zarr", calm_store.with_name("ids.npy")
+    capture = start(ids_path, path)
+    wait_for_units(capture, path, 3)
+    capture.send_signal(signal.SIGINT)
+    said, _ = capture.communicate()
+    assert capture.returncode == 130, said
+    assert "s; what is committed is safe, the same command continues" in said and "Traceback" not in said
+    before = num_committed(path)
+    assert 3 <= before < 40
+    assert not any((path / ".looptap" / "staging").iterdir())  # it tidied up, and let the lock go
+    assert not (path / ".looptap" / "driver.lock").exists()
+    assert f"40 of 40 units are in {path}, {before} of them before" in finish(start(ids_path, path))
+    check_equal(path, calm_store)
+
+
+def test_what_the_dead_left_is_in_nobodys_way(tmp_path, calm_store):
+    """A unit of another attempt half staged, half published, with another content, and a lock of the dead."""
+    path, ids_path = tmp_path / "run.zarr", calm_store.with_name("ids.npy")
+    capture = start(ids_path, path)
+    wait_for_units(capture, path, 3)
+    capture.kill()
+    capture.communicate()
+    store = Store.open(path)
+    orphan = store.begin(39)
+    for name, array in store.arrays.items():
+        shape = (1, *array["shape"][1:])
+        orphan.write(name, np.full(shape, 7, array["data_type"]))
+        if name.startswith("attention"):
+            os.link(orphan.staging_dir / name, path / name / "c.39.0.0")
+    assert len(verify_store(path).uncommitted) >= 4
+    finish(start(ids_path, path))
+    check_equal(path, calm_store)
+    assert json.loads((store.ledger_dir / "39.json").read_text())["attempt"] == 2
