@@ -1,0 +1,273 @@
+"""The tap that measures: which values it computes where, that no value depends on what else is asked for, and
+that it keeps nothing of the model's.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from looptap.capture.models.load import load_model
+from looptap.capture.models.tap import Packed, Plain
+from looptap.capture.selection import select_depths
+from looptap.capture.store.quantities import GROUPS, QUANTITIES
+from looptap.capture.tap import Buffers, LastStates, Statistics
+from looptap.kernels import reference
+
+LENGTHS = (7, 70, 1, 7)  # 70: more than one block of queries
+N = sum(LENGTHS)
+BATCH = Packed(torch.randint(256, (N,), generator=torch.Generator().manual_seed(0)), LENGTHS)
+INITIAL_ND = torch.randn(N, 32, generator=torch.Generator().manual_seed(1))
+
+
+def small(recurrences: int = 4, dtype: str = "float32"):
+    return load_model(f"random:(2,3x{recurrences},1)I,norm=huginn,width=32,heads=4", dtype=dtype)
+
+
+def empty_buffers(model, names, **state) -> Buffers:
+    d = model.description
+    shapes = {n: (d.depth, N, d.num_heads) if "head" in QUANTITIES[n].axes else (d.depth, N) for n in names}
+    return Buffers({n: torch.full(shape, float("nan")) for n, shape in shapes.items()}, **state)
+
+
+def last_states(model, names=GROUPS["all"]) -> LastStates:
+    measures_attention = any(name.startswith("attention_") for name in names)
+    tap = LastStates(model.description, measures_attention=measures_attention)
+    with torch.inference_mode():
+        model(BATCH, tap, INITIAL_ND)
+    return tap
+
+
+def measure(model, names=GROUPS["all"], **options) -> dict[str, torch.Tensor]:
+    buffers = empty_buffers(model, names)
+    with torch.inference_mode():
+        model(BATCH, Statistics(model.description, buffers, **options), INITIAL_ND)
+    return buffers.values
+
+
+class Listening(Plain):
+    """Copies of what passes through, by depth, and the passing tensors themselves."""
+
+    def __init__(self):
+        self.residuals, self.before, self.queries_keys, self.seen = {}, {}, {}, []
+
+    def attention(self, step, q_NHC, k_NKC, v_NKC, lengths, scale):
+        self.queries_keys[step.depth] = (q_NHC.clone(), k_NKC.clone(), v_NKC.clone())
+        self.seen += [q_NHC, k_NKC, v_NKC]
+        return super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
+
+    def residual(self, step, half, x_ND, branch_ND, norms):
+        if half == "attention":
+            self.before[step.depth] = x_ND.clone()
+        result = super().residual(step, half, x_ND, branch_ND, norms)
+        if half == "mlp":
+            self.residuals[step.depth] = result.residual_ND.clone()
+        self.seen += [x_ND, branch_ND, *result]
+        return result
+
+
+def listen(model) -> Listening:
+    tap = Listening()
+    with torch.inference_mode():
+        model(BATCH, tap, INITIAL_ND)
+    return tap
+
+
+def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Equal to the bit, undefined values in the same places."""
+    return torch.equal(got.nan_to_num(nan=-7.0), wanted.nan_to_num(nan=-7.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_statistic_is_what_its_definition_says(dtype):
+    """From copied residuals, queries and keys, in float64."""
+    model = small(dtype=dtype)
+    d, heard, values = model.description, listen(model), measure(model, sink_tokens=2)
+    wanted = {name: torch.full_like(value, float("nan")).double() for name, value in values.items()}
+    layers = {step.layer: step.depth for step in d.steps() if step.recurrence == d.recurrences - 1}
+    for step in d.steps():
+        depth, x_ND = step.depth, heard.residuals[step.depth]
+        of_residual = reference.residual_statistics(x_ND, heard.before[depth])
+        wanted["residual_norm"][depth] = of_residual["norm"]
+        wanted["residual_peak"][depth] = of_residual["peak"]
+        wanted["update_norm"][depth] = of_residual["update_norm"]
+        if step.recurrence > 0:
+            of_step = reference.residual_statistics(x_ND, x_ND, heard.residuals[depth - d.core])
+            wanted["step_norm"][depth] = of_step["step_norm"]
+            wanted["step_cosine"][depth] = of_step["step_cosine"]
+        if step.recurrence >= 0:
+            of_gap = reference.residual_statistics(x_ND, x_ND, heard.residuals[layers[step.layer]])
+            wanted["gap_norm"][depth] = of_gap["step_norm"]
+            wanted["gap_cosine"][depth] = of_gap["step_cosine"]
+        of_attention = reference.attention(*heard.queries_keys[depth], LENGTHS, sink_tokens=2)
+        for name in ("entropy", "peak", "sink", "received"):
+            wanted[f"attention_{name}"][depth] = of_attention[name]
+    # bfloat16 attention outputs round otherwise with statistics than without, so the two runs drift apart
+    tolerance = 2e-5 if dtype == "float32" else 0.05
+    for name, value in values.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(
+            value.double(), wanted[name], atol=tolerance, rtol=tolerance, equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )  # fmt: skip
+
+
+def test_undefined_values_stand_exactly_where_the_contract_says():
+    model = small()
+    steps = list(model.description.steps())
+    for name, value in measure(model).items():
+        undefined = value.isnan().flatten(1)
+        for step in steps:
+            is_due = (
+                step.recurrence > 0
+                if name.startswith("step_")
+                else step.recurrence >= 0
+                if name.startswith("gap_")
+                else True
+            )
+            assert undefined[step.depth].eq(not is_due).all(), (name, step)
+
+
+@pytest.mark.parametrize("recurrences", [1, 2, 5])  # 1: the first recurrence is the last
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keeping_states_and_running_twice_agree_to_the_bit(recurrences, dtype):
+    """Also where attention is measured, which then rounds otherwise than the plain one."""
+    model = small(recurrences, dtype)
+    for names in (GROUPS["all"], GROUPS["gaps"]):
+        kept = measure(model, names)
+        twice = measure(model, names, last_states=last_states(model, names).states)
+        for name in names:
+            assert same(kept[name], twice[name]), name
+
+
+def test_the_last_recurrence_is_its_own_fixed_point():
+    model = small()
+    last = [s.depth for s in model.description.steps() if s.recurrence == model.description.recurrences - 1]
+    for options in ({}, {"last_states": last_states(model).states}):
+        values = measure(model, **options)
+        assert (values["gap_norm"][last] == 0).all()
+        assert (values["gap_cosine"][last] == 1).all()
+        # and the recurrence before it is one step away
+        before = [depth - model.description.core for depth in last]
+        torch.testing.assert_close(values["gap_norm"][before], values["step_norm"][last])
+
+
+@pytest.mark.parametrize("name", GROUPS["all"])
+def test_a_quantity_alone_has_the_values_it_has_among_all(name):
+    model = small()
+    alone, among = measure(model, (name,)), measure(model)[name]
+    assert list(alone) == [name]
+    torch.testing.assert_close(alone[name], among, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_sink_tokens():
+    model = small()
+    one, three, long = (
+        measure(model, ("attention_sink", "attention_received"), sink_tokens=n) for n in (1, 3, 70)
+    )
+    first, _, alone, _ = one["attention_sink"].split(LENGTHS, dim=1)
+    # a sequence's first key is all that its first query sees
+    assert (first[:, 0] == 1).all() and (alone == 1).all()
+    received = one["attention_received"].split(LENGTHS, dim=1)
+    for part, keys in zip(one["attention_sink"].split(LENGTHS, dim=1), received, strict=True):
+        torch.testing.assert_close(part.sum(1), keys[:, 0], atol=1e-4, rtol=0)
+    for part, keys in zip(three["attention_sink"].split(LENGTHS, dim=1), received, strict=True):
+        torch.testing.assert_close(part.sum(1), keys[:, :3].sum(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(long["attention_sink"], torch.ones_like(long["attention_sink"]))
+
+
+# all tokens; a lone one of each sequence; a scattered few; none
+ROWS = {"all": list(range(N)), "last": [6, 76, 77, 84], "few": [0, 3, 50, 84], "none": []}
+
+
+@pytest.mark.parametrize("states", [("all",), ("core[all]@last",), ("core[-1]@0,2", "coda"), ("prelude[0]",)])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_are_the_very_residuals(states, rows, dtype):
+    model = small(dtype=dtype)
+    d, heard = model.description, listen(model)
+    depths = select_depths(states, d)
+    kept = torch.full((len(depths), len(ROWS[rows]), d.width), float("nan"), dtype=model.dtype)
+    rows_kept = torch.tensor(ROWS[rows], dtype=torch.int64)
+    buffers = empty_buffers(model, ("residual_norm",), state=kept, state_rows=rows_kept)
+    with torch.inference_mode():
+        model(BATCH, Statistics(d, buffers, state_depths=depths), INITIAL_ND)
+    for index, depth in enumerate(depths):
+        assert torch.equal(kept[index], heard.residuals[depth][rows_kept])
+
+
+def test_nothing_kept_shares_memory_with_the_model():
+    """A buffer that is a view of an activation would keep it alive, or change with it."""
+    model = small()
+    d = model.description
+
+    class Recording(Statistics):
+        seen: list
+
+        def attention(self, step, q_NHC, k_NKC, v_NKC, lengths, scale):
+            o_NHC = super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
+            self.seen += [q_NHC, k_NKC, v_NKC, o_NHC]
+            return o_NHC
+
+        def residual(self, step, half, x_ND, branch_ND, norms):
+            result = super().residual(step, half, x_ND, branch_ND, norms)
+            self.seen += [x_ND, branch_ND, *result]
+            return result
+
+    state = torch.zeros(d.depth, N, d.width)
+    buffers = empty_buffers(model, GROUPS["all"], state=state, state_rows=torch.arange(N))
+    places = {name: value.data_ptr() for name, value in buffers.values.items()}
+    tap = Recording(d, buffers, state_depths=range(d.depth))
+    tap.seen = []
+    with torch.inference_mode():
+        model(BATCH, tap, INITIAL_ND)
+    assert {name: value.data_ptr() for name, value in buffers.values.items()} == places
+    theirs = {t.untyped_storage().data_ptr() for t in [*tap.seen, *model.parameters()]}
+    kept = [*buffers.values.values(), state]
+    assert not theirs & {t.untyped_storage().data_ptr() for t in kept}
+    copies = [t.clone() for t in kept]
+    with torch.inference_mode():
+        for tensor in tap.seen:
+            tensor.fill_(-3)
+    assert all(same(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_last_states_are_the_last_recurrences_residuals_of_every_layer():
+    model = small()
+    d, heard, tap = model.description, listen(model), last_states(model, ())
+    assert sorted(tap.states) == list(range(d.core))
+    for step in d.steps():
+        if step.recurrence == d.recurrences - 1:
+            assert torch.equal(tap.states[step.layer], heard.residuals[step.depth])
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not weights & {t.untyped_storage().data_ptr() for t in tap.states.values()}
+
+
+def test_a_feedforward_model_has_neither_steps_nor_gaps():
+    model = load_model("random:(3,0,0),width=32,heads=4")
+    buffers = empty_buffers(model, GROUPS["all"])
+    with torch.inference_mode():
+        model(BATCH, Statistics(model.description, buffers))
+    for name, value in buffers.values.items():
+        assert value.isnan().all() if name.startswith(("step_", "gap_")) else value.isfinite().all(), name
+
+
+def test_buffers_are_filled_through_slices():
+    """A unit's buffers are given to the tap batch by batch; a batch writes its own columns and no others."""
+    model = small()
+    whole = measure(model)
+    buffers = empty_buffers(model, GROUPS["all"])
+    starts = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
+    for start, end in ((starts[0], starts[2]), (starts[2], starts[4])):
+        lengths = LENGTHS[:2] if start == 0 else LENGTHS[2:]
+        part = replace(buffers, values={n: v[:, start:end] for n, v in buffers.values.items()})
+        with torch.inference_mode():
+            model(
+                Packed(BATCH.token_id_N[start:end], lengths),
+                Statistics(model.description, part),
+                INITIAL_ND[start:end],
+            )
+        if start == 0:
+            assert all(value[:, end:].isnan().all() for value in buffers.values.values())
+    for name, value in whole.items():
+        torch.testing.assert_close(buffers.values[name], value, atol=1e-5, rtol=1e-5, equal_nan=True)
