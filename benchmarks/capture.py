@@ -1,14 +1,16 @@
 """What a capture costs beside the model's own forward pass.
 
-A forward pass on a CPU is bound by its matrix products, about 2 FLOP a weight and token; the statistics of
-the residual read each block's output a few times out of the cache, and those of attention turn one fused pass
-over the scores into a handful of elementwise ones, whose share grows with the sequence length. Three things
-are timed on the same token batches, alternating within one process so that a busy machine slows all of them:
-the forward pass without a tap and without logits; the same with every statistic measured; the whole unit,
-measured, encoded, written and committed. Peak memory is of two processes of their own, one that only runs
-forward passes and one that captures.
+A forward pass on a CPU is bound by its matrix products, about 2 FLOP a weight and token. The statistics of
+the residual read each block's output a few times out of the cache; those of attention turn one fused pass
+over the scores into a handful of elementwise ones, whose share grows with the sequence length.
 
-Last line: JSON.
+Three things are timed on the same token batches: the forward pass without a tap and without logits; the same
+with every statistic measured; the whole unit, measured, encoded, written and committed. They take turns unit
+by unit within one process, and the figures are medians of each unit's ratio to the forward passes on either
+side of it, so that a busy machine slows all three. Peak memory is of two processes of their own, one that
+runs only forward passes and one that captures, from when the model is loaded.
+
+A table, then a line of JSON.
 """
 
 import json
@@ -18,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +41,8 @@ class CaptureBench:
     """How many sequences are captured."""
     length: int = 512
     """Tokens of each."""
-    rounds: int = 3
-    """Times that each unit is measured; medians are reported."""
+    rounds: int = 2
+    """Times that every unit is gone through."""
     batch_tokens: int = 2048
     """Most tokens in one forward pass."""
 
@@ -53,40 +55,39 @@ def bench_capture(settings: CaptureBench) -> None:
         data = Path(directory) / "ids.npy"
         generator = np.random.default_rng(0)
         np.save(data, generator.integers(0, 256, (settings.sequences, settings.length), dtype=np.int32))
-        times = _timed(settings, data, Path(directory))
+        tokens_per_s, ratios = _timed(settings, data, Path(directory))
         peaks = {name: _peak_bytes(name, settings, data, Path(directory)) for name in ("plain", "capture")}
-    plain_s = times["plain"]
-    print(
-        f"{settings.sequences} sequences of {settings.length} tokens, {settings.model}, loop {settings.loop}"
-    )
-    print(f"{'':24}{'seconds':>10}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}")
-    for name, label in (
-        ("plain", "forward"),
-        ("measured", "forward, measured"),
-        ("capture", "capture, committed"),
-    ):
-        memory = f"{peaks[name] / 2**20:10.0f}{peaks[name] / peaks['plain']:8.2f}" if name in peaks else ""
-        print(f"{label:24}{times[name]:10.2f}{times[name] / plain_s:8.2f}{memory}")
-    print(json.dumps(_record(settings, times, peaks)))
+    loop = f", layers {settings.loop}" if settings.loop else ""
+    print(f"{settings.sequences} sequences of {settings.length} tokens, {settings.model}{loop}")
+    print(f"forward without a tap: {tokens_per_s:.0f} tokens/s, peak {peaks['plain'] / 2**20:.0f} MiB")
+    for name, label in (("measured", "measured"), ("capture", "measured and committed")):
+        low, middle, high = min(ratios[name]), statistics.median(ratios[name]), max(ratios[name])
+        print(f"{label + ':':24}{middle:.2f} of its time [{low:.2f} to {high:.2f}]")
+    print(f"{'peak memory:':24}{peaks['capture'] / peaks['plain']:.2f} of its memory")
+    print(json.dumps(_record(settings, tokens_per_s, ratios, peaks)))
 
 
-def _timed(settings: CaptureBench, data: Path, directory: Path) -> dict[str, float]:
-    """Median seconds over rounds of all units, by way of running them."""
+def _timed(settings: CaptureBench, data: Path, directory: Path) -> tuple[float, dict[str, list[float]]]:
+    """Tokens a second of the forward pass, and each unit's ratios to it."""
     from ..capture.worker import Worker
 
-    seconds: dict[str, list[float]] = {"plain": [], "measured": [], "capture": []}
-    for round_ in range(settings.rounds + 1):  # the first warms up
+    plain: list[float] = []
+    ratios: dict[str, list[float]] = {"measured": [], "capture": []}
+    for round_ in range(settings.rounds):
         store, source = _new_store(settings, data, directory / f"{round_}.zarr")
         worker = Worker(source, store)
-        total = dict.fromkeys(seconds, 0.0)
+        worker.measure(0)  # warms up
         for unit in range(store.num_units):
-            total["plain"] += _elapsed(worker.forward, unit)
-            total["measured"] += _elapsed(worker.measure, unit)
-            total["capture"] += _elapsed(worker.run, unit)
-        if round_:
-            for name, value in total.items():
-                seconds[name].append(value)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            before_s = _elapsed(worker.forward, unit)
+            measured_s = _elapsed(worker.measure, unit)
+            between_s = _elapsed(worker.forward, unit)
+            capture_s = _elapsed(worker.run, unit)
+            after_s = _elapsed(worker.forward, unit)
+            plain += [before_s, between_s, after_s]
+            ratios["measured"].append(2 * measured_s / (before_s + between_s))
+            ratios["capture"].append(2 * capture_s / (between_s + after_s))
+    unit_tokens = settings.sequences * settings.length / (len(plain) / 3 / settings.rounds)
+    return unit_tokens / statistics.median(plain), ratios
 
 
 def _peak_bytes(name: str, settings: CaptureBench, data: Path, directory: Path) -> int:
@@ -129,14 +130,17 @@ def _elapsed(run: Callable[[int], object], unit: int) -> float:
     return time.perf_counter() - started_s
 
 
-def _record(settings: CaptureBench, times: dict[str, float], peaks: dict[str, int]) -> dict[str, object]:
+def _record(
+    settings: CaptureBench, tokens_per_s: float, ratios: dict[str, list[float]], peaks: dict[str, int]
+) -> dict[str, object]:
     import torch
 
     return {
         "benchmark": "capture",
-        "settings": replace(settings, model=Path(settings.model).name).__dict__,
-        "seconds": times,
-        "peak_bytes": peaks,
+        "settings": {**asdict(settings), "model": Path(settings.model).name},
+        "plain_tokens_per_s": tokens_per_s,
+        "time_ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "memory_ratio": peaks["capture"] / peaks["plain"],
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
