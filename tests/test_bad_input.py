@@ -465,7 +465,7 @@ def test_no_store(refusal, tmp_path, command):
             ["--prompt", "a" * 300, "--map-memory-gib", "0.001"],
             "149 tokens fit; shorten the prompt or raise --map-memory-gib",
         ),
-        (str(GOLDEN), ["--prompt", "abc"], "the model has no tokenizer.json beside it"),
+        (str(GOLDEN), ["--prompt", "abc"], "has no tokenizer.json, so it cannot read a prompt"),
         (TINY, ["--prompt", "abc", "--seed", "-1"], "seed must be from 0 to 2**63 - 1, got -1"),
         (TINY, ["--prompt", "abc", "--recurrences", "0"], "recurrences must be at least 1, got 0"),
     ],
