@@ -128,7 +128,11 @@ def inspect(settings: OmitArgPrefixes[InspectSettings]) -> int:
     if settings.out is not None:
         from .analysis.inspection import write_inspection
 
-        print(write_inspection(inspection.dataset, inspection.tokens, inspection.lens, settings.out))
+        print(
+            write_inspection(
+                inspection.dataset, inspection.tokens, inspection.lens, settings.out, settings.prompt
+            )
+        )
     return 0
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from .findings import STAGES, Findings
 from .measures import MEASURES, SINK_SCORE
+from .streaming import Depths
 from .verdicts import CONVERGED_STEP, SETTLED_ENTROPY, first_below
 
 _NEAR = 0.01  # "within 1 % of the last state"
@@ -27,6 +28,15 @@ def number(value: float | None) -> str:
         return f"{value:.3g}"
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def place(depths: Depths, depth: int) -> str:
+    """A depth in words."""
+    layer, recurrence = depths.layer[depth], depths.recurrence[depth]
+    if not len(depths.core_RL):
+        return f"layer {layer}"
+    stage = STAGES[depths.stage[depth]]
+    return f"{stage} layer {layer}" + (f", recurrence {recurrence}" if recurrence >= 0 else "")
 
 
 def _steps(each: Findings) -> str:
@@ -114,7 +124,10 @@ def _stages(each: Findings) -> str:
                 ends = _ends(value_D)
                 low, high = _apart(*value_D[list(ends)])
                 flat = f"{_name(name)} is {low} throughout"
-                low, high = f"{low} ({_place(each, ends[0])})", f"{high} ({_place(each, ends[1])})"
+                low, high = (
+                    f"{low} ({place(each.depths, ends[0])})",
+                    f"{high} ({place(each.depths, ends[1])})",
+                )
                 parts.append(flat if np.ptp(value_D[list(ends)]) == 0 else what.format(low=low, high=high))
     return f"In {each.label} {', '.join(parts)}." if parts else ""
 
@@ -159,13 +172,13 @@ def _norms(each: Findings) -> str:
     if not np.isfinite(value_D).any():
         return f"In {each.label} no residual norm is finite."
     low, high = _ends(value_D)
-    text = f"In {each.label} the mean norm runs from {number(value_D[low])} ({_place(each, low)}) "
-    text += f"to {number(value_D[high])} ({_place(each, high)})"
+    text = f"In {each.label} the mean norm runs from {number(value_D[low])} ({place(each.depths, low)}) "
+    text += f"to {number(value_D[high])} ({place(each.depths, high)})"
     if "residual_peak_max" in each.measures:
         peak_D = each.measures["residual_peak_max"].sel(statistic="value").values
         top = _ends(peak_D)[1]
         ratio = number(peak_D[top] / value_D[top])
-        text += f"; the largest channel of any token is {number(peak_D[top])} ({_place(each, top)}), "
+        text += f"; the largest channel of any token is {number(peak_D[top])} ({place(each.depths, top)}), "
         text += f"{ratio} of the mean norm there"
     return text + "."
 
@@ -203,12 +216,6 @@ def _name(measure: str) -> str:
 
 def _ends(value_D: np.ndarray) -> tuple[int, int]:
     return int(np.nanargmin(value_D)), int(np.nanargmax(value_D))
-
-
-def _place(each: Findings, depth: int) -> str:
-    depths = each.depths
-    stage, layer, recurrence = STAGES[depths.stage[depth]], depths.layer[depth], depths.recurrence[depth]
-    return f"{stage} layer {layer}" + (f", recurrence {recurrence}" if recurrence >= 0 else "")
 
 
 _CAPTIONS: dict[str, tuple[str, Callable[[Findings], str]]] = {

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 from .findings import Findings
 from .marks import Figure
-from .panels import depth_figure, grouped_figure, path_figure
+from .panels import depth_figure, grouped_figure
+from .paths import path_figure
 from .verdicts import CONVERGED_STEP, SETTLED_ENTROPY
 
 _STAGE_MEASURES = ("mixing_score", "sink_rate", "colsum_concentration")

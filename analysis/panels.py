@@ -1,8 +1,7 @@
 """From findings to figures: which panels, on which shared axes, in which order, and what cannot be drawn.
 
-Three kinds exist: lines over layers or recurrences of the core, lines along realised depth, and paths. A
-row of panels is a measure, a column a capture; where one capture lacks what its row shows, its place stays
-and says so.
+Two kinds: lines over layers or recurrences of the core, and lines along realised depth. A row of panels is a
+measure, a column a capture; where one capture lacks what its row shows, its place stays and says so.
 """
 
 from collections.abc import Sequence
@@ -12,10 +11,8 @@ from typing import Any
 import altair as alt
 import numpy as np
 import pandas as pd
-import xarray as xr
 
 from .axes import (
-    SHORT_LABEL,
     figure_table,
     is_log,
     note_in_place,
@@ -25,7 +22,7 @@ from .axes import (
     y_axis,
 )
 from .findings import Findings
-from .marks import DEPTH_COLOR, FEW_LINES, Figure, Panel, color_by, color_scale, depth_lines, grouped_lines
+from .marks import FEW_LINES, Figure, Panel, depth_lines, grouped_lines
 from .measures import MEASURES
 
 _WIDE = 100  # from this many depths on a panel takes the whole width
@@ -48,7 +45,7 @@ def grouped_figure(
     if not drawn:
         return None
     tables = {_table_name(each): figure_table(each) for each in drawn}
-    domain, x_domain = _group_domain(drawn, group), _group_domain(drawn, x)
+    domain, x_domain = group_domain(drawn, group), group_domain(drawn, x)
     if x == "recurrence":
         x_domain = (max(0, min(MEASURES[measured].first for measured in measures)), x_domain[1])
     panels, notes, banded = [], [], False
@@ -58,23 +55,8 @@ def grouped_figure(
         axis = _axis(tables, [measured], marks, core_only=True, band=domain[1] < FEW_LINES)
         notes += axis.notes
         banded |= axis.band
-        for each in drawn:
-            if measured not in each.measures:
-                panels.append(_empty_panel(each, measured))
-                continue
-            layers, hover = grouped_lines(
-                x=x,
-                x_domain=x_domain,
-                y=measured,
-                y_options=axis.options,
-                group=group,
-                domain=domain,
-                log=axis.log,
-                band=axis.band,
-                tooltip=_tooltip(measured),
-            )
-            above = threshold_line(*threshold, axis.options) if threshold else []
-            panels.append(_panel(each, len(drawn) > 1, [measured], [*above, *layers], hover))
+        row = _GroupedRow(measured, x, x_domain, group, domain, axis, threshold)
+        panels += [row.panel(each, beside=len(drawn) > 1) for each in drawn]
     return Figure(
         name=name,
         title=title,
@@ -88,6 +70,36 @@ def grouped_figure(
         absent=_absent(findings, drawn, measures),
         notes=notes,
     )
+
+
+@dataclass(frozen=True)
+class _GroupedRow:
+    """What the captures of a row share: the measure, its place and grouping, the y axis."""
+
+    measured: str
+    x: str
+    x_domain: tuple[int, int]
+    group: str
+    domain: tuple[int, int]
+    axis: "_Axis"
+    threshold: tuple[float, str] | None
+
+    def panel(self, each: Findings, beside: bool) -> Panel:
+        if self.measured not in each.measures:
+            return _empty_panel(each, self.measured)
+        layers, hover = grouped_lines(
+            x=self.x,
+            x_domain=self.x_domain,
+            y=self.measured,
+            y_options=self.axis.options,
+            group=self.group,
+            domain=self.domain,
+            log=self.axis.log,
+            band=self.axis.band,
+            tooltip=_tooltip(self.measured),
+        )
+        above = threshold_line(*self.threshold, self.axis.options) if self.threshold else []
+        return _panel(each, beside, [self.measured], [*above, *layers], hover)
 
 
 def depth_figure(
@@ -104,25 +116,7 @@ def depth_figure(
         axis = _axis(tables, row, [], core_only=False, band=True)
         notes += axis.notes
         banded |= axis.band
-        for each in drawn:
-            layers, hover = [], []
-            for dash, measured in enumerate(row):
-                if measured in each.measures:
-                    lines, near = depth_lines(
-                        y=measured,
-                        y_options=axis.options,
-                        num_depths=len(each.depths),
-                        log=axis.log,
-                        band=axis.band,
-                        tooltip=_tooltip(measured),
-                        dash=dash > 0,
-                    )
-                    layers, hover = layers + lines, hover + near
-            shading = stage_shading(each.depths.stage, each.depths.recurrence)
-            if layers:
-                panels.append(_panel(each, len(drawn) > 1, row, [*shading, *layers], hover))
-            else:
-                panels.append(_empty_panel(each, row[0]))
+        panels += [_depth_panel(each, row, axis, beside=len(drawn) > 1) for each in drawn]
     return Figure(
         name=name,
         title=title,
@@ -136,35 +130,24 @@ def depth_figure(
     )
 
 
-def path_figure(findings: Sequence[Findings], *, name: str, title: str, paper: str) -> Figure | None:
-    """One panel a capture: a token's points joined in the order the blocks run, coloured by layer."""
-    drawn = [(each, each.trajectory) for each in findings if not isinstance(each.trajectory, str)]
-    if not drawn:
-        return None
-    domain = _group_domain([each for each, _ in drawn], "layer")
-    panels, tables, tokens = [], {}, []
-    for each, path in drawn:
-        table, axes = _path_table(path)
-        data = f"path {each.label}"
-        tables[data] = table
-        columns, last = tuple(table.columns), int(path["recurrence"].max())
-        panels.append(
-            Panel(label=each.label, data=data, columns=columns, layers=_path_layers(axes, last, domain))
-        )
-        tokens.append(f"sequence {path.attrs['sequence_id']} (position {path.attrs['token_position']})")
-    tokens = list(dict.fromkeys(tokens))
-    return Figure(
-        name=name,
-        title=title,
-        paper=paper,
-        subtitle=f"last kept token of {'; of '.join(tokens)}",
-        columns=len(panels),
-        panels=panels,
-        tables=tables,
-        group="layer",
-        group_domain=domain,
-        absent={each.label: each.trajectory for each in findings if isinstance(each.trajectory, str)},
-    )
+def _depth_panel(each: Findings, row: Sequence[str], axis: "_Axis", beside: bool) -> Panel:
+    layers, hover = [], []
+    for dash, measured in enumerate(row):
+        if measured in each.measures:
+            lines, near = depth_lines(
+                y=measured,
+                y_options=axis.options,
+                num_depths=len(each.depths),
+                log=axis.log,
+                band=axis.band,
+                tooltip=_tooltip(measured),
+                dash=dash > 0,
+            )
+            layers, hover = layers + lines, hover + near
+    if not layers:
+        return _empty_panel(each, row[0])
+    shading = stage_shading(each.depths.stage, each.depths.recurrence)
+    return _panel(each, beside, row, [*shading, *layers], hover)
 
 
 @dataclass(frozen=True)
@@ -207,41 +190,6 @@ def _column(table: pd.DataFrame, name: str) -> np.ndarray:
     return np.asarray(table[name], dtype=float)
 
 
-def _path_table(path: xr.Dataset) -> tuple[pd.DataFrame, list[alt.Axis]]:
-    """Points of a path and the axes of its plane; a path of one component lies on a line."""
-    position, explained = path["position"].values, path["explained"].values
-    columns = {name: path[name].values for name in ("depth", "layer", "recurrence")}
-    flat = np.zeros(len(position))
-    columns |= {"first": position[:, 0], "second": position[:, 1] if position.shape[1] > 1 else flat}
-    titles = [f"component {k + 1} ({share:.0%} of variance)" for k, share in enumerate([*explained, 0.0][:2])]
-    return pd.DataFrame(columns), [
-        alt.Axis(title=t, grid=True, tickCount=6, labelExpr=SHORT_LABEL) for t in titles
-    ]
-
-
-def _path_layers(axes: Sequence[alt.Axis], last: int, domain: tuple[int, int]) -> list[alt.Chart]:
-    scale = alt.Scale(zero=False, nice=True, padding=12)
-    base = alt.Chart().encode(
-        x=alt.X("first:Q", axis=axes[0], scale=scale), y=alt.Y("second:Q", axis=axes[1], scale=scale)
-    )
-    tooltip = [alt.Tooltip(f"{name}:Q", format="d") for name in ("layer", "recurrence", "depth")]
-    line = base.mark_line(strokeWidth=0.8, color=DEPTH_COLOR, opacity=0.35).encode(order="depth:Q")
-    fading = alt.Scale(domain=[0, max(1, last)], range=[0.35, 0.95])
-    points = base.mark_point(filled=True, size=26).encode(
-        color=color_by("layer", domain),
-        opacity=alt.Opacity("recurrence:Q", scale=fading, legend=None),
-        tooltip=tooltip,
-    )
-    ends = (
-        base.transform_filter(f"datum.recurrence == {last}")
-        .mark_point(filled=False, size=90, strokeWidth=1.6, opacity=1)
-        .encode(
-            stroke=alt.Stroke("layer:Q", scale=color_scale("layer", domain), legend=None), tooltip=tooltip
-        )
-    )
-    return [line, points, ends]
-
-
 def _panel(
     each: Findings,
     beside: bool,
@@ -280,7 +228,7 @@ def _has(each: Findings, measures: Sequence[str]) -> bool:
     return any(measured in each.measures for measured in measures)
 
 
-def _group_domain(findings: Sequence[Findings], group: str) -> tuple[int, int]:
+def group_domain(findings: Sequence[Findings], group: str) -> tuple[int, int]:
     shapes = [each.depths.core_RL.shape for each in findings]
     return 0, max(shape[0 if group == "recurrence" else 1] for shape in shapes) - 1
 
@@ -288,6 +236,8 @@ def _group_domain(findings: Sequence[Findings], group: str) -> tuple[int, int]:
 def _counts(findings: Sequence[Findings], banded: bool) -> str:
     sizes = [each.measures.attrs for each in findings]
     counts = dict.fromkeys((size["num_sequences"], size["num_tokens"]) for size in sizes)
+    if len(counts) == 1 and sizes[0]["num_sequences"] == 1:
+        return f"mean over the {sizes[0]['num_tokens']:,} tokens of one sequence"
     text = "; ".join(f"{sequences:,} sequences, {tokens:,} tokens" for sequences, tokens in counts)
     return f"mean over sequences{', shaded: its 95 % band' if banded else ''}; {text}"
 

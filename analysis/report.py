@@ -1,28 +1,18 @@
-"""One self-contained page about one or several captures: verdicts, figures and what is seen in them, numbers.
-
-The page loads nothing: the Vega libraries are embedded once, each capture's table once, and every panel is a
-small specification that names the table and columns it draws from.
-"""
+"""One page about one or several captures: verdicts, figures and what is seen in them, numbers."""
 
 import json
-import re
-import time
 from collections.abc import Sequence
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from .captions import caption, number
+from .captions import number
 from .findings import Findings, find
 from .measures import MEASURES
+from .page import model_facts, render_page, write_page
 from .verdicts import Verdict
-
-if TYPE_CHECKING:
-    from .marks import Figure
 
 _TABLE_MEASURES = (
     "relative_step",
@@ -54,46 +44,25 @@ def write_report(
     """
     if not stores:
         raise ValueError("no store was given: name at least one to report on")
-    page = render(find(stores), title)
-    out_path = Path(out_path)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    out_path.write_text(page, encoding="utf-8")
-    return out_path
+    return write_page(render(find(stores), title), out_path)
 
 
 def render(findings: Sequence[Findings], title: str | None = None) -> str:
     """The page as HTML."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+    from . import figures
 
-    from . import axes, figures, marks
-
-    drawn = [figure for draw in figures.FIGURES if (figure := draw(findings)) is not None]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["unbroken"] = _unbroken
-    template = environment.from_string(
-        files(__name__.rpartition(".")[0]).joinpath("report.html").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return render_page(
+        "report.html",
         title=title or _title(findings),
         lead=_lead(findings),
-        panel_height=axes.PANEL_HEIGHT,
+        figures=[figure for draw in figures.FIGURES if (figure := draw(findings)) is not None],
         findings=findings,
         facts=_facts(findings),
         verdicts=[_verdict_row(row) for row in zip(*(each.verdicts for each in findings), strict=True)],
-        figures=[_figure(figure, findings) for figure in drawn],
         missing=_missing(findings),
         numbers=[_numbers(each) for each in findings],
         plans=[(each.label, json.dumps(each.plan, indent=2, ensure_ascii=False)) for each in findings],
-        colors={group: ", ".join(colors) for group, colors in marks.GROUP_COLORS.items()},
         definitions=[MEASURES[name] for name in _TABLE_MEASURES],
-        bundle=Markup(_bundle()),
-        tables=Markup(_script_json(_packed(drawn))),
-        config=Markup(_script_json(marks.config())),
-        version=version("looptap"),
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
 
 
@@ -119,19 +88,12 @@ def _facts(findings: Sequence[Findings]) -> list[tuple[str, list[str]]]:
     rows: dict[str, list[str]] = {}
     for each in findings:
         plan, measures = each.plan, each.measures.attrs
-        model, data, settings = plan["model"], plan["data"], plan["settings"]
+        data = plan["data"]
         done, total = each.units
-        loop = f"{model['core']} layers, {model['recurrences']} recurrences" if model["core"] else "none"
-        facts = {
-            "Model": str(model.get("spec") or model["name"]),
-            "Notation": str(model["notation"]),
-            "Loop": loop,
-            "Injection, norms": f"{model.get('injection') or 'none'}, {model['norm']}",
-            "Parameters": f"{model['num_parameters']:,}" if model.get("num_parameters") else "not recorded",
+        facts = model_facts(plan) | {
             "Data": str(data["name"]) + (f", field {data['field']}" if data.get("field") else ""),
             "Captured": f"{measures['num_sequences']:,} sequences, {measures['num_tokens']:,} tokens",
             "Units done": f"{done:,} of {total:,}" + ("" if done == total else ": unfinished"),
-            "Type, device": f"{settings['dtype']}, {settings['device']}",
             "Non-finite values": f"{int(each.measures['non_finite'].sum()):,}",
             "Planned on": str(plan.get("created", "not recorded")),
         }
@@ -165,65 +127,6 @@ def _precise(verdict: Verdict) -> str:
     return (
         f"{verdict.value:.6f}" if verdict.unit == "cosine" and verdict.value > 0.99 else number(verdict.value)
     )
-
-
-def _figure(figure, findings: Sequence[Findings]) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    panels = []
-    for index, panel in enumerate(figure.panels):
-        spec = panel.chart(hover=True).properties(
-            width="container", description=f"{figure.title}, {panel.label}"
-        )
-        body = _without_legends(spec.to_dict(validate=False))
-        body |= {"autosize": {"type": "fit", "contains": "padding"}}
-        body.pop("config", None)
-        columns = list(dict.fromkeys(panel.columns))
-        packed = _script_json({"table": panel.data, "columns": columns, "spec": body})
-        panels.append({"id": f"{figure.name}-{index}", "json": Markup(packed), "label": panel.label})
-    return {"figure": figure, "panels": panels, "caption": caption(figure.name, findings)}
-
-
-def _without_legends(spec: Any) -> Any:
-    """The page draws one legend for a figure, not one in each panel."""
-    if isinstance(spec, dict):
-        return {k: None if k == "legend" else _without_legends(v) for k, v in spec.items()}
-    return [_without_legends(each) for each in spec] if isinstance(spec, list) else spec
-
-
-def _packed(figures: "Sequence[Figure]") -> dict[str, dict[str, list[Any]]]:
-    """Every table that panels draw from, by column: a third of the size of rows."""
-    from .marks import to_json_column
-
-    packed: dict[str, dict[str, list[Any]]] = {}
-    for figure in figures:
-        for panel in figure.panels:
-            table, columns = figure.tables[panel.data], packed.setdefault(panel.data, {})
-            columns |= {c: to_json_column(np.asarray(table[c])) for c in panel.columns if c not in columns}
-    return packed
-
-
-def _unbroken(text: str) -> str:
-    """Text in which no line ends inside a number such as 2.9e-7 or an option."""
-    from markupsafe import Markup, escape
-
-    marked = re.sub(r"\d[\d.]*e-\d+|--[a-z]+", r'<span class="unbroken">\g<0></span>', str(escape(text)))
-    return Markup(marked)
-
-
-def _script_json(value: Any) -> str:
-    """JSON that is safe inside a script element."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    )
-
-
-def _bundle() -> str:
-    import altair
-    from vl_convert import javascript_bundle
-
-    schema = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    return javascript_bundle("window.vegaEmbed = vegaEmbed;", schema).replace("</script", "<\\/script")
 
 
 def _missing(findings: Sequence[Findings]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -94,18 +94,8 @@ def distinctness(store: str | Path | xr.Dataset) -> xr.Dataset:
     """
     dataset = as_dataset(store)
     depths = depths_of(dataset)
-    core_RL = depths.core_RL
-    if core_RL.shape[1] < 2:
-        why = "the core has one layer: there are no two points to tell apart"
-        raise StatesMissingError(why if len(core_RL) else "the model has no loop")
-    kept = _kept_depths(dataset)
-    found = [np.flatnonzero(kept == depth) for depth in core_RL[-1]]
-    if not all(len(index) for index in found):
-        num_kept = sum(len(index) for index in found)
-        what = f"{num_kept} of {len(found)} core layers at the last recurrence"
-        raise StatesMissingError(_advice(depths, what, "--states 'core[all]@last'"))
-    last = dataset.isel(depth_state=np.concatenate(found))
-    num_layers = core_RL.shape[1]
+    last = _last_core_states(dataset, depths)
+    num_layers = last.sizes["depth_state"]
     fold, num_tokens, bad = MeanFold((2, num_layers, num_layers)), 0, 0
     for x_TLD in _iter_state_sequences(last):
         finite = np.isfinite(x_TLD).all(axis=(1, 2))
@@ -132,6 +122,21 @@ def distinctness(store: str | Path | xr.Dataset) -> xr.Dataset:
         {"layer": layer, "other_layer": layer, "statistic": ["value", "low", "high", "sequences"]},
         {"pair": [int(index) for index in pair], "num_tokens": num_tokens, "non_finite": bad},
     )
+
+
+def _last_core_states(dataset: xr.Dataset, depths: Depths) -> xr.Dataset:
+    """The dataset with the core layers' states after the last recurrence, in the order of layers."""
+    core_RL = depths.core_RL
+    if core_RL.shape[1] < 2:
+        why = "the core has one layer: there are no two points to tell apart"
+        raise StatesMissingError(why if len(core_RL) else "the model has no loop")
+    kept = _kept_depths(dataset)
+    found = [np.flatnonzero(kept == depth) for depth in core_RL[-1]]
+    if not all(len(index) for index in found):
+        num_kept = sum(len(index) for index in found)
+        what = f"{num_kept} of {len(found)} core layers at the last recurrence"
+        raise StatesMissingError(_advice(depths, what, "--states 'core[all]@last'"))
+    return dataset.isel(depth_state=np.concatenate(found))
 
 
 def _mean_pairs(x_TLD: np.ndarray) -> np.ndarray:

@@ -2,9 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,8 @@ from looptap.analysis.findings import find, long_table
 from looptap.analysis.measures import MEASURES, measure
 from looptap.analysis.report import write_report
 from looptap.analysis.streaming import NothingCapturedError
-from looptap.tests.test_measures import (
+from looptap.tests.pages import CHROMIUM, Page, open_in_browser
+from looptap.tests.synthetic import (
     ATTENTION,
     RESIDUAL,
     SHAPE,
@@ -40,38 +38,6 @@ NAMES = (
     "stages_by_layer",
     "residual_norms",
 )
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-class Page(HTMLParser):
-    """What a page holds: ids, visible text, links and loads, and its JSON scripts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids, self.loads, self.scripts, self.text, self.tags = set(), [], [], [], ["start"]
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.tags.append(tag)
-        if "id" in attributes:
-            self.ids.add(attributes["id"])
-        if tag == "script":
-            self.scripts.append([attributes, ""])
-        self.loads += [attributes[key] for key in ("src", "srcset", "data", "poster") if key in attributes]
-        if tag in ("link", "base", "iframe", "object", "embed") or attributes.get("href", "#")[0] != "#":
-            self.loads.append(f"{tag} {attributes}")
-
-    def handle_data(self, data):
-        (self.scripts[-1] if self.tags[-1] == "script" else self.text).append(data)
-
-    def handle_endtag(self, tag):
-        if tag == "script":
-            self.tags.append("after")
-
-    def json(self, **wanted: str) -> list:
-        found = [s for s in self.scripts if wanted.items() <= s[0].items()]
-        return [json.loads("".join(s[1:])) for s in found]
 
 
 def capture(**more) -> xr.Dataset:
@@ -284,35 +250,8 @@ def test_the_page_draws_in_a_browser_without_an_error(tmp_path, width):
         [capture(), contraction(0.5, 5 * np.eye(3, 8), 30), feedforward()], tmp_path / "r.html"
     )
     page = Page(path.read_text())
-    probe = """<script type="module">
-      const root = document.documentElement;
-      while (!root.dataset.drawn) await new Promise((resolve) => setTimeout(resolve, 20));
-      parent.postMessage({ drawn: root.dataset.drawn, width: root.clientWidth, needed: root.scrollWidth,
-        resources: performance.getEntriesByType("resource").length }, "*");
-    </script>"""
-    head, tail = path.read_text().rsplit("</body>", 1)  # the last one: the libraries hold others in strings
-    path.write_text(head + probe + "</body>" + tail)
-    frame = tmp_path / "frame.html"  # a window is never narrower than 500 pixels, a frame may be
-    frame.write_text(
-        f"""<html><body><iframe src="{path.name}" style="width: {width}px; height: 900px; border: 0"></iframe>
-        <script>onmessage = (event) => Object.assign(document.documentElement.dataset, event.data)</script>"""
-    )
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
-    )
-    flags += "--disable-sync --no-first-run --enable-logging=stderr --virtual-time-budget=60000 --dump-dom"
-    command = [
-        CHROMIUM,
-        *flags.split(),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1400,1000",
-    ]
-    run = subprocess.run([*command, frame.as_uri()], capture_output=True, text=True, timeout=180)
-    said = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+    said, data = open_in_browser(path, width, tmp_path)
     assert not said
-    root = re.search(r"<html[^>]*>", run.stdout)
-    assert root is not None
-    data = dict(re.findall(r'data-(\w+)="([^"]*)"', root[0]))
     assert int(data["drawn"]) == len(page.json(**{"class": "spec"})) > 20
     assert int(data["needed"]) <= int(data["width"]) and width - 20 <= int(data["width"]) <= width
     assert int(data["resources"]) == 0

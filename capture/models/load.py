@@ -44,7 +44,8 @@ class ModelSource:
         norm = d.block.norm
         return {
             "name": self.origin.name,
-            "spec": self.spec,
+            # a directory's path is one machine's own, and the hash below says what was in it
+            "spec": self.spec if isinstance(self.origin, RandomModel) else self.origin.name,
             "notation": d.notation,
             "prelude": d.prelude,
             "core": d.core,

@@ -1,0 +1,201 @@
+"""Datasets and stores with known contents, laid out as a capture writes them."""
+
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from looptap.capture.store.commit import Store
+from looptap.capture.store.layout import ArraySpec, create_store
+from looptap.capture.store.quantities import QUANTITIES
+
+RNG_SEED = 7
+SHAPE = (1, 2, 4, 1)  # every stage; more recurrences than layers, so that the two cannot be mixed up
+RESIDUAL = ("residual_norm", "residual_peak", "update_norm")
+ATTENTION = tuple(name for name, quantity in QUANTITIES.items() if quantity.group == "attention")
+
+
+def make_dataset(
+    sequences: list[dict[str, np.ndarray]],
+    shape: tuple[int, int, int, int],
+    unit_sequences: int = 2,
+    empty_slots: int = 3,
+    empty_units: int = 0,
+    states: list[np.ndarray] | None = None,
+    name: str = "random:test",
+) -> xr.Dataset:
+    """A Dataset laid out like a store.
+
+    Args:
+        sequences: quantity -> [token, depth, ...] of each sequence, packed in order.
+        shape: prelude, core, recurrences, coda.
+        empty_slots: slots at the end of every unit that belong to no sequence; they hold NaN.
+        empty_units: units at the end that were never captured.
+        states: [token, depth, hidden] of each sequence; the last token's is kept.
+    """
+    prelude, core, recurrences, coda = shape
+    units = [sequences[i : i + unit_sequences] for i in range(0, len(sequences), unit_sequences)]
+    lengths = [[len(next(iter(s.values()))) for s in unit] for unit in units]
+    U, C, Q = len(units) + empty_units, max(map(sum, lengths), default=1) + empty_slots, unit_sequences
+    stage, layer, recurrence = depth_coordinates(shape)
+    coordinates = {
+        "token_id": np.full(U * C, -1, np.int32),
+        "token_position": np.full(U * C, -1, np.int32),
+        "token_sequence": np.full(U * C, -1, np.int32),
+        "sequence_start": np.full(U * Q, -1, np.int64),
+        "sequence_length": np.zeros(U * Q, np.int32),
+        "sequence_id": np.full(U * Q, -1, np.int64),
+    }
+    arrays = {
+        key: np.full((U * C, *values.shape[1:]), np.nan, np.float32) for key, values in sequences[0].items()
+    }
+    kept, kept_slot = [], np.full(U * Q, -1, np.int64)
+    for unit, members in enumerate(units):
+        slot = unit * C
+        for place, sequence in enumerate(members):
+            length, index = lengths[unit][place], unit * Q + place
+            span = slice(slot, slot + length)
+            coordinates["token_id"][span] = np.arange(length)
+            coordinates["token_position"][span] = np.arange(length)
+            coordinates["token_sequence"][span] = index
+            coordinates["sequence_start"][index] = slot
+            coordinates["sequence_length"][index] = length
+            coordinates["sequence_id"][index] = 100 + unit * unit_sequences + place
+            for key, values in sequence.items():
+                arrays[key][span] = values
+            kept_slot[index] = slot + length - 1
+            kept.append(index)
+            slot += length
+    axes = {2: ("token", "depth"), 3: ("token", "depth", "head")}
+    variables = {key: (axes[values.ndim], values) for key, values in arrays.items()}
+    coords = {
+        "depth": ("depth", np.arange(len(stage), dtype=np.int32)),
+        "stage": ("depth", stage),
+        "layer": ("depth", layer),
+        "recurrence": ("depth", recurrence),
+        **{key: (key.split("_")[0], values) for key, values in coordinates.items()},
+        "unit_done": ("unit", np.array([1] * len(units) + [0] * empty_units, np.uint8)),
+    }
+    if states is not None:
+        state = np.full((U * Q, *states[0].shape[1:]), np.nan, np.float32)
+        state[kept] = [x[-1] for x in states]
+        variables["state"] = (("token_state", "depth_state", "hidden"), state)
+        coords["state_depth"] = ("depth_state", np.arange(len(stage), dtype=np.int32))
+        coords["state_token"] = ("token_state", kept_slot)
+    loop = f"({prelude},{core}x{recurrences},{coda})" if core else f"({prelude},0,0)"
+    plan = {
+        "model": {
+            "name": name, "notation": loop, "prelude": prelude, "core": core, "recurrences": recurrences,
+            "coda": coda, "injection": None, "norm": "pre", "width": 8, "num_parameters": 1234,
+        },
+        "data": {"name": "test.jsonl", "field": "text"},
+        "settings": {"dtype": "float32", "device": "cpu", "seed": 0, "quantities": list(arrays)},
+        "num_units": U, "unit_tokens": C, "unit_sequences": Q, "num_state_rows": Q,
+        "num_sequences": len(sequences), "num_tokens": sum(map(sum, lengths)), "versions": {},
+    }  # fmt: skip
+    attributes = {"looptap_format": 1, "plan": plan, "units_done": len(units), "units_total": U}
+    return xr.Dataset(variables, coords, attributes)
+
+
+def depth_coordinates(shape: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    prelude, core, recurrences, coda = shape
+    places = [(0, i, -1) for i in range(prelude)]
+    places += [(1, i, r) for r in range(recurrences) for i in range(core)]
+    places += [(2, i, -1) for i in range(coda)]
+    stage, layer, recurrence = zip(*places, strict=True)
+    return np.array(stage, np.int8), np.array(layer, np.int16), np.array(recurrence, np.int16)
+
+
+def quantities_of_states(x_TLD: np.ndarray, shape: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
+    """Every residual quantity of states [token, depth, hidden], by DESIGN.md's definitions."""
+    prelude, core, recurrences, _ = shape
+    T, L, _ = x_TLD.shape
+    norm = np.linalg.norm(x_TLD, axis=-1)
+    result = {"residual_norm": norm, "residual_peak": np.abs(x_TLD).max(axis=-1), "update_norm": norm * 0.1}
+    for name in ("step_norm", "step_cosine", "gap_norm", "gap_cosine"):
+        result[name] = np.full((T, L), np.nan)
+    for r in range(recurrences):
+        for i in range(core):
+            depth = prelude + r * core + i
+            for kind, other in (("gap", prelude + (recurrences - 1) * core + i), ("step", depth - core)):
+                if kind == "step" and r == 0:
+                    continue
+                a, b = x_TLD[:, depth], x_TLD[:, other]
+                result[f"{kind}_norm"][:, depth] = np.linalg.norm(a - b, axis=-1)
+                result[f"{kind}_cosine"][:, depth] = (a * b).sum(-1) / norm[:, depth] / norm[:, other]
+    return result
+
+
+def quantities_of_attention(a_LHTT: np.ndarray) -> dict[str, np.ndarray]:
+    """Every attention quantity of weights [depth, head, query, key], each [token, depth, head]."""
+    log = np.log(np.where(a_LHTT > 0, a_LHTT, 1))
+    return {
+        "attention_entropy": -(a_LHTT * log).sum(-1).transpose(2, 0, 1),
+        "attention_peak": a_LHTT.max(-1).transpose(2, 0, 1),
+        "attention_sink": a_LHTT[..., 0].transpose(2, 0, 1),
+        "attention_received": a_LHTT.sum(-2).transpose(2, 0, 1),
+    }
+
+
+def random_sequences(lengths: list[int], shape: tuple[int, int, int, int], heads: int = 3):
+    """Quantities and states of sequences with random states and random causal attention."""
+    rng = np.random.default_rng(RNG_SEED)
+    num_depths = shape[0] + shape[1] * shape[2] + shape[3]
+    sequences, states = [], []
+    for T in lengths:
+        x = rng.normal(size=(T, num_depths, 8)) * rng.uniform(0.5, 2)
+        scores = rng.normal(size=(num_depths, heads, T, T)) * 3
+        scores[:, 0, :, 0] += 6  # one head with a sink
+        weights = np.exp(np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf))
+        sequences.append(
+            quantities_of_states(x, shape) | quantities_of_attention(weights / weights.sum(-1, keepdims=True))
+        )
+        states.append(x)
+    return sequences, states
+
+
+def contraction(
+    rate: float, points_LD: np.ndarray, recurrences: int = 16, lengths: tuple[int, ...] = (5, 1, 9), **more
+) -> xr.Dataset:
+    """x[l, t] = point_l + rate**t * offset, offset of length 1: converges at a known rate."""
+    rng = np.random.default_rng(RNG_SEED)
+    shape, (L, D) = (0, len(points_LD), recurrences, 0), points_LD.shape
+    states = []
+    for T in lengths:
+        offset = rng.normal(size=(T, 1, 1, D))
+        offset /= np.linalg.norm(offset, axis=-1, keepdims=True)
+        x = points_LD + rate ** np.arange(recurrences)[:, None, None] * offset
+        states.append(x.reshape(T, recurrences * L, D))
+    return make_dataset([quantities_of_states(x, shape) for x in states], shape, states=states, **more)
+
+
+def write_store(dataset: xr.Dataset, path: Path, units: list[int] | None = None) -> Path:
+    """The Dataset as a store on disk, with only `units` done (all by default)."""
+    plan, U = dataset.attrs["plan"], dataset.sizes["unit"]
+    rows = {"token": plan["unit_tokens"], "token_state": plan["num_state_rows"]}
+    create_store(
+        path,
+        plan=plan,
+        coordinates={
+            str(name): (tuple(map(str, c.dims)), c.values, dict(c.attrs))
+            for name, c in dataset.coords.items()
+            if name != "unit_done"
+        },
+        arrays={
+            str(name): ArraySpec(
+                dimensions=tuple(map(str, v.dims)), shape=v.shape, unit_rows=rows[str(v.dims[0])],
+                dtype="float32", attributes={}, compressed=name != "state",
+            )
+            for name, v in dataset.data_vars.items()
+        },
+    )  # fmt: skip
+    store = Store.open(path)
+    for unit in range(U) if units is None else units:
+        attempt = store.begin(unit)
+        for name, values in dataset.data_vars.items():
+            n = rows[str(values.dims[0])]
+            attempt.write(str(name), values.values[unit * n : (unit + 1) * n])
+        attempt.commit(
+            {"num_sequences": 1, "num_tokens": 1, "seconds": 0.0, "non_finite": {}, "versions": {}}
+        )
+    return path
