@@ -43,8 +43,8 @@ class CaptureBench:
     """Tokens of each."""
     rounds: int = 2
     """Times that every unit is gone through."""
-    batch_tokens: int = 2048
-    """Most tokens in one forward pass."""
+    batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Most tokens in one forward pass; a capture's default if not given."""
 
 
 def bench_capture(settings: CaptureBench) -> None:

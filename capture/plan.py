@@ -84,7 +84,7 @@ class Plan:
     def kept_bytes(self) -> int:
         """Memory of the core's states at all recurrences of one batch, which the gaps wait for."""
         d = self.description
-        return self._batch_tokens * d.core * d.recurrences * d.width * self._itemsize
+        return self._longest_batch * d.core * d.recurrences * d.width * self._itemsize
 
     @property
     def gap_method(self) -> str | None:
@@ -100,7 +100,7 @@ class Plan:
         one batch.
         """
         d = self.description
-        batch = self._batch_tokens * (8 * d.width + 4 * d.mlp_width) * self._itemsize
+        batch = self._longest_batch * (8 * d.width + 4 * d.mlp_width) * self._itemsize
         if self.gap_method == "keep states":
             batch += self.kept_bytes
         elif self.gap_method == "run twice":
@@ -115,10 +115,16 @@ class Plan:
         return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs)
 
     @property
-    def _batch_tokens(self) -> int:
+    def batch_tokens(self) -> int:
+        """The setting, or the device's default."""
+        # on two cores 512 tokens ran as fast as 2048 within 3 %, and keep a quarter of the loop for the gaps
+        return self.settings.batch_tokens or (512 if self.device == "cpu" else 16_384)
+
+    @property
+    def _longest_batch(self) -> int:
         """Most tokens that one forward pass will see."""
         longest = max(map(len, self.dataset.rows))
-        return min(self.unit_tokens, self.dataset.num_tokens, max(self.settings.batch_tokens, longest))
+        return min(self.unit_tokens, self.dataset.num_tokens, max(self.batch_tokens, longest))
 
     @property
     def _itemsize(self) -> int:
@@ -207,7 +213,8 @@ class Plan:
         for name in ("model", "data", "store"):  # paths of one machine; what they hold is recorded instead
             del settings[name]
         settings |= {"quantities": list(self.quantities), "states": list(self.settings.states)}
-        settings |= {"device": self.device, "dtype": self.dtype, "unit_tokens": self.unit_tokens}
+        settings |= {"device": self.device, "dtype": self.dtype}
+        settings |= {"unit_tokens": self.unit_tokens, "batch_tokens": self.batch_tokens}
         plan: dict[str, Any] = {
             "model": self.source.identity(),
             "data": self.dataset.identity,

@@ -48,8 +48,8 @@ class CaptureSettings:
     """Of drawn initial states and of token samples."""
     unit_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Token slots of one unit, which is committed as one; by default 4096 or the longest sequence."""
-    batch_tokens: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 2048
-    """Most tokens in one forward pass."""
+    batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""
     gap_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 2.0
     """Memory that kept loop states may take for the gaps, GiB; past it the loop is run twice instead."""
 

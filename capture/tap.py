@@ -29,9 +29,6 @@ class Buffers:
     state: Tensor | None = None
     state_rows: Tensor | None = None  # which of the N tokens are kept, int64
 
-    def rows(self, start: int, end: int) -> dict[str, Tensor]:
-        return {name: value[:, start:end] for name, value in self.values.items()}
-
 
 class LastStates(Plain):
     """Keeps what each core layer leaves at the last recurrence, and nothing else.
@@ -88,9 +85,8 @@ class Statistics(Plain):
         self._gaps = any(name.startswith("gap_") for name in self._wanted)
         self._attention = any(name.startswith("attention_") for name in self._wanted)
         self._last_states = last_states
-        self._before: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # by layer: the previous recurrence's state and its norm
+        # by layer: the previous recurrence's state and its norm
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: dict[int, list[tuple[Step, Tensor, Tensor]]] = {}  # by layer: states waiting for the last
         self._block_input: Tensor | None = None
 

@@ -11,6 +11,7 @@ import torch
 import zarr
 from torch import Tensor
 
+from .models.description import Description
 from .models.initial_state import draw_initial_state
 from .models.load import ModelSource
 from .models.model import PLAIN
@@ -59,7 +60,7 @@ class Worker:
         receipt = {
             "num_sequences": len(sequences),
             "num_tokens": num_tokens,
-            "non_finite": _count_non_finite(buffers, num_tokens),
+            "non_finite": _count_non_finite(buffers, num_tokens, self._source.description),
             "model_seconds": time.perf_counter() - started_s,
             "versions": versions(),
         }
@@ -181,15 +182,14 @@ def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Se
     yield batch
 
 
-def _count_non_finite(buffers: Buffers, num_tokens: int) -> dict[str, int]:
-    """Infinite or undefined values where a number is due, by quantity; steps and gaps have undefined places
-    of their own.
-    """
-    counts = {
-        name: int((~value[:, :num_tokens].isfinite()).sum())
-        for name, value in buffers.values.items()
-        if not name.startswith(("step_", "gap_"))
-    }
+def _count_non_finite(buffers: Buffers, num_tokens: int, description: Description) -> dict[str, int]:
+    """Infinite or undefined values where a number is due, by quantity."""
+    counts = {}
+    for name, value in buffers.values.items():
+        # steps begin at the second recurrence, gaps at the first; -1 stands for outside the core
+        first = 1 if name.startswith("step_") else 0 if name.startswith("gap_") else -1
+        due = [step.depth for step in description.steps() if step.recurrence >= first]
+        counts[name] = int((~value[due, :num_tokens].isfinite()).sum())
     if buffers.state is not None:
         counts["state"] = int((~buffers.state.isfinite()).sum())
     return {name: count for name, count in counts.items() if count}
