@@ -235,7 +235,7 @@ def _why_missing(each: Measure, dataset: xr.Dataset, depths: Depths) -> str | No
     absent = [name for name in each.needs if name not in dataset]
     if absent:
         groups = dict.fromkeys(QUANTITIES[name].group for name in absent)
-        return f"needs {' and '.join(absent)}: capture again with --quantities {','.join(groups)}"
+        return f"needs {' and '.join(absent)}: capture again with --quantities {' '.join(groups)}"
     return None
 
 

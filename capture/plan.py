@@ -244,7 +244,8 @@ def make_plan(settings: CaptureSettings) -> Plan:
     """
     settings.check()
     source = find_model(settings.model, settings.loop, settings.recurrences)
-    names = [*settings.quantities, "state"] if settings.states else list(settings.quantities)
+    names = [name for text in settings.quantities for name in text.split(",")]
+    names += ["state"] if settings.states else []
     quantities = resolve_quantities(names)
     if "state" in quantities and not settings.states:
         raise PlanError("the quantity state needs --states, for example --states core[all]@last")

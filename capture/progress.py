@@ -19,7 +19,7 @@ console = make_console(stderr=True)
 
 
 def print_plan(plan: Plan) -> None:
-    """What the capture will take, in five lines."""
+    """What the capture will take: sequences, units, disk, memory."""
     d = plan.description
     table = Table.grid(padding=(0, 2))
     table.add_row(
@@ -88,7 +88,8 @@ def print_outcome(outcome: Outcome, seconds: float) -> None:
     )
     if outcome.num_non_finite:
         console.print(
-            f"{outcome.num_non_finite} values are infinite or undefined; `looptap status` says where"
+            f"{outcome.num_non_finite} values are infinite or undefined; "
+            "`looptap analyze` says at which depths"
         )
     if outcome.failures:
         units = ", ".join(str(failure.unit) for failure in outcome.failures)

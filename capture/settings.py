@@ -33,7 +33,7 @@ class CaptureSettings:
         "gaps",
         "attention",
     )
-    """Names of quantities, or the groups residual, steps, gaps, attention, all."""
+    """Names of quantities, or the groups residual, steps, gaps, attention, all; with spaces or commas."""
     states: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SELECTION [SELECTION ...]")] = ()
     """Keep residuals too: all, or STAGE[LAYERS]@RECURRENCES such as core[-1]@0,1,last and core[all]@last."""
     tokens: Annotated[str, tyro.conf.arg(metavar="SELECTION")] = "all"

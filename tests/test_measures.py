@@ -173,6 +173,17 @@ def test_what_does_not_converge_has_no_fixed_points():
     assert settled.answer is None and "attention_entropy" in settled.detail
 
 
+@pytest.mark.parametrize(("dtype", "answer"), [("float32", False), ("float16", False), ("bfloat16", None)])
+def test_a_step_that_rounding_makes_is_no_evidence_against_convergence(dtype, answer):
+    """A last step of 6e-3 is over the threshold; bfloat16 alone may make 4 · 2⁻⁷, float16 only 4e-3."""
+    dataset = contraction(0.5, 10 * np.eye(3, 8), 5)
+    dataset.attrs["plan"]["settings"]["dtype"] = dtype
+    converged, distinct, _ = verdicts(measure(dataset), distinctness(dataset))
+    assert 5e-3 < converged.value < 7e-3
+    assert converged.answer is answer and distinct.answer is None
+    assert ("rounding" in converged.detail) is (answer is None)
+
+
 @pytest.mark.parametrize(
     "series, first", [([1, 0.1, 0.01], 1), ([0.1, 1, 0.1], 2), ([np.nan, 0, 0], 1), ([0, 0, 1], None)]
 )

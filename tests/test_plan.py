@@ -46,6 +46,13 @@ def test_pack(lengths, spare):
     assert units == list(pack(lengths, capacity))
 
 
+def test_quantities_may_be_joined_by_commas(settings):
+    apart = make_plan(replace(settings, quantities=("steps", "residual_norm", "gaps")))
+    joined = make_plan(replace(settings, quantities=("steps,residual_norm", "gaps")))
+    assert joined.quantities == apart.quantities
+    assert joined.quantities == ("residual_norm", "step_norm", "step_cosine", "gap_norm", "gap_cosine")
+
+
 def test_units_are_what_the_arrays_hold(settings):
     plan = make_plan(settings)
     assert (plan.num_units, plan.num_sequences, plan.dataset.num_tokens) == (3, 7, 86)
