@@ -99,7 +99,8 @@ def write_reference(model_dir: Path, path: Path, texts: Sequence[str] = REFERENC
     from transformers import AutoModelForCausalLM, AutoTokenizer  # pyright: ignore[reportMissingImports]
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    load = AutoModelForCausalLM.from_pretrained
+    model: Any = load(model_dir, dtype=torch.float32, attn_implementation="eager")
     residuals = []
     model.get_decoder().norm.register_forward_pre_hook(
         lambda _, inputs: residuals.append(inputs[0][0].clone())

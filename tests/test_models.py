@@ -1,185 +1,33 @@
-"""Descriptions, random weights, checkpoints; the forward pass against one written from the papers' words."""
+"""Descriptions and random weights; the forward pass against one written from the papers' words."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
-from looptap.capture.models.description import Block, Description, Llama3Scaling, Rotary, Step
-from looptap.capture.models.load import find_model, load_model
+from looptap.capture.models.description import Block, Llama3Scaling, Rotary, Step
+from looptap.capture.models.exit_gate import exit_probability
+from looptap.capture.models.load import load_model
 from looptap.capture.models.model import LoopedModel
 from looptap.capture.models.random import parse_random
-from looptap.capture.models.tap import Packed, Plain
+from looptap.capture.models.tap import Packed
 from looptap.capture.tap import Buffers, Statistics
+from looptap.tests.oracle import LENGTHS, Listening, Straight, describe, fill, initial_state, random_ids
 
 LLAMA = Path(__file__).parent / "golden" / "llama"
-LENGTHS = (9, 1, 9, 17)  # a run of equal ones apart, a lone token, nothing round
-
-
-def describe(**changes) -> Description:
-    """A small model; heads, key heads and widths all differ, so that no two axes can be swapped unseen."""
-    fields = {
-        "prelude": 1, "core": 2, "recurrences": 3, "coda": 1,
-        "width": 24, "num_heads": 4, "num_kv_heads": 2, "head_width": 10, "mlp_width": 40,
-        "vocab_size": 50, "max_positions": 64, "block": Block(),
-    }  # fmt: skip
-    return Description(**{**fields, **changes})
-
-
-def fill(model: LoopedModel, seed: int = 0) -> LoopedModel:
-    """Random weights, norms included, so that a norm with another's weight shows."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        parameter.normal_(generator=generator)
-        if parameter.ndim == 1:
-            parameter.mul_(0.25).add_(1)
-        elif name != "embedding":
-            parameter.mul_(parameter.shape[1] ** -0.5)
-    return model
-
-
-def random_ids(vocab_size: int, lengths=LENGTHS) -> Packed:
-    generator = torch.Generator().manual_seed(5)
-    return Packed(torch.randint(vocab_size, (sum(lengths),), generator=generator), tuple(lengths))
-
-
-class Listening(Plain):
-    """Keeps every residual and loop state, with the address it came under."""
-
-    def __init__(self):
-        self.residuals, self.loop_states = {}, {}
-
-    def residual(self, step, half, x_ND, branch_ND, norms):
-        result = super().residual(step, half, x_ND, branch_ND, norms)
-        if half == "mlp":
-            assert step not in self.residuals
-            self.residuals[step] = result.residual_ND
-        return result
-
-    def loop_state(self, recurrence, state_ND):
-        self.loop_states[recurrence] = state_ND
-
-
-class Straight:
-    """One sequence's forward pass as the papers word it: the oracle in float64, plain torch in bfloat16."""
-
-    def __init__(self, model: LoopedModel, dtype=torch.float64):
-        self.d, self.dtype = model.description, dtype
-        self.weights = {name: p.to(dtype) for name, p in model.named_parameters()}
-        self.residuals: list[torch.Tensor] = []
-
-    def rms(self, x, weight):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return weight * (wide / (wide.square().mean(-1, keepdim=True) + self.d.block.eps).sqrt()).to(x.dtype)
-
-    def rotated(self, x_HTC):
-        """Every pair of channels is a complex number, turned by position · frequency."""
-        rotary, C = self.d.block.rotary, x_HTC.shape[-1]
-        frequencies = []
-        for j in range(C // 2):
-            f = rotary.theta ** (-2 * j / C)
-            if (s := rotary.scaling) is not None:
-                wavelength = 2 * torch.pi / f
-                low, high = (s.original_max_positions / x for x in (s.low_freq_factor, s.high_freq_factor))
-                if wavelength > low:
-                    f = f / s.factor
-                elif wavelength >= high:
-                    span = s.high_freq_factor - s.low_freq_factor
-                    smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / span
-                    f = (1 - smooth) * f / s.factor + smooth * f
-            frequencies.append(f)
-        wide = x_HTC.to(torch.promote_types(x_HTC.dtype, torch.float32))
-        position = torch.arange(x_HTC.shape[1], dtype=wide.dtype)
-        angle = position.outer(torch.tensor(frequencies, dtype=wide.dtype))
-        first, second = (
-            (wide[..., 0::2], wide[..., 1::2]) if rotary.interleaved else wide.split(C // 2, dim=-1)
-        )
-        turned = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
-        pairs = (turned.real, turned.imag)
-        whole = torch.stack(pairs, -1).flatten(-2) if rotary.interleaved else torch.cat(pairs, -1)
-        return whole.to(x_HTC.dtype)
-
-    def attention(self, x, name):
-        d, T = self.d, len(x)
-        H, K, C = d.num_heads, d.num_kv_heads, d.head_width
-        q, k, v = (x @ self.weights[f"{name}.qkv"].T).split([H * C, K * C, K * C], dim=-1)
-        if d.block.qk_norm:
-            q = self.rms(q, self.weights[f"{name}.q_norm"])
-            k = self.rms(k, self.weights[f"{name}.k_norm"])
-        q, k, v = (part.view(T, -1, C).transpose(0, 1) for part in (q, k, v))
-        q, k = self.rotated(q), self.rotated(k)
-        heads = []
-        for h in range(H):
-            group = h // (H // K)
-            scores = q[h] @ k[group].T / C**0.5
-            scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))
-            heads.append(scores.softmax(-1) @ v[group])
-        return torch.cat(heads, dim=-1) @ self.weights[f"{name}.attention_out"].T
-
-    def mlp(self, x, name):
-        gate, up = self.weights[f"{name}.gate_up"].split(self.d.mlp_width)
-        return (F.silu(x @ gate.T) * (x @ up.T)) @ self.weights[f"{name}.mlp_out"].T
-
-    def block(self, x, index):
-        name, rms = f"blocks.{index}", self.rms
-        norm = {
-            key: self.weights.get(f"{name}.{key}_norm")
-            for half in ("attention", "mlp")
-            for key in (f"{half}_branch_input", f"{half}_branch_output", f"{half}_stream")
-        }
-        for half, branch in (("attention", self.attention), ("mlp", self.mlp)):
-            before, after, stream = (
-                norm[f"{half}_{place}"] for place in ("branch_input", "branch_output", "stream")
-            )
-            match self.d.block.norm:
-                case "pre":
-                    x = x + branch(rms(x, before), name)
-                case "ouro":
-                    x = x + rms(branch(rms(x, before), name), after)
-                case "huginn":
-                    x = rms(x + branch(rms(x, before), name), stream)
-                case "olmo2":
-                    x = x + rms(branch(x, name), after)
-        self.residuals.append(x)
-        return x
-
-    def __call__(self, ids_T, initial_TD=None):
-        """Logits."""
-        d, final = self.d, self.weights["final_norm"]
-        x = self.weights["embedding"][ids_T] * d.embedding_scale
-        for layer in range(d.prelude):
-            x = self.block(x, layer)
-        state = x if initial_TD is None else initial_TD.to(self.dtype)
-        for _ in range(d.recurrences):
-            if d.injection:
-                state = torch.cat([state, x], dim=-1) @ self.weights["adapter"].T
-            for layer in range(d.core):
-                state = self.block(state, d.prelude + layer)
-            if d.block.norm == "ouro":
-                state = self.rms(state, final)
-        if d.block.norm == "huginn":
-            state = self.rms(state, final)
-        for layer in range(d.coda):
-            state = self.block(state, d.prelude + d.core + layer)
-        if d.block.norm != "ouro":
-            state = self.rms(state, final)
-        return state @ self.weights["embedding" if d.tied_head else "head"].T * d.logit_scale
-
 
 WIRINGS = {
     "pre": describe(block=Block(norm="pre", eps=1e-5)),
-    "ouro": describe(block=Block(norm="ouro"), prelude=0, coda=0, recurrence_end="norm"),
+    "ouro": describe(block=Block(norm="ouro"), prelude=0, coda=0, recurrence_end="norm", exit_gate=True),
     "huginn": describe(
-        block=Block(norm="huginn", rotary=Rotary(theta=50.0, interleaved=True)),
+        block=Block(norm="huginn", bias="qk", rotary=Rotary(theta=50.0, interleaved=True)),
+        num_kv_heads=4,
         norm_before_coda=True,
         embedding_scale=24**0.5,
         tied_head=True,
     ),
-    "olmo2": describe(block=Block(norm="olmo2", qk_norm=True), logit_scale=0.3),
+    "olmo2": describe(block=Block(norm="olmo2", qk_norm="all_heads"), logit_scale=0.3),
     "llama3": describe(
         block=Block(
             rotary=Rotary(
@@ -190,28 +38,56 @@ WIRINGS = {
             )
         )
     ),
+    "qwen2": describe(block=Block(bias="qkv")),
+    "qwen3": describe(block=Block(qk_norm="each_head")),
+}
+# prelude, core, recurrences, coda; heads, key heads, head width
+SHAPES = {
+    "one layer": (0, 1, 1, 0, 1, 1, 2),
+    "three layers, one key head": (0, 3, 4, 0, 4, 1, 8),
+    "odd heads": (1, 1, 2, 1, 3, 3, 6),
+    "odd groups": (3, 1, 5, 0, 9, 3, 4),
+    "no prelude, long coda": (0, 1, 2, 3, 5, 1, 12),
+    "uneven": (1, 3, 2, 2, 6, 2, 10),
 }
 
 
-def initial_state(d: Description, num_tokens: int) -> torch.Tensor | None:
-    if d.initial_state == "prelude":
-        return None
-    return torch.randn(num_tokens, d.width, generator=torch.Generator().manual_seed(9))
+def with_injection(d):
+    return replace(d, injection="linear", initial_state="truncated")
 
 
-def with_injection(d: Description) -> Description:
-    return replace(d, injection="linear", initial_state="normal")
+def resized(d, shape):
+    """The wiring in other sizes; Huginn's bias needs a key head for every query head, Ouro has no ends."""
+    prelude, core, recurrences, coda, H, K, C = shape
+    if d.block.norm == "ouro":
+        prelude = coda = 0
+    return replace(
+        d, prelude=prelude, core=core, recurrences=recurrences, coda=coda, width=26, mlp_width=18,
+        num_heads=H, num_kv_heads=H if d.block.bias == "qk" else K, head_width=C,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("injection", [False, True], ids=["none", "injection"])
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_forward_matches_the_papers_words(wiring, injection):
-    d = with_injection(WIRINGS[wiring]) if injection else WIRINGS[wiring]
+    assert_matches(with_injection(WIRINGS[wiring]) if injection else WIRINGS[wiring])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_forward_in_other_sizes(wiring, shape):
+    d = resized(WIRINGS[wiring], SHAPES[shape])
+    assert_matches(d if wiring == "ouro" else with_injection(d))
+
+
+def assert_matches(d):
+    """Every residual and logit, and the exit gate, against the oracle in float64."""
     model, batch = fill(LoopedModel(d)), random_ids(d.vocab_size)
     initial_ND = initial_state(d, sum(LENGTHS))
     tap = Listening()
     with torch.inference_mode():
         logits = model.logits(model(batch, tap, initial_ND))
+        gates = [model.exit_gate_logits(s) for s in tap.loop_states.values()] if d.exit_gate else []
     assert list(tap.residuals) == list(d.steps()), "blocks ran in another order, or under other addresses"
     assert list(tap.loop_states) == list(range(d.recurrences))
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
@@ -220,8 +96,26 @@ def test_forward_matches_the_papers_words(wiring, injection):
         straight = Straight(model)
         wanted = straight(batch.token_id_N[rows], None if initial_ND is None else initial_ND[rows])
         for got, right in zip(tap.residuals.values(), straight.residuals, strict=True):
+            torch.testing.assert_close(got[rows].double(), right, atol=5e-5, rtol=2e-5)
+        for got, right in zip(gates, straight.gate_logits, strict=True):
             torch.testing.assert_close(got[rows].double(), right, atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(logits[rows].double(), wanted, atol=5e-5, rtol=2e-5)
+
+
+def test_exit_probability_is_that_of_a_chain_of_choices():
+    """Against the definition in float64; a confident gate, a doubtful one and one that never leaves."""
+    gate_logits = torch.tensor([[40.0, -40.0, 0.3, 12.0], [1.0, -30.0, -2.0, 11.0], [5.0, -8.0, 0.0, 9.0]])
+    found = exit_probability(gate_logits)
+    wanted, left = [], torch.ones(4, dtype=torch.float64)
+    for gate in gate_logits[:-1].double():
+        wanted.append(left / (1 + (-gate).exp()))
+        left = left / (1 + gate.exp())
+    torch.testing.assert_close(found.double(), torch.stack([*wanted, left]), atol=0, rtol=1e-6)
+    torch.testing.assert_close(found.sum(0), torch.ones(4), atol=1e-6, rtol=0)
+    assert torch.equal(exit_probability(gate_logits[:1]), torch.ones(1, 4)), "one recurrence: it takes all"
+    halves = exit_probability(gate_logits.bfloat16())
+    assert halves.dtype == torch.float32
+    assert halves[-1, 3] > 0, "in bfloat16 the cumulative sum is 1 before the last recurrence"
 
 
 def test_loop_states_follow_the_rule_that_ends_a_recurrence():
@@ -334,6 +228,7 @@ def test_with_loop_keeps_every_layer_in_its_place():
         (lambda: describe(num_kv_heads=3), "4 query heads cannot share 3"),
         (lambda: describe(head_width=9), "even head width, got 9"),
         (lambda: describe(core=0, recurrences=0, injection="linear"), "no core"),
+        (lambda: describe(core=0, recurrences=0, exit_gate=True), "exit gate and no loop"),
         (lambda: Block(norm="post"), "'post' is not known; choose one of pre, ouro, huginn, olmo2"),
         (lambda: describe().with_recurrences(0), "at least 1, got 0"),
         (lambda: describe(core=0, recurrences=0).with_recurrences(3), "no core to repeat.*--loop"),
@@ -420,66 +315,3 @@ def test_a_window_looped_once_is_the_plain_model_to_the_bit():
     with torch.inference_mode():
         for loop in ("0-4x1", "2-3x1"):
             assert torch.equal(load_model(str(LLAMA), loop=loop)(batch), load_model(str(LLAMA))(batch))
-
-
-def write_checkpoint(directory: Path, tensors: dict, *, num_shards: int = 1, **config) -> Path:
-    directory.mkdir()
-    fields = json.loads((LLAMA / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**fields, **config}))
-    if num_shards == 1:
-        save_file(tensors, directory / "model.safetensors")
-        return directory
-    weight_map = {}
-    for shard in range(num_shards):
-        part = dict(list(tensors.items())[shard::num_shards])  # q, k and v of a layer come apart
-        name = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
-        save_file(part, directory / name)
-        weight_map |= dict.fromkeys(part, name)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return directory
-
-
-def logits_of(path: Path, **how) -> torch.Tensor:
-    model = load_model(str(path), **how)
-    with torch.inference_mode():
-        return model.logits(model(random_ids(256)))
-
-
-def test_every_layout_of_a_checkpoint_gives_the_same_logits(tmp_path):
-    tied = load_file(LLAMA / "model.safetensors")
-    untied = tied | {"lm_head.weight": tied["model.embed_tokens.weight"].clone()}
-    wanted = logits_of(LLAMA)
-    assert wanted.std() > 0
-    paths = [
-        write_checkpoint(tmp_path / "single", tied),
-        write_checkpoint(tmp_path / "sharded", tied, num_shards=3),
-        write_checkpoint(tmp_path / "untied", untied, tie_word_embeddings=False),
-        write_checkpoint(tmp_path / "both", untied, num_shards=2, tie_word_embeddings=False),
-    ]
-    for path in paths:
-        assert torch.equal(logits_of(path), wanted), path.name
-    untied["lm_head.weight"] += 1
-    other = write_checkpoint(tmp_path / "other-head", untied, tie_word_embeddings=False)
-    assert not torch.equal(logits_of(other), wanted), "the head in the files is not read"
-
-
-def test_new_and_old_rotary_fields_mean_the_same(tmp_path):
-    fields = json.loads((LLAMA / "config.json").read_text())
-    new = {"rope_parameters": {**fields["rope_scaling"], "rope_theta": fields["rope_theta"]}}
-    path = write_checkpoint(tmp_path / "new", load_file(LLAMA / "model.safetensors"), **new)
-    config = {k: v for k, v in {**fields, **new}.items() if k not in ("rope_scaling", "rope_theta")}
-    (path / "config.json").write_text(json.dumps(config))
-    assert find_model(str(path)).description == find_model(str(LLAMA)).description
-
-
-def test_bfloat16_files(tmp_path):
-    rounded = {name: t.bfloat16() for name, t in load_file(LLAMA / "model.safetensors").items()}
-    path = write_checkpoint(tmp_path / "bf16", rounded)
-    exact = write_checkpoint(tmp_path / "f32", {name: t.float() for name, t in rounded.items()})
-    model = load_model(str(path))
-    assert model.dtype == torch.bfloat16
-    assert torch.equal(model.embedding, rounded["model.embed_tokens.weight"])
-    k_proj = rounded["model.layers.2.self_attn.k_proj.weight"]
-    assert torch.equal(model.blocks[2].qkv[64:80], k_proj), "k's rows follow q's 8 heads of 8"
-    assert torch.equal(logits_of(path, dtype="float32"), logits_of(exact))
-    assert torch.equal(logits_of(path), logits_of(exact, dtype="bfloat16"))

@@ -1,25 +1,25 @@
 """A checkpoint directory: config.json, safetensors in one file or in shards, perhaps tokenizer.json.
 
 Everything is checked from the files' headers before a weight is read: the tensors there must be exactly those
-of one known wiring. Weights then stream one tensor at a time into the model's own parameters. No pickle is
-opened and no code of the directory is run.
+of one known wiring. Weights then stream piece by piece into the model's own parameters. No pickle is opened
+and no code of the directory is run.
 """
 
 import hashlib
-import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from .config import Config, ModelError
 from .description import Description
-from .families import FAMILIES, Config, ModelError, Source
-from .model import LoopedModel
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_SHOWN = 6  # how many names an error lists before it says how many more there are
+from .families import find_family
+from .layout import Copy, Source
+from .model import LoopedModel, rotary_table
+from .stored import DTYPES, StoredTensor, hash_and_check, listed, read_headers, read_json
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Checkpoint:
     description: Description
     """As the files say it; a loop or another recurrence count is the caller's to add."""
     sources: tuple[Source, ...]
-    file_of: dict[str, Path]
+    copies: tuple[Copy, ...]
+    """Those that are there."""
+    tensors: dict[str, StoredTensor]
     dtype: torch.dtype
 
     @property
@@ -44,26 +46,69 @@ class Checkpoint:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash over the safetensors files in name order."""
+        """Hash over the safetensors files in name order.
+
+        Their numbers are checked on the way as by `load`: a plan asks for the hash, so what is wrong with
+        them is known before a store is made.
+        """
         digest = hashlib.sha256()
-        for path in sorted(set(self.file_of.values())):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        for path in self._paths:
+            digest.update(hash_and_check(path, [t for t in self.tensors.values() if t.path == path]))
+        self._check_copies()
         return digest.hexdigest()
 
     def load(self, description: Description, device: str, dtype: torch.dtype) -> LoopedModel:
-        """Streams the weights to the device; extra host memory is one tensor."""
+        """Streams the weights to the device; extra host memory is one buffer of a few MiB.
+
+        Raises:
+            ModelError: values that are not finite or that the dtype cannot hold, or a tensor that repeats
+                another one and differs from it; names the tensor and its file.
+        """
         with torch.device("meta"):
             model = LoopedModel(description).to(dtype)
         model = model.to_empty(device=device)
-        parameters = dict(model.named_parameters())
-        for path in sorted(set(self.file_of.values())):
-            with safe_open(path, framework="pt") as file:
-                for source in self.sources:
-                    if self.file_of[source.tensor] == path:
-                        rows = slice(source.first_row, source.first_row + source.shape[0])
-                        parameters[source.parameter][rows].copy_(file.get_tensor(source.tensor))
+        parameters, limit = dict(model.named_parameters()), torch.finfo(dtype).max
+        for source in sorted(self.sources, key=lambda source: str(self.tensors[source.tensor].path)):
+            tensor, parameter = self.tensors[source.tensor], parameters[source.parameter]
+            row_size = parameter[0].numel()
+            target = parameter.flatten()[source.first_row * row_size :]
+            for place, piece in tensor.pieces():
+                tensor.check(piece, limit)
+                target[place].copy_(piece)
+        self._check_copies()
         return model.eval()
+
+    @property
+    def _paths(self) -> list[Path]:
+        return sorted({tensor.path for tensor in self.tensors.values()})
+
+    def _check_copies(self) -> None:
+        """Refuses tensors that repeat what is known without them, and say otherwise."""
+        for copy in self.copies:
+            tensor = self.tensors[copy.tensor]
+            if copy.of is None:
+                self._check_rotary_table(tensor)
+                continue
+            both = zip(tensor.pieces(), self.tensors[copy.of].pieces(), strict=True)
+            if not all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in both):
+                raise ModelError(
+                    f"{tensor.path}: {copy.tensor} differs from {copy.of}, of which config.json makes it a "
+                    "copy; a head of its own needs the config to say that it is not tied"
+                )
+
+    def _check_rotary_table(self, tensor: StoredTensor) -> None:
+        d = self.description
+        position = torch.arange(d.max_positions)
+        table = torch.stack(rotary_table(d.block.rotary, d.head_width, position, torch.float32), -1).flatten()
+        # angles up to max_positions were rounded to float32, and the table may have been bfloat16 once
+        allowed = d.max_positions * 2**-20 + 2**-8
+        for place, piece in tensor.pieces():
+            error = (piece.float() - table[place]).abs().max().item()
+            if not error <= allowed:  # NaN is not
+                raise ModelError(
+                    f"{tensor.path}: {tensor.name} is not the rotary table of config.json's rope_base; it is "
+                    f"off by {error:.3g}"
+                )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -73,105 +118,63 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ModelError: anything missing, damaged, contradictory or of an unknown wiring; names the file and
             tensors.
     """
-    config = _read_config(path / "config.json")
-    kind = config.fields.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ModelError(
-            f"{config.path}: model_type {kind!r} is not known; looptap reads {', '.join(sorted(FAMILIES))}"
-        )
+    config = Config(path / "config.json", read_json(path / "config.json"))
+    kind, family = find_family(config)
+    tensors = read_headers(path)
     try:
-        description = FAMILIES[kind].read_config(config)
+        description = family.describe(config, tensors.keys())
     except ModelError:
         raise
     except ValueError as error:
         raise ModelError(f"{config.path}: {error}") from error
-    headers = _read_headers(path)
-    sources = FAMILIES[kind].sources(description)
-    _check_tensors(path, kind, sources, headers)
-    dtypes = {dtype for _, _, dtype in headers.values()}
-    if len(dtypes) > 1 or not dtypes <= _DTYPES.keys():
-        raise ModelError(
-            f"{path}: tensors are {', '.join(sorted(dtypes))}; one of {', '.join(_DTYPES)} is wanted"
-        )
+    sources = family.sources(description)
+    copies = [copy for copy in family.copies(description) if copy.tensor in tensors]
+    _check_tensors(path, kind, [*sources, *copies], tensors)
+    tables = {copy.tensor for copy in copies if copy.of is None}
     return Checkpoint(
         path=path,
         description=description,
         sources=tuple(sources),
-        file_of={name: file for name, (file, _, _) in headers.items()},
-        dtype=_DTYPES[dtypes.pop()],
+        copies=tuple(copies),
+        tensors=tensors,
+        dtype=_common_dtype(path, tensors, tables),
     )
 
 
-def _read_config(path: Path) -> Config:
-    try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path} is missing; a model directory holds config.json and *.safetensors"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ModelError(f"{path} holds a {type(fields).__name__}, not an object of fields")
-    return Config(path, fields)
-
-
-def _read_headers(path: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """File, shape and dtype name of every tensor."""
-    index_path, single_path = path / "model.safetensors.index.json", path / "model.safetensors"
-    if index_path.is_file():
-        weight_map = _read_config(index_path).fields.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{index_path} has no weight_map")
-        named = list(weight_map.values())
-        if strange := [name for name in named if name in ("", "..") or Path(str(name)).name != name]:
-            raise ModelError(f"{index_path} names {strange[0]!r}, which is no file of this directory")
-        files = sorted(set(named))
-    elif single_path.is_file():
-        weight_map, files = None, [single_path.name]
-    else:
-        raise ModelError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    headers = {}
-    for name in files:
-        try:
-            with safe_open(path / name, framework="pt") as file:
-                for tensor in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    part = file.get_slice(tensor)
-                    if tensor in headers:
-                        raise ModelError(f"{path}: {tensor} is in both {headers[tensor][0].name} and {name}")
-                    headers[tensor] = (path / name, tuple(part.get_shape()), part.get_dtype())
-        except FileNotFoundError:
-            raise ModelError(f"{path / name} is missing, and {index_path.name} names it") from None
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path / name} is damaged or cut short ({path.joinpath(name).stat().st_size} bytes): {error}"
-            ) from error
-    if weight_map is not None and (lost := [t for t in weight_map if t not in headers]):
-        raise ModelError(f"{path}: the index names tensors that no shard holds: {_listed(lost)}")
-    return headers
-
-
 def _check_tensors(
-    path: Path, kind: str, sources: list[Source], headers: dict[str, tuple[Path, tuple[int, ...], str]]
+    path: Path, kind: str, wanted: list[Source | Copy], tensors: dict[str, StoredTensor]
 ) -> None:
-    wanted = {source.tensor: source.shape for source in sources}
+    """Refuses any other set of tensors and any other shapes than the wanted."""
+    shapes = {source.tensor: source.shape for source in wanted}
     problems = []
-    if missing := [name for name in wanted if name not in headers]:
-        problems.append(f"missing {_listed(missing)}")
-    if extra := [name for name in headers if name not in wanted]:
-        problems.append(f"not known {_listed(extra)}")
-    if shapes := [
-        f"{name} is {list(headers[name][1])} where the config says {list(shape)}"
-        for name, shape in wanted.items()
-        if name in headers and headers[name][1] != shape
-    ]:
-        problems.append(_listed(shapes))
+    if missing := [name for name in shapes if name not in tensors]:
+        problems.append(f"missing {listed(missing)}")
+    if extra := [f"{name} (in {t.path.name})" for name, t in tensors.items() if name not in shapes]:
+        problems.append(f"not known {listed(extra)}")
+    if others := list(_other_shapes(shapes, tensors)):
+        problems.append(listed(others))
     if problems:
         raise ModelError(
             f"{path}: its tensors are not those of a {kind} model with this config: {'; '.join(problems)}"
         )
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _other_shapes(shapes: dict[str, tuple[int, ...]], tensors: dict[str, StoredTensor]) -> Iterator[str]:
+    for name, shape in shapes.items():
+        if name in tensors and (found := tensors[name]).shape != shape:
+            says = f"{name} is {list(found.shape)} where the config says {list(shape)}"
+            yield f"{says} (in {found.path.name})"
+
+
+def _common_dtype(path: Path, tensors: dict[str, StoredTensor], tables: set[str]) -> torch.dtype:
+    """Of all tensors but the tables, which may be kept in float32 beside weights of any dtype."""
+    counts = Counter(tensor.dtype for name, tensor in tensors.items() if name not in tables)
+    unknown = [tensor.dtype for tensor in tensors.values() if tensor.dtype not in DTYPES]
+    if len(counts) == 1 and not unknown:
+        return DTYPES[next(iter(counts))]
+    strange = unknown[0] if unknown else min(counts, key=lambda name: counts[name])
+    odd = [f"{tensor.name} (in {tensor.path.name})" for tensor in tensors.values() if tensor.dtype == strange]
+    raise ModelError(
+        f"{path}: tensors are {', '.join(sorted({*counts, *unknown}))}; one of {', '.join(DTYPES)} is wanted "
+        f"for all weights, and {strange} is {listed(odd)}"
+    )

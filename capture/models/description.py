@@ -65,8 +65,14 @@ class Block:
     norm: str = "pre"
     """A key of `NORMS`."""
     eps: float = 1e-6
-    qk_norm: bool = False
-    """RMS norm of q and of k over all heads at once, before the rotation (OLMo-2)."""
+    qk_norm: Literal["all_heads", "each_head"] | None = None
+    """RMS norm of q and of k before the rotation: over all heads at once (OLMo-2), or over each head with one
+    weight for all (Qwen3).
+    """
+    bias: Literal["qk", "qkv"] | None = None
+    """Of what comes out of the attention's input matrix, before the rotation: qk as in Huginn, qkv as in
+    Qwen2.
+    """
     rotary: Rotary = field(default_factory=Rotary)
 
     def __post_init__(self) -> None:
@@ -92,11 +98,16 @@ class Description:
     block: Block
     injection: Literal["linear"] | None = None
     """linear: a recurrence starts from Linear(concat(state, prelude output)), state first, without bias."""
-    initial_state: Literal["prelude", "normal"] = "prelude"
-    """What enters the first recurrence: the prelude's output, or a draw per sequence and position."""
+    initial_state: Literal["prelude", "normal", "truncated"] = "prelude"
+    """What enters the first recurrence: the prelude's output, or a draw per sequence and position; truncated:
+    from a normal cut at three of its standard deviations (Huginn and the retrofits).
+    """
     initial_std: float = 1.0
+    """Standard deviation of the draw, before it is cut."""
     recurrence_end: Literal["norm"] | None = None
     """norm: the final norm closes every recurrence and none stands before the head (Ouro)."""
+    exit_gate: bool = False
+    """A linear gate on what every recurrence leaves (Ouro); recorded, and never the end of the loop."""
     norm_before_coda: bool = False
     """The final norm is applied between core and coda too (Huginn)."""
     embedding_scale: float = 1.0
@@ -108,6 +119,8 @@ class Description:
             raise ValueError(f"a core of {self.core} layers cannot run {self.recurrences} times")
         if self.injection and not self.core:
             raise ValueError(f"{self.notation} injects into a loop and has no core")
+        if self.exit_gate and not self.core:
+            raise ValueError(f"{self.notation} has an exit gate and no loop to leave")
         if min(self.prelude, self.core, self.coda) < 0 or self.num_blocks == 0:
             raise ValueError(f"{self.notation} has no layers")
         if self.num_heads % self.num_kv_heads:

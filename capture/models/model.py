@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...kernels.residual_norm import rms_norm
 from .description import NORMS, Block, Description, Rotary, Step
+from .interventions import NONE, Interventions
 from .tap import HalfNorms, Packed, Plain
 
 PLAIN = Plain()
@@ -39,8 +40,11 @@ class TransformerBlock(nn.Module):
         self.mlp_branch_input_norm = _vector(d.width, placement.branch_input)
         self.mlp_branch_output_norm = _vector(d.width, placement.branch_output)
         self.mlp_stream_norm = _vector(d.width, placement.stream)
-        self.q_norm = _vector(d.num_heads * d.head_width, d.block.qk_norm)
-        self.k_norm = _vector(d.num_kv_heads * d.head_width, d.block.qk_norm)
+        q_heads, k_heads = self.heads if d.block.qk_norm == "all_heads" else (1, 1)
+        self.q_norm = _vector(q_heads * d.head_width, d.block.qk_norm is not None)
+        self.k_norm = _vector(k_heads * d.head_width, d.block.qk_norm is not None)
+        biased_width = qkv_width if d.block.bias == "qkv" else qkv_width - d.num_kv_heads * d.head_width
+        self.bias = _vector(biased_width, d.block.bias is not None)
 
     def forward(
         self,
@@ -51,6 +55,7 @@ class TransformerBlock(nn.Module):
         rotation: tuple[Tensor, Tensor],
         lengths: tuple[int, ...],
         tap: Plain,
+        interventions: Interventions,
     ) -> tuple[Tensor, Tensor]:
         """x: the stream; y: the same with this block's input norm. Returns both for the next block."""
         eps = self.kind.eps
@@ -60,9 +65,11 @@ class TransformerBlock(nn.Module):
             eps, self.attention_branch_output_norm, self.attention_stream_norm, self.mlp_branch_input_norm
         )
         attended_ND = F.linear(o_NHC.flatten(1), self.attention_out)
+        attended_ND = interventions.on_branch(step.depth, "attention", attended_ND)
         x_ND, y_ND = tap.residual(step, "attention", x_ND, attended_ND, norms)
         gate_NI, up_NI = F.linear(y_ND, self.gate_up).chunk(2, dim=-1)
         branch_ND = F.linear(F.silu(gate_NI) * up_NI, self.mlp_out)
+        branch_ND = interventions.on_branch(step.depth, "mlp", branch_ND)
         norms = HalfNorms(eps, self.mlp_branch_output_norm, self.mlp_stream_norm, next_weight_D)
         return tap.residual(step, "mlp", x_ND, branch_ND, norms)
 
@@ -71,13 +78,20 @@ class TransformerBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         H, K = self.heads
         C = self.head_width
-        qk_NX, v_NX = F.linear(y_ND, self.qkv).split([(H + K) * C, K * C], dim=-1)
+        qkv_NX = F.linear(y_ND, self.qkv)
+        if self.bias is not None:
+            qkv_NX[:, : len(self.bias)] += self.bias
+        qk_NX, v_NX = qkv_NX.split([(H + K) * C, K * C], dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q_NX, k_NX = qk_NX.split([H * C, K * C], dim=-1)
-            eps = self.kind.eps
-            qk_NX = torch.cat([rms_norm(q_NX, self.q_norm, eps), rms_norm(k_NX, self.k_norm, eps)], dim=-1)
+            norms = ((q_NX, self.q_norm), (k_NX, self.k_norm))
+            qk_NX = torch.cat([self._normed(x_NX, weight) for x_NX, weight in norms], dim=-1)
         qk_NXC = rotate(qk_NX.unflatten(-1, (H + K, C)), rotation, self.kind.rotary.interleaved)
         return qk_NXC[:, :H], qk_NXC[:, H:], v_NX.unflatten(-1, (K, C))
+
+    def _normed(self, x_NX: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm over as many channels as there are weights: all heads, or each."""
+        return rms_norm(x_NX.unflatten(-1, (-1, len(weight))), weight, self.kind.eps).flatten(-2)
 
 
 class LoopedModel(nn.Module):
@@ -91,22 +105,37 @@ class LoopedModel(nn.Module):
         self.adapter = _matrix(d.width, 2 * d.width) if d.injection == "linear" else None
         self.final_norm = nn.Parameter(torch.empty(d.width), requires_grad=False)
         self.head = None if d.tied_head else _matrix(d.vocab_size, d.width)
+        self.exit_gate_weight = _matrix(1, d.width) if d.exit_gate else None
+        self.exit_gate_bias = _vector(1, d.exit_gate)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
     @property
+    def head_weight(self) -> Tensor:
+        """[V, D]."""
+        return self.embedding if self.head is None else self.head
+
+    @property
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def forward(self, batch: Packed, tap: Plain = PLAIN, initial_state_ND: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: Packed,
+        tap: Plain = PLAIN,
+        initial_state_ND: Tensor | None = None,
+        interventions: Interventions = NONE,
+    ) -> Tensor:
         """Runs every step; returns what the head reads, [N, D].
 
         Args:
             batch: packed token ids, on the model's device.
             tap: where attention and residual adds are run.
-            initial_state_ND: state entering the first recurrence, for models whose description draws one.
+            initial_state_ND: state entering the first recurrence; models that draw one need it, others start
+                from the prelude's output without it.
+            interventions: what is done otherwise than the model says.
         """
         d = self.description
         rotation = rotary_table(d.block.rotary, d.head_width, batch.position_N, self.dtype)
@@ -116,12 +145,12 @@ class LoopedModel(nn.Module):
         steps = list(d.steps())
         p, k = d.prelude, d.core
         blocks: list[TransformerBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
-        x_ND = self._run(steps[:p], blocks[:p], x_ND, rotation, batch, tap)
-        if d.initial_state == "normal":
-            assert initial_state_ND is not None, "this model's loop starts from a drawn state"
-            state_ND = initial_state_ND.to(x_ND)
-        else:
-            state_ND = x_ND
+        x_ND = self._run(steps[:p], blocks[:p], x_ND, rotation, batch, tap, interventions)
+        x_ND = interventions.on_prelude(x_ND)
+        assert d.initial_state == "prelude" or initial_state_ND is not None, (
+            "this model's loop starts from a drawn state"
+        )
+        state_ND = x_ND if initial_state_ND is None else initial_state_ND.to(x_ND)
         for recurrence in range(d.recurrences):
             start = p + recurrence * k
             entering_ND = (
@@ -130,20 +159,33 @@ class LoopedModel(nn.Module):
                 else F.linear(torch.cat([state_ND, x_ND], dim=-1), self.adapter)
             )
             core = blocks[p : p + k]
-            state_ND = self._run(steps[start : start + k], core, entering_ND, rotation, batch, tap)
+            state_ND = self._run(
+                steps[start : start + k], core, entering_ND, rotation, batch, tap, interventions
+            )
             if d.recurrence_end == "norm":
                 state_ND = rms_norm(state_ND, self.final_norm, d.block.eps)
             tap.loop_state(recurrence, state_ND)
         if d.norm_before_coda:
             state_ND = rms_norm(state_ND, self.final_norm, d.block.eps)
         tail = d.depth - d.coda
-        state_ND = self._run(steps[tail:], blocks[p + k :], state_ND, rotation, batch, tap)
+        state_ND = self._run(steps[tail:], blocks[p + k :], state_ND, rotation, batch, tap, interventions)
         return rms_norm(state_ND, self.final_norm, d.block.eps) if d.closes_with_norm else state_ND
+
+    def read_out(self, loop_state_ND: Tensor) -> Tensor:
+        """A loop state as the head would read it: through the final norm, unless that ended the pass."""
+        if self.description.recurrence_end == "norm":
+            return loop_state_ND
+        return rms_norm(loop_state_ND, self.final_norm, self.description.block.eps)
 
     def logits(self, head_input_ND: Tensor) -> Tensor:
         """[N, V] in the model's dtype."""
-        logits_NV = F.linear(head_input_ND, self.embedding if self.head is None else self.head)
+        logits_NV = F.linear(head_input_ND, self.head_weight)
         return logits_NV if self.description.logit_scale == 1 else logits_NV * self.description.logit_scale
+
+    def exit_gate_logits(self, loop_state_ND: Tensor) -> Tensor:
+        """What the gate says of a recurrence, [N] in the model's dtype; see `exit_probability`."""
+        assert self.exit_gate_weight is not None, "this model has no exit gate"
+        return F.linear(loop_state_ND, self.exit_gate_weight, self.exit_gate_bias).squeeze(-1)
 
     def _run(
         self,
@@ -153,6 +195,7 @@ class LoopedModel(nn.Module):
         rotation: tuple[Tensor, Tensor],
         batch: Packed,
         tap: Plain,
+        interventions: Interventions,
     ) -> Tensor:
         """One pass over neighbouring blocks, each leaving the next one's normed input behind."""
         if not blocks:
@@ -161,7 +204,7 @@ class LoopedModel(nn.Module):
         y_ND = x_ND if weights[0] is None else rms_norm(x_ND, weights[0], self.description.block.eps)
         following = [after for _, after in pairwise(weights)] + [None]
         for step, block, next_weight_D in zip(steps, blocks, following, strict=True):
-            x_ND, y_ND = block(step, x_ND, y_ND, next_weight_D, rotation, batch.lengths, tap)
+            x_ND, y_ND = block(step, x_ND, y_ND, next_weight_D, rotation, batch.lengths, tap, interventions)
         return x_ND
 
 
@@ -195,5 +238,5 @@ def _matrix(rows: int, columns: int) -> nn.Parameter:
 
 
 def _vector(size: int, there: bool) -> nn.Parameter | None:
-    """A norm's weight, where there is one."""
+    """A norm's weight or a bias, where there is one."""
     return nn.Parameter(torch.empty(size), requires_grad=False) if there else None

@@ -102,7 +102,7 @@ def parse_random(spec: str) -> RandomModel:
             mlp_width=4 * options.width,
             vocab_size=256,
             max_positions=options.positions,
-            block=Block(norm=options.norm, qk_norm=False),
+            block=Block(norm=options.norm),
             injection="linear" if injection else None,
             initial_state="normal" if injection else "prelude",
             recurrence_end="norm" if options.norm == "ouro" and int(core) else None,

@@ -26,10 +26,13 @@ class Packed:
 
     token_id_N: Tensor  # int64
     lengths: tuple[int, ...]  # tokens of each sequence; they add up to N
+    given_position_N: Tensor | None = None  # int64; positions other than 0, 1, 2, ... of each sequence
 
     @cached_property
     def position_N(self) -> Tensor:
-        """Place of every token in its sequence, from 0."""
+        """What the rotary angles of every token follow: its place in its sequence, unless given."""
+        if self.given_position_N is not None:
+            return self.given_position_N
         return torch.cat([torch.arange(n) for n in self.lengths]).to(self.token_id_N.device)
 
 

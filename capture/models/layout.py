@@ -1,0 +1,24 @@
+"""Where the tensors of a checkpoint's files go, without reading any."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of a checkpoint and the rows of our parameter that it fills."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    """In the file; the same numbers in the same order fill the parameter, whatever its shape."""
+    parameter: str
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that files may hold besides, and that says again what is known without it."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    of: str | None
+    """The tensor that it must equal; None: the table of rotary angles."""
