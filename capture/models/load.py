@@ -1,4 +1,4 @@
-"""From what a user writes as MODEL to a model: a spec, or a directory."""
+"""From what a user writes as MODEL to a model: a random: spec, a directory, or a Hub id."""
 
 import re
 from dataclasses import dataclass, replace
@@ -9,6 +9,8 @@ import torch
 from .checkpoint import Checkpoint, open_checkpoint
 from .description import Description
 from .families import ModelError
+from .hub import FORMS
+from .hub_checkpoint import HubCheckpoint, open_hub
 from .model import LoopedModel
 from .random import RandomModel, parse_random
 
@@ -21,7 +23,7 @@ class ModelSource:
     """A model that was found and checked, with the loop it will be run with; weights are not loaded yet."""
 
     spec: str
-    origin: Checkpoint | RandomModel
+    origin: Checkpoint | HubCheckpoint | RandomModel
     description: Description
 
     def load(self, device: str = "cpu", dtype: str = "auto") -> LoopedModel:
@@ -44,14 +46,15 @@ class ModelSource:
         norm = d.block.norm
         return {
             "name": self.origin.name,
-            # a directory's path is one machine's own, and the hash below says what was in it
-            "spec": self.spec if isinstance(self.origin, RandomModel) else self.origin.name,
+            "spec": self._lasting_spec,
             "notation": d.notation,
             "prelude": d.prelude,
             "core": d.core,
             "recurrences": d.recurrences,
             "coda": d.coda,
             "injection": d.injection,
+            "initial_state": d.initial_state,
+            "initial_std": d.initial_std,
             "norm": norm,
             "width": d.width,
             "num_heads": d.num_heads,
@@ -64,23 +67,46 @@ class ModelSource:
             "weights_sha256": self.origin.weights_sha256,
         }
 
+    @property
+    def title(self) -> str:
+        """As people are told: a name, and which commit of it where there are several."""
+        if isinstance(self.origin, HubCheckpoint):
+            return f"{self.origin.name}@{self.origin.snapshot.commit[:8]}"
+        return self.origin.name
+
+    @property
+    def _lasting_spec(self) -> str:
+        """What finds the same model again, anywhere and at any time, as far as there is such a thing."""
+        if isinstance(self.origin, HubCheckpoint):
+            return self.origin.spec
+        # a directory's path is one machine's own, and the hash of its weights says what was in it
+        return self.spec if isinstance(self.origin, RandomModel) else self.origin.name
+
 
 def find_model(spec: str, loop: str | None = None, recurrences: int | None = None) -> ModelSource:
     """Finds and checks a model without loading its weights.
 
     Args:
-        spec: a directory, or `random:...`.
+        spec: a directory, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `random:...`; a directory of the
+            name goes before the Hub.
         loop: window of a feedforward model's layers to repeat, first-lastxtimes, both layers included.
         recurrences: passes through the core instead of the model's own number.
     Raises:
-        ModelError: see `open_checkpoint` and `parse_random`; also a loop or count that the model cannot run.
+        ModelError: none of these; see `open_checkpoint`, `open_hub` and `parse_random`; also a loop or count
+            that the model cannot run.
     """
     if spec.startswith("random:"):
         origin = parse_random(spec)
     elif Path(spec).is_dir():
         origin = open_checkpoint(Path(spec))
+    elif Path(spec).exists():
+        raise ModelError(f"{spec!r} is a file; {FORMS}")
+    elif spec.startswith((".", "/", "~")) or spec.endswith("/") or spec.partition("@")[0].count("/") > 1:
+        raise ModelError(f"there is no directory {spec!r}; {FORMS}")
+    elif "/" not in spec.partition("@")[0]:
+        raise ModelError(f"{spec!r} is no directory here, and a Hub id has an ORG/ before its NAME; {FORMS}")
     else:
-        raise ModelError(f"{spec!r} is no directory here and no random: spec")
+        origin = open_hub(spec)
     description = origin.description
     try:
         if loop is not None and recurrences is not None:
