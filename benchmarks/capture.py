@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +45,8 @@ class CaptureBench:
     """Times that every unit is gone through."""
     batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Most tokens in one forward pass; a capture's default if not given."""
+    quantities: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
+    """Quantities and groups to measure; a capture's default if not given."""
 
 
 def bench_capture(settings: CaptureBench) -> None:
@@ -120,6 +122,8 @@ def _new_store(settings: CaptureBench, data: Path, path: Path):
     wanted = CaptureSettings(
         model=settings.model, data=data, store=path, loop=settings.loop, batch_tokens=settings.batch_tokens
     )
+    if settings.quantities:
+        wanted = replace(wanted, quantities=settings.quantities)
     plan = make_plan(wanted)
     return prepare_store(plan), plan.source
 

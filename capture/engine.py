@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .initial_states import StatesFile
 from .models.load import ModelSource
 from .store.commit import Store
 from .store.errors import StoreFullError, UnitTakenError
@@ -31,14 +32,16 @@ class UnitFailed:
     """The last traceback."""
 
 
-def run_local(source: ModelSource, store: Store, units: Iterable[int]) -> Iterator[UnitDone | UnitFailed]:
+def run_local(
+    source: ModelSource, store: Store, units: Iterable[int], initial_states: StatesFile | None = None
+) -> Iterator[UnitDone | UnitFailed]:
     """Loads the model once and captures every unit; a unit that raises three times is reported and the rest
     goes on.
 
     Raises:
         StoreFullError: no unit can be committed any more; what is committed stays.
     """
-    worker = Worker(source, store)
+    worker = Worker(source, store, initial_states)
     for unit in units:
         error = ""
         for _ in range(MAX_TRIES):

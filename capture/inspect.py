@@ -13,7 +13,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from ..kernels.residual_norm import rms_norm
 from .data import open_tokenizer
 from .models.description import Description, Step
 from .models.load import find_model
@@ -43,6 +42,8 @@ class LensRow:
     """Of attention rows, nats, mean over the heads of the core, or of all layers where there is no core."""
     lens: Lens
     """Likeliest next tokens, read through the model's own final norm and head."""
+    exit_probability: float | None = None
+    """Chance that the exit gate leaves after this recurrence, of a model that has one."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Inspection:
             block = here.isel(depth=-1)
             step = float(block.step_norm / block.residual_norm) if recurrence else None
             gap = float(block.gap_norm / end.residual_norm)
-            yield LensRow(recurrence, step, gap, float(here.attention_entropy.mean()), lens)
+            leaves = float(last.exit_probability[recurrence]) if "exit_probability" in last else None
+            yield LensRow(recurrence, step, gap, float(here.attention_entropy.mean()), lens, leaves)
 
 
 def inspect_prompt(settings: InspectSettings) -> Inspection:
@@ -87,7 +89,8 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         tap = _Maps(plan.description, plan.dataset.num_tokens, worker.model.device)
         head_input_ND = worker.forward(0, tap)
     tokenizer = open_tokenizer(plan.source.origin.tokenizer_path)
-    read = [_to_head(worker.model, state_ND) for state_ND in tap.loop_states] or [head_input_ND[-1:]]
+    with torch.inference_mode():
+        read = [worker.model.read_out(state_ND) for state_ND in tap.loop_states] or [head_input_ND[-1:]]
     maps = (("depth", "head", "query", "key"), tap.maps.cpu().numpy())
     return Inspection(
         dataset=dataset.assign(attention=maps),
@@ -133,10 +136,11 @@ def _plan(settings: InspectSettings, directory: Path) -> Plan:
         device=settings.device,
         seed=settings.seed,
     )
-    if find_model(settings.model).origin.tokenizer_path is None and not settings.model.startswith("random:"):
+    source = find_model(settings.model, settings.loop, settings.recurrences)
+    if source.origin.tokenizer_path is None and not settings.model.startswith("random:"):
         raise PlanError(f"{settings.model} has no tokenizer.json, so it cannot read a prompt")
-    num_tokens = make_plan(wanted).dataset.num_tokens
-    return make_plan(replace(wanted, unit_tokens=num_tokens))  # no empty slots
+    num_tokens = make_plan(wanted, source).dataset.num_tokens
+    return make_plan(replace(wanted, unit_tokens=num_tokens), source)  # no empty slots
 
 
 def _check_maps(plan: Plan, bound_gib: float) -> None:
@@ -148,14 +152,6 @@ def _check_maps(plan: Plan, bound_gib: float) -> None:
             f"and the bound is {bound_gib:g}: {int((bound_gib * 2**30 / row_bytes) ** 0.5)} tokens fit; "
             "shorten the prompt or raise --map-memory-gib"
         )
-
-
-@torch.inference_mode()
-def _to_head(model: LoopedModel, state_ND: Tensor) -> Tensor:
-    """A loop state as the head would read it: through the final norm, unless that ended the recurrence."""
-    if model.description.recurrence_end == "norm":
-        return state_ND
-    return rms_norm(state_ND, model.final_norm, model.description.block.eps)
 
 
 @torch.inference_mode()

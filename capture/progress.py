@@ -24,22 +24,24 @@ def print_plan(plan: Plan) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row(
         "model",
-        f"{plan.source.origin.name}  {d.notation}, {d.block.norm} norms, {plan.dtype} on {plan.device}",
+        f"{plan.source.title}  {d.notation}, {d.block.norm} norms, {plan.dtype} on {plan.device}",
     )
     empty = plan.dataset.identity["num_empty_rows"]
     table.add_row(
         "data",
-        f"{plan.num_sequences} sequences, {plan.dataset.num_tokens} tokens"
+        f"{plan.slots.num_sequences} sequences, {plan.dataset.num_tokens} tokens"
         + (f"; {empty} empty rows get no slots" if empty else ""),
     )
     table.add_row(
-        "units", f"{plan.num_units} of {plan.unit_tokens} token slots, {d.depth} block invocations a token"
+        "units",
+        f"{plan.slots.num_units} of {plan.slots.unit_tokens} token slots, "
+        f"{d.depth} block invocations a token",
     )
     table.add_row("quantities", ", ".join(plan.quantities))
     table.add_row("disk", f"up to {to_size(plan.disk_bytes)} in {plan.settings.store}")
     gaps = {
         None: "",
-        "keep states": f"; keeps {to_size(plan.kept_bytes)} of loop states for the gaps",
+        "keep states": f"; keeps {to_size(plan.kept_bytes)} of loop states until the last recurrence",
         "run twice": f"; runs the loop twice, for its states would take {to_size(plan.kept_bytes)}",
     }[plan.gap_method]
     table.add_row("memory", f"about {to_size(plan.memory_bytes)}{gaps}")
@@ -58,7 +60,7 @@ def unit_bar(plan: Plan, num_done: int) -> Iterator["UnitBar"]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("capture", total=plan.num_units, completed=num_done, rate="")
+        task = progress.add_task("capture", total=plan.slots.num_units, completed=num_done, rate="")
         yield UnitBar(progress, task)
 
 

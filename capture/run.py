@@ -48,7 +48,7 @@ def prepare_store(plan: Plan) -> Store:
             )
         _check_disk(plan, len(store.todo()))
         return store
-    _check_disk(plan, plan.num_units)
+    _check_disk(plan, plan.slots.num_units)
     create_store(path, plan=document, coordinates=plan.coordinates(), arrays=plan.arrays())
     return Store.open(path)
 
@@ -69,7 +69,7 @@ def run_capture(plan: Plan, on_event: Callable[[UnitDone | UnitFailed], None] = 
         todo = store.todo()
         store.clean_staging()
         if todo:
-            for event in run_local(plan.source, store, todo):
+            for event in run_local(plan.source, store, todo, plan.initial_states):
                 if isinstance(event, UnitFailed):
                     failures.append(event)
                 else:
@@ -79,8 +79,8 @@ def run_capture(plan: Plan, on_event: Callable[[UnitDone | UnitFailed], None] = 
             store.finish()
     return Outcome(
         path=store.path,
-        num_units=plan.num_units,
-        num_resumed=plan.num_units - len(todo),
+        num_units=plan.slots.num_units,
+        num_resumed=plan.slots.num_units - len(todo),
         failures=tuple(failures),
         num_non_finite=num_non_finite,
     )
@@ -88,7 +88,7 @@ def run_capture(plan: Plan, on_event: Callable[[UnitDone | UnitFailed], None] = 
 
 def _check_disk(plan: Plan, num_todo: int) -> None:
     """Refuses before work begins; the estimate is of uncompressed arrays and so on the safe side."""
-    needed = plan.disk_bytes // plan.num_units * num_todo
+    needed = plan.disk_bytes // plan.slots.num_units * num_todo
     parent = next(
         p for p in [plan.settings.store.absolute(), *plan.settings.store.absolute().parents] if p.exists()
     )

@@ -1,4 +1,4 @@
-"""Which residuals are kept whole: depths by stage, layer and recurrence, and tokens by position."""
+"""Which block invocations and tokens are meant: depths by stage, layer and recurrence, tokens by position."""
 
 import re
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .models.description import STAGES, Description
+from .models.tap import Half
 
 _STATES = re.compile(r"(prelude|core|coda)(?:\[([^\]]*)\])?(?:@(.+))?")
 _RANGE = re.compile(r"(-?\d+)-(\d+)")
@@ -46,6 +47,29 @@ def select_depths(states: Sequence[str], description: Description) -> tuple[int,
             and (stage != "core" or step.recurrence in wanted_recurrences)
         )
     return tuple(sorted(chosen))
+
+
+def select_halves(zero: Sequence[str], description: Description) -> frozenset[tuple[int, Half]]:
+    """Halves of block invocations, as (depth, half), named by selections such as `mlp:core[1]@0`.
+
+    Raises:
+        ValueError: not of that form, or nothing in this model; says what there is.
+    """
+    halves: dict[str, Half] = {"mlp": "mlp", "attention": "attention"}
+    chosen: set[tuple[int, Half]] = set()
+    for text in zero:
+        half, colon, states = text.partition(":")
+        if half not in halves or not colon:
+            raise ValueError(
+                f"zero {text!r}: write mlp:STAGE[LAYERS]@RECURRENCES or attention:STAGE..., "
+                "for example mlp:core[1]"
+            )
+        try:
+            depths = select_depths([states], description)
+        except ValueError as error:
+            raise ValueError(f"zero {text!r}: after the colon, {error}") from error
+        chosen.update((depth, halves[half]) for depth in depths)
+    return frozenset(chosen)
 
 
 def select_tokens(tokens: str, seed: int, sequence_id: int, length: int) -> np.ndarray:

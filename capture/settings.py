@@ -14,7 +14,8 @@ class CaptureSettings:
     """Run a model over a dataset and record what happens inside its loop; the same command resumes."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Directory with config.json and safetensors, or a spec such as random:(0,12x32,0)I,norm=pre."""
+    """Directory with config.json and safetensors, a Hub id such as ORG/NAME or ORG/NAME@REVISION, or a spec
+    such as random:(0,12x32,0)I,norm=pre."""
     data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """.jsonl (with --field), .txt (a document a line), token ids as .npy [S, T] or .safetensors."""
     store: Annotated[Path, tyro.conf.arg(metavar="PATH")]
@@ -32,26 +33,39 @@ class CaptureSettings:
         "steps",
         "gaps",
         "attention",
+        "exit",
     )
-    """Names of quantities, or the groups residual, steps, gaps, attention, all; with spaces or commas."""
+    """Names of quantities, or the groups residual, steps, gaps, attention, lens, exit, all; with spaces or
+    commas. A group leaves out what the model does not have."""
     states: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SELECTION [SELECTION ...]")] = ()
     """Keep residuals too: all, or STAGE[LAYERS]@RECURRENCES such as core[-1]@0,1,last and core[all]@last."""
     tokens: Annotated[str, tyro.conf.arg(metavar="SELECTION")] = "all"
     """Whose states are kept: all, last (of each sequence), every:8 (positions), sample:0.05 (a share)."""
     sink_tokens: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 1
     """First keys of a sequence that count as the attention sink."""
+    initial_state: Annotated[str | None, tyro.conf.arg(metavar="HOW-or-FILE")] = None
+    """What enters the first recurrence: random (a draw for every sequence and position, as models with a
+    drawn state do by themselves), fixed (the same draw for every sequence), zero, or a .safetensors file with
+    input_states [S, T, D], a row for each row of the data."""
+    prelude_output: Literal["model", "fixed", "random"] = "model"
+    """What the loop gets of the prelude: its output, or for every token a vector of that norm in a random
+    direction: fixed (by position, the same in every sequence) or random (of its own)."""
+    zero: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SELECTION [SELECTION ...]")] = ()
+    """Set outputs to zero: mlp or attention of blocks selected as for --states, such as mlp:core[1] or
+    attention:core[all]@0."""
     dtype: Dtype = "auto"
     """The model runs in this; auto is what its files hold."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
-    """Of drawn initial states and of token samples."""
+    """Of drawn initial states, replaced prelude outputs and token samples."""
     unit_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Token slots of one unit, which is committed as one; by default 4096 or the longest sequence."""
     batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""
     gap_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 2.0
-    """Memory that kept loop states may take for the gaps, GiB; past it the loop is run twice instead."""
+    """Memory that kept loop states may take for the gaps and the lens, GiB; past it the loop is run twice
+    instead."""
 
     def check(self) -> None:
         """Raises ValueError for a number out of its range.
@@ -73,7 +87,8 @@ class InspectSettings:
     """Run one short prompt and look inside."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Directory with config.json and safetensors, or a spec such as random:(0,12x32,0)I,norm=pre."""
+    """Directory with config.json and safetensors, a Hub id such as ORG/NAME or ORG/NAME@REVISION, or a spec
+    such as random:(0,12x32,0)I,norm=pre."""
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
     """The text to run."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

@@ -1,5 +1,6 @@
 """Stores, models and prompts as text on stdout, for the commands that only look."""
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,8 @@ def print_store(path: Path) -> None:
     table.add_row("quantities", ", ".join(settings["quantities"]))
     if settings["states"]:
         table.add_row("states", f"{' '.join(settings['states'])} of tokens {settings['tokens']}")
+    if changed := _interventions(settings):
+        table.add_row("changed", "; ".join(changed))
     table.add_row(
         "made", f"{plan['created']}, looptap {plan['versions']['looptap']}, torch {plan['versions']['torch']}"
     )
@@ -87,14 +90,19 @@ def print_store(path: Path) -> None:
 
 def print_model(source: "ModelSource") -> None:
     """A model's loop and sizes, and what a token of it takes in a store."""
+    from .plan import absent_quantities
     from .store.quantities import QUANTITIES
 
     d = source.description
     itemsize = source.origin.dtype.itemsize
-    sizes = {"token": 1, "depth": d.depth, "head": d.num_heads, "depth_state": d.depth, "hidden": d.width}
+    absent = absent_quantities(d)
+    sizes = {"token": 1, "depth": d.depth, "recurrence": d.recurrences, "head": d.num_heads}
+    sizes |= {"depth_state": d.depth, "hidden": d.width}
     table = Table.grid(padding=(0, 2))
-    table.add_row("model", source.origin.name)
-    start = "a draw per sequence and position" if d.initial_state == "normal" else "the prelude's output"
+    table.add_row("model", source.title)
+    start = f"a draw of std {d.initial_std:.3g} per sequence and position"
+    if d.initial_state == "prelude":
+        start = "the prelude's output"
     table.add_row("loop", f"{d.notation}: {d.num_blocks} blocks run {d.depth} times; it starts from {start}")
     table.add_row(
         "block", f"{d.block.norm} norms, {d.num_heads} heads on {d.num_kv_heads} key heads of {d.head_width}"
@@ -108,12 +116,28 @@ def print_model(source: "ModelSource") -> None:
     )
     console.print(table)
     volume = Table("quantity", "bytes a token", "what it is", box=None, padding=(0, 2, 0, 0))
+    total = 0
     for name, quantity in QUANTITIES.items():
-        values = 1
-        for axis in quantity.axes:
-            values *= sizes[axis]
-        volume.add_row(name, to_size(values * (itemsize if name == "state" else 4)), quantity.definition)
+        if name in absent:
+            continue
+        num_bytes = math.prod(sizes[axis] for axis in quantity.axes) * (itemsize if name == "state" else 4)
+        total += num_bytes if name != "state" else 0
+        where = ", at every depth" if name == "state" else ""
+        volume.add_row(name, to_size(num_bytes), quantity.definition + where)
+    volume.add_row("together", to_size(total), "all of these but state, before compression")
     console.print(volume)
+
+
+def _interventions(settings: dict[str, Any]) -> list[str]:
+    """What a capture did otherwise than the model says."""
+    found = []
+    if (start := settings["initial_state"]) is not None:
+        found.append(f"initial state {start['file'] if isinstance(start, dict) else start}")
+    if settings["prelude_output"] != "model":
+        found.append(f"prelude output {settings['prelude_output']}")
+    if settings["zero"]:
+        found.append(f"zero {' '.join(settings['zero'])}")
+    return found
 
 
 def print_inspection(inspection: "Inspection") -> None:
@@ -122,19 +146,22 @@ def print_inspection(inspection: "Inspection") -> None:
         f"{inspection.dataset.plan['model']['name']}, {len(inspection.tokens)} tokens, "
         f"the last of them {inspection.tokens[-1]!r}"
     )
-    table = Table("recurrence", "step", "to last", "entropy", "next token", box=None, padding=(0, 2, 0, 0))
+    gate = ["exit"] if "exit_probability" in inspection.dataset else []
+    names = ("recurrence", "step", "to last", "entropy", *gate, "next token")
+    table = Table(*names, box=None, padding=(0, 2, 0, 0))
     for row in inspection.rows():
         step, gap = (
             f"{value:.1e}" if value is not None else "-" for value in (row.relative_step, row.relative_gap)
         )
         lens = " ".join(f"{token!r} {share:.2f}" for token, share in row.lens)
-        table.add_row(
-            "-" if row.recurrence is None else str(row.recurrence), step, gap, f"{row.entropy:.2f}", lens
-        )
+        leaves = [] if row.exit_probability is None else [f"{row.exit_probability:.3f}"]
+        number = "-" if row.recurrence is None else str(row.recurrence)
+        table.add_row(number, step, gap, f"{row.entropy:.2f}", *leaves, lens)
     console.print(table)
     console.print(
         "step, to last: distance to the recurrence before and to the last one, of the last core layer, "
         "over the norm; entropy: nats, mean over the heads of the core"
+        + ("; exit: chance that the gate leaves after this recurrence" if gate else "")
     )
 
 

@@ -1,19 +1,23 @@
 """The tap that measures: everything a capture keeps is computed here, while the model runs.
 
 Statistics are float32 of the stored residual and never share memory with the model's own tensors. The gaps
-need each layer's state after the last recurrence. Either the states of all recurrences are kept until then,
-or the loop is run twice and the first time (`LastStates`) leaves them behind; both give the same numbers, and
-the plan says which the memory allows.
+need each layer's state after the last recurrence, and the lens needs the loop's. Either the states of all
+recurrences are kept until then, or the loop is run twice and the first time (`LastStates`) leaves them
+behind; both give the same numbers, and the plan says which the memory allows.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..kernels.attention import attention_with_statistics
+from ..kernels.lens import lens
 from ..kernels.residual_norm import Residual, distance, row_norm, row_peak
 from .models.description import Description, Step
+from .models.exit_gate import exit_probability
+from .models.model import LoopedModel
 from .models.tap import Half, HalfNorms, Plain
 
 
@@ -21,8 +25,8 @@ from .models.tap import Half, HalfNorms, Plain
 class Buffers:
     """Where statistics of some packed tokens go: a slice of a unit's.
 
-    `values` holds float32 [depth, N] or [depth, N, H] by quantity; `state` [depth_state, kept tokens, D] in
-    the model's dtype.
+    `values` holds [depth, N], [depth, N, H] or [recurrence, N] by quantity; `state` [depth_state, kept
+    tokens, D] in the model's dtype.
     """
 
     values: dict[str, Tensor]
@@ -31,7 +35,7 @@ class Buffers:
 
 
 class LastStates(Plain):
-    """Keeps what each core layer leaves at the last recurrence, and nothing else.
+    """Keeps what each core layer and the loop leave at the last recurrence, and nothing else.
 
     Args:
         measures_attention: whether the run that follows takes attention statistics. They come with an
@@ -40,6 +44,7 @@ class LastStates(Plain):
 
     def __init__(self, description: Description, *, measures_attention: bool) -> None:
         self.states: dict[int, Tensor] = {}  # by layer
+        self.end: Tensor | None = None  # the loop state after the last recurrence
         self._last = description.recurrences - 1
         self._measures_attention = measures_attention
 
@@ -56,6 +61,10 @@ class LastStates(Plain):
             self.states[step.layer] = result.residual_ND
         return result
 
+    def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
+        if recurrence == self._last:
+            self.end = state_ND
+
 
 class Statistics(Plain):
     """Fills the buffers of one batch.
@@ -64,7 +73,9 @@ class Statistics(Plain):
         buffers: written in place; what is not computed (steps at the first recurrence, gaps outside the core)
             is left as it is.
         state_depths: depths whose residual is kept.
-        last_states: from `LastStates`; without them, states of all recurrences are kept if gaps are wanted.
+        last: a first run of the same tokens; without it, states of all recurrences are kept if gaps or the
+            lens are wanted.
+        model: whose head and exit gate read the loop states; only these quantities need it.
     """
 
     def __init__(
@@ -74,7 +85,8 @@ class Statistics(Plain):
         *,
         sink_tokens: int = 1,
         state_depths: Sequence[int] = (),
-        last_states: dict[int, Tensor] | None = None,
+        last: LastStates | None = None,
+        model: LoopedModel | None = None,
     ) -> None:
         self._last = description.recurrences - 1
         self._out = buffers
@@ -84,7 +96,10 @@ class Statistics(Plain):
         self._steps = any(name.startswith("step_") for name in self._wanted)
         self._gaps = any(name.startswith("gap_") for name in self._wanted)
         self._attention = any(name.startswith("attention_") for name in self._wanted)
-        self._last_states = last_states
+        self._lens = any(name.startswith("lens_") for name in self._wanted)
+        self._first_run, self._model = last, model
+        self._head_inputs: list[tuple[int, Tensor]] = []  # recurrence and what the head would read
+        self._gate_logits: list[Tensor] = []
         # by layer: the previous recurrence's state and its norm
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: dict[int, list[tuple[Step, Tensor, Tensor]]] = {}  # by layer: states waiting for the last
@@ -124,6 +139,36 @@ class Statistics(Plain):
             self._out.state[self._state_index[step.depth]] = state_ND[self._out.state_rows]
         return result
 
+    def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
+        if "exit_probability" in self._wanted:
+            assert self._model is not None
+            self._gate_logits.append(self._model.exit_gate_logits(state_ND))
+            if recurrence == self._last:
+                self._out.values["exit_probability"][:] = exit_probability(torch.stack(self._gate_logits))
+        if self._lens:
+            self._measure_lens(recurrence, state_ND)
+
+    def _measure_lens(self, recurrence: int, state_ND: Tensor) -> None:
+        assert self._model is not None
+        model, first = self._model, self._first_run
+        self._head_inputs.append((recurrence, model.read_out(state_ND)))
+        if "lens_kl" not in self._wanted:
+            last_ND = self._head_inputs[-1][1]  # no distance to it is kept
+        elif first is not None:
+            assert first.end is not None
+            last_ND = model.read_out(first.end)
+        elif recurrence == self._last:
+            last_ND = self._head_inputs[-1][1]
+        else:
+            return
+        waiting, self._head_inputs = self._head_inputs, []
+        measured = lens(
+            [state for _, state in waiting], last_ND, model.head_weight, model.description.logit_scale
+        )
+        for name, values_RN in zip(("lens_kl", "lens_entropy", "lens_token"), measured, strict=True):
+            if name in self._wanted:
+                self._out.values[name][[index for index, _ in waiting]] = values_RN
+
     def _measure_steps(self, step: Step, state_ND: Tensor, norm_N: Tensor) -> None:
         if not self._steps:
             return
@@ -134,8 +179,8 @@ class Statistics(Plain):
     def _measure_gaps(self, step: Step, state_ND: Tensor, norm_N: Tensor) -> None:
         if not self._gaps:
             return
-        if self._last_states is not None:
-            last_ND = self._last_states[step.layer]
+        if self._first_run is not None:
+            last_ND = self._first_run.states[step.layer]
             self._put_distance(step, "gap", (state_ND, norm_N), (last_ND, row_norm(last_ND)))
             return
         self._kept.setdefault(step.layer, []).append((step, state_ND, norm_N))

@@ -11,15 +11,17 @@ import torch
 import zarr
 from torch import Tensor
 
+from .initial_states import StatesFile, initial_state, prelude_direction
 from .models.description import Description
-from .models.initial_state import draw_initial_state
+from .models.interventions import Interventions
 from .models.load import ModelSource
 from .models.model import PLAIN
 from .models.tap import Packed, Plain
-from .plan import versions
+from .selection import select_halves
 from .store.commit import Attempt, Store
 from .store.quantities import QUANTITIES
 from .tap import Buffers, LastStates, Statistics
+from .versions import versions
 
 
 class _Sequence(NamedTuple):
@@ -28,15 +30,29 @@ class _Sequence(NamedTuple):
     token_ids: np.ndarray  # int32
 
 
-class Worker:
-    """Holds a model on a device and works for one store."""
+class _Inputs(NamedTuple):
+    """What one forward pass is given."""
 
-    def __init__(self, source: ModelSource, store: Store) -> None:
+    packed: Packed
+    initial_state_ND: Tensor | None
+    interventions: Interventions
+
+
+class Worker:
+    """Holds a model on a device and works for one store.
+
+    Args:
+        initial_states: where the plan reads them from a file.
+    """
+
+    def __init__(self, source: ModelSource, store: Store, initial_states: StatesFile | None = None) -> None:
         self._store = store
         self._plan: dict[str, Any] = store.plan
         self._settings: dict[str, Any] = store.plan["settings"]
         self.model = source.load(self._settings["device"], self._settings["dtype"])
         self._source = source
+        self._initial_states = initial_states
+        self._zeroed = select_halves(self._settings["zero"], source.description)
         self._group = zarr.open_group(str(store.path), mode="r")
         has_states = "state" in self._settings["quantities"]
         self._state_depths: list[int] = (
@@ -80,8 +96,8 @@ class Worker:
         """Runs one unit's batches through another tap; returns what the head would read of the last one."""
         head_input_ND = torch.empty(0)
         for batch in _batches(self._sequences(unit), self._settings["batch_tokens"]):
-            packed, initial_ND = self._inputs(batch)
-            head_input_ND = self.model(packed, tap, initial_ND)
+            inputs = self._inputs(batch)
+            head_input_ND = self.model(inputs.packed, tap, inputs.initial_state_ND, inputs.interventions)
         return head_input_ND
 
     def _sequences(self, unit: int) -> list[_Sequence]:
@@ -99,12 +115,9 @@ class Worker:
     def _measure(self, unit: int, sequences: list[_Sequence]) -> Buffers:
         d, device = self._source.description, self.model.device
         C = self._plan["unit_tokens"]
+        sizes = {"depth": d.depth, "recurrence": d.recurrences, "head": d.num_heads}
         values = {
-            name: torch.full(
-                (d.depth, C, d.num_heads) if "head" in QUANTITIES[name].axes else (d.depth, C),
-                float("nan"),
-                device=device,
-            )
+            name: _undefined(name, sizes, C, device)
             for name in self._settings["quantities"]
             if name != "state"
         }
@@ -125,34 +138,35 @@ class Worker:
 
     def _measure_batch(self, batch: list[_Sequence], buffers: Buffers) -> None:
         d = self._source.description
-        packed, initial_ND = self._inputs(batch)
-        last_states = None
+        packed, initial_ND, interventions = self._inputs(batch)
+        first_run = None
         if self._plan["gap_method"] == "run twice":
             is_measured = any(name.startswith("attention_") for name in buffers.values)
             first_run = LastStates(d, measures_attention=is_measured)
-            self.model(packed, first_run, initial_ND)
-            last_states = first_run.states
+            self.model(packed, first_run, initial_ND, interventions)
         tap = Statistics(
             d,
             buffers,
             sink_tokens=self._settings["sink_tokens"],
             state_depths=self._state_depths,
-            last_states=last_states,
+            last=first_run,
+            model=self.model,
         )
-        self.model(packed, tap, initial_ND)
+        self.model(packed, tap, initial_ND, interventions)
 
-    def _inputs(self, batch: list[_Sequence]) -> tuple[Packed, Tensor | None]:
-        d, device = self._source.description, self.model.device
+    def _inputs(self, batch: list[_Sequence]) -> _Inputs:
+        d, device, settings = self._source.description, self.model.device, self._settings
         token_id_N = torch.from_numpy(
             np.concatenate([sequence.token_ids for sequence in batch]).astype(np.int64)
         )
         lengths = tuple(len(sequence.token_ids) for sequence in batch)
-        packed = Packed(token_id_N.to(device), lengths)
-        if d.initial_state != "normal":
-            return packed, None
-        ids = [sequence.sequence_id for sequence in batch]
-        return packed, draw_initial_state(self._settings["seed"], ids, lengths, d.width, d.initial_std).to(
-            device
+        ids, seed = [sequence.sequence_id for sequence in batch], settings["seed"]
+        state_ND = initial_state(settings["initial_state"], d, seed, ids, lengths, self._initial_states)
+        direction_ND = prelude_direction(settings["prelude_output"], seed, ids, lengths, d.width)
+        return _Inputs(
+            Packed(token_id_N.to(device), lengths),
+            None if state_ND is None else state_ND.to(device),
+            Interventions(self._zeroed, None if direction_ND is None else direction_ND.to(device)),
         )
 
     def _state_slots(self, unit: int, sequences: list[_Sequence]) -> np.ndarray:
@@ -167,6 +181,16 @@ class Worker:
         array = self._group[name]
         assert isinstance(array, zarr.Array)
         return array
+
+
+def _undefined(name: str, sizes: dict[str, int], num_tokens: int, device: torch.device) -> Tensor:
+    """A quantity's buffer, [depth or recurrence, token, head if it has one], all of it undefined."""
+    quantity = QUANTITIES[name]
+    _, axis, *heads = quantity.axes
+    shape = (sizes[axis], num_tokens, *(sizes[head] for head in heads))
+    if quantity.dtype == "int32":
+        return torch.full(shape, -1, dtype=torch.int32, device=device)
+    return torch.full(shape, float("nan"), device=device)
 
 
 def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Sequence]]:
@@ -186,6 +210,11 @@ def _count_non_finite(buffers: Buffers, num_tokens: int, description: Descriptio
     """Infinite or undefined values where a number is due, by quantity."""
     counts = {}
     for name, value in buffers.values.items():
+        if not value.is_floating_point():
+            continue
+        if "recurrence" in QUANTITIES[name].axes:
+            counts[name] = int((~value[:, :num_tokens].isfinite()).sum())
+            continue
         # steps begin at the second recurrence, gaps at the first; -1 stands for outside the core
         first = 1 if name.startswith("step_") else 0 if name.startswith("gap_") else -1
         due = [step.depth for step in description.steps() if step.recurrence >= first]

@@ -54,6 +54,41 @@ def attention(
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
+def attention_statistics(
+    q_BHTC: Tensor,
+    k_BKJC: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    sink_tokens: int = 1,
+) -> dict[str, Tensor]:
+    """`entropy` (nats), `peak`, `sink` [B · T, H] and `received` [B · J, H] of a padded batch under any mask.
+
+    Args:
+        mask: broadcasts to [B, H, T, J]; boolean with True where a query sees a key, or added to the scores.
+        is_causal: query i sees keys up to i.
+    """
+    H, T, C = q_BHTC.shape[1:]
+    k_BHJC = k_BKJC.double().repeat_interleave(H // k_BKJC.shape[1], dim=1)
+    scores_BHTJ = q_BHTC.double() @ k_BHJC.transpose(2, 3) * (C**-0.5 if scale is None else scale)
+    if mask is not None and mask.dtype == torch.bool:
+        scores_BHTJ = scores_BHTJ.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores_BHTJ = scores_BHTJ + mask.double()
+    if is_causal:
+        future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTC.device).triu(1)
+        scores_BHTJ = scores_BHTJ.masked_fill(future_TT, float("-inf"))
+    a_BHTJ = scores_BHTJ.softmax(-1)
+    values_BHX = {
+        "entropy": torch.special.entr(a_BHTJ).sum(-1),
+        "peak": a_BHTJ.amax(-1),
+        "sink": a_BHTJ[..., :sink_tokens].sum(-1),
+        "received": a_BHTJ.sum(-2),
+    }
+    return {name: value.transpose(1, 2).flatten(0, 1) for name, value in values_BHX.items()}
+
+
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """weight · x / √(mean(x²) + eps)."""
     x_ND = x_ND.double()
@@ -74,3 +109,21 @@ def residual_statistics(
         values["step_norm"] = (x_ND - previous_ND.double()).norm(dim=-1)
         values["step_cosine"] = torch.cosine_similarity(x_ND, previous_ND.double(), dim=-1, eps=0.0)
     return values
+
+
+def lens(
+    head_input_ND: Tensor, last_ND: Tensor, head_VD: Tensor, logit_scale: float = 1.0
+) -> dict[str, Tensor]:
+    """`kl` of one state's next-token distribution from the last one's, its `entropy`, both in nats, and its
+    likeliest `token`; [N] each, with all logits written out.
+    """
+    log_p_NV, log_q_NV = (
+        (x_ND.double() @ head_VD.double().T * logit_scale).log_softmax(-1)
+        for x_ND in (head_input_ND, last_ND)
+    )
+    p_NV = log_p_NV.exp()
+    return {
+        "kl": (p_NV * (log_p_NV - log_q_NV)).sum(-1),
+        "entropy": -(p_NV * log_p_NV).sum(-1),
+        "token": p_NV.argmax(-1),
+    }

@@ -13,19 +13,20 @@ from safetensors.torch import load_file, save_file
 
 import looptap
 from looptap.capture.models.initial_state import draw_initial_state
-from looptap.capture.models.load import load_model
+from looptap.capture.models.load import find_model, load_model
 from looptap.capture.models.tap import Packed, Plain
 from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.commit import Store
-from looptap.capture.store.quantities import GROUPS
+from looptap.capture.store.quantities import GROUPS, QUANTITIES
 from looptap.capture.store.verify import store_status, verify_store
 from looptap.capture.worker import Worker
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = "random:(1,2x4,1)I,norm=huginn,width=32,heads=4"
 LENGTHS = (5, 0, 30, 12, 12, 1, 19, 7)
+CAPTURED = tuple(name for name in GROUPS["all"] if name != "exit_probability")  # TINY has no gate
 ROWS = [[(31 * i + 7 * j) % 256 for j in range(n)] for i, n in enumerate(LENGTHS)]
 
 
@@ -35,37 +36,91 @@ def sequences(dataset: xr.Dataset, name: str) -> dict[int, np.ndarray]:
     return {int(ids[q]): dataset[name].values[owners == q] for q in np.flatnonzero(ids >= 0)}
 
 
-@pytest.mark.parametrize("name", ["llama", "olmo2"])
-def test_the_store_holds_what_the_authors_code_computed(name):
-    """Two sequences of the golden fixture among others, in units that mix them."""
+def reference_by_depth(name: str, kind: str) -> torch.Tensor:
+    """A fixture's tensors of one kind, [depth, S, ...], in the order the blocks ran."""
     reference = load_file(GOLDEN / name / "reference.safetensors")
-    ids_ST = load_file(GOLDEN / name / "inputs.safetensors")["input_ids"].tolist()
-    rows = [ids_ST[0][:5], ids_ST[1], ids_ST[0][:24], ids_ST[1][:3]]  # ids 1 and 2 are the fixture's 1 and 0
-    dataset = looptap.capture(str(GOLDEN / name), rows, states=("all",), quantities=("all",), unit_tokens=32)
+    found = []
+    for step in find_model(str(GOLDEN / name)).description.steps():
+        in_stage = f"{kind}.{step.stage}.l{step.layer}"
+        in_loop = f"{kind}.r{max(step.recurrence, 0)}.l{step.layer}"
+        found.append(reference[in_stage if in_stage in reference else in_loop])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "olmo2", "ouro", "huginn", "retro-tinyllama", "retro-llama32", "retro-olmo2"]
+)
+def test_the_store_holds_what_the_authors_code_computed(name):
+    """The fixture's inputs as they lie there, through plan, worker and store."""
+    inputs = GOLDEN / name / "inputs.safetensors"
+    has_states = "input_states" in load_file(inputs)
+    dataset = looptap.capture(
+        str(GOLDEN / name), inputs, quantities=("all",), states=("all",), unit_tokens=32,
+        initial_state=str(inputs) if has_states else None,
+    )  # fmt: skip
     assert dataset.sizes["unit"] == 2
-    residual_DSTX = torch.stack([reference[f"residual.r0.l{i}"] for i in range(5)])
-    attention_DSHTT = torch.stack([reference[f"attn.r0.l{i}"] for i in range(5)]).double()
-    before_DSTX = torch.cat([reference["embed"][None], residual_DSTX[:-1]])
+    d = find_model(str(GOLDEN / name)).description
+    x_DSTX = reference_by_depth(name, "residual")
+    a_DSHTT = reference_by_depth(name, "attn").double()
     wanted_DST = {
-        "state": residual_DSTX,
-        "residual_norm": residual_DSTX.norm(dim=-1),
-        "residual_peak": residual_DSTX.abs().amax(-1),
-        "update_norm": (residual_DSTX - before_DSTX).norm(dim=-1),
-        "attention_entropy": torch.special.entr(attention_DSHTT).sum(-1).mT,
-        "attention_peak": attention_DSHTT.amax(-1).mT,
-        "attention_sink": attention_DSHTT[..., 0].mT,
-        "attention_received": attention_DSHTT.sum(-2).mT,
+        "state": x_DSTX,
+        "residual_norm": x_DSTX.norm(dim=-1),
+        "residual_peak": x_DSTX.abs().amax(-1),
+        "attention_entropy": torch.special.entr(a_DSHTT).sum(-1).mT,
+        "attention_peak": a_DSHTT.amax(-1).mT,
+        "attention_sink": a_DSHTT[..., 0].mT,
+        "attention_received": a_DSHTT.sum(-2).mT,
     }
-    assert not {"step_norm", "gap_norm"} & wanted_DST.keys()
+    if d.core:
+        core = slice(d.prelude, d.prelude + d.core * d.recurrences)
+        x_RLSTX = x_DSTX[core].unflatten(0, (d.recurrences, d.core))
+        undefined = torch.full(x_DSTX.shape[:3], float("nan"))
+        for kind, other in (("step", x_RLSTX.roll(1, 0)), ("gap", x_RLSTX[-1:].expand_as(x_RLSTX))):
+            norm, cosine = undefined.clone(), undefined.clone()
+            norm[core] = (x_RLSTX - other).norm(dim=-1).flatten(0, 1)
+            cosine[core] = torch.cosine_similarity(x_RLSTX, other, dim=-1).flatten(0, 1)
+            if kind == "step":
+                first = slice(d.prelude, d.prelude + d.core)
+                norm[first] = cosine[first] = float("nan")
+            wanted_DST |= {f"{kind}_norm": norm, f"{kind}_cosine": cosine}
     for quantity, values in wanted_DST.items():
-        stored = sequences(dataset, quantity)
-        for sequence_id, s in ((1, 1), (2, 0)):
-            wanted = values[:, s].transpose(0, 1).float().numpy()
-            np.testing.assert_allclose(stored[sequence_id], wanted, atol=1e-4, rtol=1e-5, err_msg=quantity)
-    # a beginning sees what the whole sees, save for what later queries give it
-    for sequence_id, s, length in ((0, 0, 5), (3, 1, 3)):
+        for sequence_id, stored in sequences(dataset, quantity).items():
+            wanted = values[:, sequence_id].transpose(0, 1).float().numpy()
+            np.testing.assert_allclose(stored, wanted, atol=1e-4, rtol=1e-5, err_msg=quantity)
+
+
+def test_the_store_holds_what_the_authors_gate_and_head_computed():
+    """Ouro's code reads every recurrence out; so do its exit gate and our lens."""
+    reference = load_file(GOLDEN / "ouro" / "reference.safetensors")
+    dataset = looptap.capture(
+        str(GOLDEN / "ouro"), GOLDEN / "ouro" / "inputs.safetensors", quantities=("all",)
+    )
+    log_p_RSTV = torch.stack([reference[f"step_logits.r{r}"] for r in range(4)]).double().log_softmax(-1)
+    p_RSTV = log_p_RSTV.exp()
+    wanted = {
+        "exit_probability": reference["exit_pdf"],
+        "lens_kl": (p_RSTV * (log_p_RSTV - log_p_RSTV[-1])).sum(-1).permute(1, 2, 0),
+        "lens_entropy": -(p_RSTV * log_p_RSTV).sum(-1).permute(1, 2, 0),
+    }
+    for name, values_STR in wanted.items():
+        for sequence_id, stored in sequences(dataset, name).items():
+            np.testing.assert_allclose(stored, values_STR[sequence_id], atol=1e-4, err_msg=name)
+    token_STR = p_RSTV.argmax(-1).permute(1, 2, 0)
+    for sequence_id, stored in sequences(dataset, "lens_token").items():
+        assert np.array_equal(stored, token_STR[sequence_id])
+
+
+def test_a_beginning_sees_what_the_whole_sees():
+    """Sequences of several lengths, in units that mix them."""
+    ids_ST = load_file(GOLDEN / "llama" / "inputs.safetensors")["input_ids"].tolist()
+    rows = [ids_ST[0][:5], ids_ST[1], ids_ST[0][:24], ids_ST[1][:3]]
+    model = str(GOLDEN / "llama")
+    dataset = looptap.capture(model, rows, states=("all",), quantities=("residual",), unit_tokens=32)
+    assert dataset.sizes["unit"] == 2
+    residual_DSTX, states = reference_by_depth("llama", "residual"), sequences(dataset, "state")
+    for sequence_id, s, length in ((0, 0, 5), (1, 1, 24), (2, 0, 24), (3, 1, 3)):
         wanted = residual_DSTX[:, s, :length].transpose(0, 1).numpy()
-        np.testing.assert_allclose(sequences(dataset, "state")[sequence_id], wanted, atol=1e-4)
+        np.testing.assert_allclose(states[sequence_id], wanted, atol=1e-4)
 
 
 def test_steps_and_gaps_of_a_feedforward_model_are_undefined():
@@ -94,7 +149,7 @@ def whole() -> xr.Dataset:
 def test_values_do_not_depend_on_units_and_batches(whole, settings):
     dataset = looptap.capture(TINY, ROWS, quantities=("all",), states=("all",), seed=3, **settings)
     assert sorted(sequences(dataset, "state")) == [i for i, n in enumerate(LENGTHS) if n]
-    for name in (*GROUPS["all"], "state"):
+    for name in (*CAPTURED, "state"):
         wanted = sequences(whole, name)
         for sequence_id, values in sequences(dataset, name).items():
             assert len(values) == LENGTHS[sequence_id]
@@ -115,11 +170,14 @@ def test_running_the_loop_twice_changes_no_bit(quantities):
 
 
 def test_empty_slots_read_as_missing(whole):
-    dataset = looptap.capture(TINY, ROWS, states=("all",), unit_tokens=40, seed=3)
+    dataset = looptap.capture(TINY, ROWS, quantities=("all",), states=("all",), unit_tokens=40, seed=3)
     is_empty = dataset["token_sequence"].values < 0
     assert is_empty.any()
-    for name in (*GROUPS["all"], "state"):
+    for name in (*CAPTURED, "state"):
         values = dataset[name].values
+        if name == "lens_token":
+            assert (values[is_empty] == -1).all() and (values[~is_empty] >= 0).all()
+            continue
         assert np.isnan(values[is_empty]).all()
         if not name.startswith(("step_", "gap_")):
             assert np.isfinite(values[~is_empty]).all()
@@ -162,9 +220,9 @@ def test_workers_draw_the_same_initial_states_for_any_units(tmp_path, unit_token
     run_capture(plan)
     worker = Worker(plan.source, Store.open(tmp_path / "s"))
     model, drawn = load_model(TINY), {}
-    for unit in reversed(range(plan.num_units)):
+    for unit in reversed(range(plan.slots.num_units)):
         parts = worker._sequences(unit)
-        packed, initial_ND = worker._inputs(parts)
+        packed, initial_ND, _ = worker._inputs(parts)
         tap = FirstInput()
         with torch.inference_mode():
             model(packed, tap, initial_ND)
@@ -247,17 +305,17 @@ def test_bfloat16_states_come_back_to_the_bit(tmp_path):
     torch.testing.assert_close(got, norms, atol=0, rtol=1e-6)
 
 
-def infinite_checkpoint(path: Path) -> Path:
-    """The golden Llama with one infinite weight: everything after its block is undefined."""
+def overflowing_checkpoint(path: Path) -> Path:
+    """The golden Llama with one matrix so large that everything after its block is undefined."""
     shutil.copytree(GOLDEN / "llama", path)
     tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] = float("inf")
+    tensors["model.layers.2.mlp.down_proj.weight"].fill_(3e38)
     save_file(tensors, path / "model.safetensors")
     return path
 
 
 def test_non_finite_values_are_counted_and_stop_nothing(tmp_path):
-    model = infinite_checkpoint(tmp_path / "model")
+    model = overflowing_checkpoint(tmp_path / "model")
     (tmp_path / "data").mkdir()
     np.save(tmp_path / "data" / "ids.npy", np.arange(24).reshape(3, 8))
     settings = CaptureSettings(
@@ -338,20 +396,23 @@ def test_capture_in_memory_raises_what_a_unit_raised(monkeypatch):
 
 
 def test_the_finished_store_opens_in_plain_xarray(tmp_path):
-    looptap.capture(TINY, ROWS, tmp_path / "s", states=("core[all]@last",), tokens="every:8", unit_tokens=32)
+    looptap.capture(
+        TINY, ROWS, tmp_path / "s", quantities=("all",), states=("core[all]@last",), tokens="every:8",
+        unit_tokens=32,
+    )  # fmt: skip
     dataset = xr.open_zarr(tmp_path / "s")
     U, C, K = 3, 32, dataset.attrs["plan"]["num_state_rows"]
     Q = dataset.attrs["plan"]["unit_sequences"]
     assert dict(dataset.sizes) == {
-        "token": U * C, "sequence": U * Q, "depth": 10, "head": 4, "unit": U,
+        "token": U * C, "sequence": U * Q, "depth": 10, "recurrence": 4, "head": 4, "unit": U,
         "token_state": U * K, "depth_state": 2, "hidden": 32,
     }  # fmt: skip
-    for name in GROUPS["all"]:
-        wanted = ("token", "depth", "head") if name.startswith("attention_") else ("token", "depth")
-        assert dataset[name].dims == wanted and dataset[name].dtype == np.float32
+    for name in CAPTURED:
+        assert dataset[name].dims == QUANTITIES[name].axes
+        assert dataset[name].dtype == (np.int32 if name == "lens_token" else np.float32)
         assert {"long_name", "units"} <= dataset[name].attrs.keys()
     assert dataset["state"].dims == ("token_state", "depth_state", "hidden")
-    assert set(dataset.data_vars) == {*GROUPS["all"], "state"}
+    assert set(dataset.data_vars) == {*CAPTURED, "state"}
     coordinates = {
         "depth": ("depth", np.int32), "stage": ("depth", np.int8), "layer": ("depth", np.int16),
         "recurrence": ("depth", np.int16), "token_id": ("token", np.int32),

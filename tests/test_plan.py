@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from looptap.capture.models.description import STAGES, Block, Description
 from looptap.capture.models.load import find_model
-from looptap.capture.plan import PlanError, make_plan, pack
+from looptap.capture.plan import PlanError, make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.selection import select_depths, select_tokens
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.layout import plan_differences
+from looptap.capture.units import pack
 
 MODEL = "random:(1,2x4,1)I,width=32,heads=4"
 LENGTHS = (5, 0, 30, 12, 12, 1, 19, 7)
@@ -55,8 +56,8 @@ def test_quantities_may_be_joined_by_commas(settings):
 
 def test_units_are_what_the_arrays_hold(settings):
     plan = make_plan(settings)
-    assert (plan.num_units, plan.num_sequences, plan.dataset.num_tokens) == (3, 7, 86)
-    assert plan.unit_sequences == max(map(len, plan.units))
+    assert (plan.slots.num_units, plan.slots.num_sequences, plan.dataset.num_tokens) == (3, 7, 86)
+    assert plan.slots.unit_sequences == max(map(len, plan.slots.units))
     for spec in plan.arrays().values():
         assert spec.unit_rows == 32
         assert spec.shape[0] == 3 * 32
@@ -67,10 +68,10 @@ def test_coordinates_describe_every_slot(settings):
     """Against the rows and units, slot by slot."""
     plan = make_plan(replace(settings, states=("core[all]@last",), tokens="every:4"))
     found = {name: values for name, (_, values, _) in plan.coordinates().items()}
-    C, Q, K = plan.unit_tokens, plan.unit_sequences, plan.unit_state_rows
-    assert all(len(found[name]) == plan.num_units * C for name in ("token_id", "token_position"))
+    C, Q, K = plan.slots.unit_tokens, plan.slots.unit_sequences, plan.slots.unit_state_rows
+    assert all(len(found[name]) == plan.slots.num_units * C for name in ("token_id", "token_position"))
     used, used_sequences, used_states = set(), set(), set()
-    for u, unit in enumerate(plan.units):
+    for u, unit in enumerate(plan.slots.units):
         slot, state = u * C, u * K
         for q, row in enumerate(unit, start=u * Q):
             ids = plan.dataset.rows[row]
@@ -169,12 +170,12 @@ def test_the_hash_shows_every_change(settings):
 
 
 def test_unit_tokens_by_default_hold_the_longest_row(settings):
-    assert make_plan(replace(settings, unit_tokens=None)).unit_tokens == 4096
+    assert make_plan(replace(settings, unit_tokens=None)).slots.unit_tokens == 4096
     settings.data.write_text("x" * 5000 + "\nshort\n")
-    assert make_plan(replace(settings, unit_tokens=None)).unit_tokens == 5120
+    assert make_plan(replace(settings, unit_tokens=None)).slots.unit_tokens == 5120
     with pytest.raises(PlanError, match=r"row 0 has 5000 tokens .* give --unit-tokens 5000 or more"):
         make_plan(replace(settings, unit_tokens=4999))
-    assert make_plan(replace(settings, unit_tokens=5000)).num_units == 2
+    assert make_plan(replace(settings, unit_tokens=5000)).slots.num_units == 2
 
 
 def test_gap_method_follows_the_memory_bound(settings):
@@ -197,8 +198,9 @@ def test_disk_estimate_holds(settings, dtype):
     written = sum(
         path.stat().st_size for name in plan.quantities for path in (settings.store / name).glob("c*")
     )
-    fill = plan.dataset.num_tokens / (plan.num_units * plan.unit_tokens)
-    index_bytes = 16 * plan.num_units * plan.description.depth + 4 * plan.num_units  # of the states' shards
+    fill = plan.dataset.num_tokens / (plan.slots.num_units * plan.slots.unit_tokens)
+    num_units = plan.slots.num_units
+    index_bytes = 16 * num_units * plan.description.depth + 4 * num_units  # of the states' shards
     assert written <= plan.disk_bytes + index_bytes
     assert written >= 0.6 * fill * plan.disk_bytes
 

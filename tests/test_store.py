@@ -427,7 +427,7 @@ def test_plan_differences(tmp_path):
 
 
 def test_resolve_quantities():
-    assert len(QUANTITIES) == 12
+    assert len(QUANTITIES) == 16
     assert resolve_quantities(["attention_peak", "steps", "step_norm"]) == (
         "step_norm",
         "step_cosine",
@@ -441,6 +441,12 @@ def test_resolve_quantities():
         resolve_quantities(["norms"])
     with pytest.raises(ValueError, match="no quantity was chosen"):
         resolve_quantities([])
+    absent = {"exit_probability": "this model has no exit gate"}
+    assert resolve_quantities(["gaps", "exit"], absent) == ("gap_norm", "gap_cosine")
+    with pytest.raises(ValueError, match="exit_probability cannot be captured: this model has no exit gate"):
+        resolve_quantities(["gaps", "exit_probability"], absent)
+    with pytest.raises(ValueError, match="exit holds nothing of this model: this model has no exit gate"):
+        resolve_quantities(["exit"], absent)
 
 
 def test_a_write_must_fit_its_array(tmp_path):

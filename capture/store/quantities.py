@@ -3,7 +3,7 @@
 Names select what is captured, name the arrays of the store, and label plots, so they are written down once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -12,7 +12,7 @@ class Quantity:
     """One thing that can be captured.
 
     `axes` are dimensions of the store, `unit` is what an axis label shows, `definition` one line for help and
-    reports.
+    reports. A float is NaN where it is not defined, a whole number -1.
     """
 
     name: str
@@ -20,10 +20,12 @@ class Quantity:
     group: str
     unit: str
     definition: str
+    dtype: str = "float32"
 
 
 _DEPTH = ("token", "depth")
 _HEAD = ("token", "depth", "head")
+_RECURRENCE = ("token", "recurrence")  # a dimension of its own; on depth, recurrence is a coordinate
 
 QUANTITIES: dict[str, Quantity] = {
     quantity.name: quantity
@@ -94,6 +96,36 @@ QUANTITIES: dict[str, Quantity] = {
             "attention the token receives as a key, summed over all queries of its sequence",
         ),
         Quantity(
+            "lens_kl",
+            _RECURRENCE,
+            "lens",
+            "nat",
+            "KL divergence of the next-token distribution read from the loop state, from the one read after "
+            "the last recurrence",
+        ),
+        Quantity(
+            "lens_entropy",
+            _RECURRENCE,
+            "lens",
+            "nat",
+            "entropy of the next-token distribution read from the loop state",
+        ),
+        Quantity(
+            "lens_token",
+            _RECURRENCE,
+            "lens",
+            "token id",
+            "likeliest next token read from the loop state",
+            dtype="int32",
+        ),
+        Quantity(
+            "exit_probability",
+            _RECURRENCE,
+            "exit",
+            "probability",
+            "chance that the model's exit gate leaves the loop after this recurrence; all of them always run",
+        ),
+        Quantity(
             "state", ("token", "depth_state", "hidden"), "state", "residual units", "the residual itself"
         ),
     )
@@ -101,21 +133,27 @@ QUANTITIES: dict[str, Quantity] = {
 
 GROUPS: dict[str, tuple[str, ...]] = {
     group: tuple(q.name for q in QUANTITIES.values() if q.group == group)
-    for group in ("residual", "steps", "gaps", "attention")
+    for group in ("residual", "steps", "gaps", "attention", "lens", "exit")
 }
 GROUPS["all"] = tuple(name for names in GROUPS.values() for name in names)  # not state, which is large
 
 
-def resolve_quantities(names: Iterable[str]) -> tuple[str, ...]:
+def resolve_quantities(names: Iterable[str], absent: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Names and groups of quantities -> names of quantities, each once, in the table's order.
 
+    Args:
+        absent: quantities that the model does not have, with the reason; groups leave them out.
     Raises:
-        ValueError: a name is neither a quantity nor a group, or there is none at all.
+        ValueError: a name is neither a quantity nor a group, the model does not have it, or there is none at
+            all.
     """
+    names, absent = list(names), absent or {}
     wanted: set[str] = set()
     for name in names:
         if name in GROUPS:
-            wanted.update(GROUPS[name])
+            wanted.update(member for member in GROUPS[name] if member not in absent)
+        elif name in absent:
+            raise ValueError(f"{name} cannot be captured: {absent[name]}")
         elif name in QUANTITIES:
             wanted.add(name)
         else:
@@ -124,5 +162,11 @@ def resolve_quantities(names: Iterable[str]) -> tuple[str, ...]:
                 f"or the groups {', '.join(GROUPS)} (all is everything but state)"
             )
     if not wanted:
-        raise ValueError(f"no quantity was chosen: name at least one of {', '.join(QUANTITIES)}")
+        reasons = {absent[member] for name in names for member in GROUPS.get(name, ()) if member in absent}
+        why = (
+            f"{' '.join(names)} holds nothing of this model: {'; '.join(sorted(reasons))}. "
+            if reasons
+            else ""
+        )
+        raise ValueError(f"no quantity was chosen: {why}name at least one of {', '.join(QUANTITIES)}")
     return tuple(name for name in QUANTITIES if name in wanted)

@@ -21,9 +21,9 @@ from .commit import Store
 def open_store(path: str | Path) -> xr.Dataset:
     """The store as a lazy Dataset: a selection reads the files it touches and no others.
 
-    `unit_done` is what the ledger says now. Where it is 0, quantities are NaN, `sequence_length` is 0 and
-    `token_sequence` -1; other coordinates keep what the plan says. Attributes `units_done` and `units_total`
-    count.
+    `unit_done` is what the ledger says now. Where it is 0, quantities are NaN (`lens_token` -1),
+    `sequence_length` is 0 and `token_sequence` -1; other coordinates keep what the plan says. Attributes
+    `units_done` and `units_total` count.
 
     Raises:
         StoreMissingError: nothing is at the path.
@@ -33,7 +33,8 @@ def open_store(path: str | Path) -> xr.Dataset:
     dataset = xr.open_zarr(store.path, chunks=None, consolidated=True)
     is_done_U = np.zeros(store.num_units, bool)
     is_done_U[store.done()] = True
-    missing = {**dict.fromkeys(store.arrays, np.nan), "sequence_length": 0, "token_sequence": -1}
+    missing: dict[str, float] = {"sequence_length": 0, "token_sequence": -1}
+    missing |= {name: -1 if dataset[name].dtype.kind == "i" else np.nan for name in store.arrays}
     for name in missing.keys() & dataset.variables.keys():
         if dataset[name].attrs.get("bits_of") == "bfloat16" or not is_done_U.all():
             dataset[name] = _decoded(dataset[name].variable, store.path, name, is_done_U, missing[name])
