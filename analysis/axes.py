@@ -33,7 +33,8 @@ def y_axis(title: str, domain: tuple[float, float], log: bool) -> dict[str, Any]
 
 def is_log(name: str) -> bool:
     """Whether a measure spans decades: distances, changes, norms and largest channels do."""
-    return name.startswith(("relative_", "step_norm", "gap_norm", "entropy_", "received_", "residual_"))
+    spans = ("relative_", "step_norm", "gap_norm", "entropy_", "received_", "residual_", "lens_kl")
+    return name.startswith(spans)
 
 
 def figure_table(each: Findings) -> pd.DataFrame:

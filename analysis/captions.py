@@ -10,6 +10,7 @@ from .streaming import Depths
 from .verdicts import CONVERGED_STEP, SETTLED_ENTROPY, first_below
 
 _NEAR = 0.01  # "within 1 % of the last state"
+_UNSETTLED = 0.05  # "95 % of the tokens have settled"
 _CLOSED = 0.01  # a path whose last two laps differ by less than 1 % of the lap's width has closed to the eye
 
 
@@ -218,6 +219,37 @@ def _ends(value_D: np.ndarray) -> tuple[int, int]:
     return int(np.nanargmin(value_D)), int(np.nanargmax(value_D))
 
 
+def _lens(each: Findings) -> str:
+    settled_R = _loop_state(each, "lens_settled")
+    kl_R = _loop_state(each, "lens_kl")
+    if settled_R is None or kl_R is None:
+        return ""
+    most = first_below(1 - settled_R, _UNSETTLED)
+    text = f"In {each.label} {settled_R[0]:.0%} of the tokens have their last answer after recurrence 0"
+    if most is not None and 0 < most < len(settled_R) - 1:  # at the last one it is true of any model
+        text += f" and {1 - _UNSETTLED:.0%} from recurrence {most} on"
+    text += f"; the divergence begins at {number(kl_R[0])} nat"
+    return f"{text} and is {number(kl_R[-2])} at the last recurrence but one."
+
+
+def _exit_gate(each: Findings) -> str:
+    chance_R = _loop_state(each, "exit_probability")
+    if chance_R is None:
+        return ""
+    mean = float((chance_R * np.arange(len(chance_R))).sum())
+    text = f"In {each.label} the gate would leave most often after recurrence {int(chance_R.argmax())}"
+    return f"{text} ({chance_R.max():.0%}), at {mean:.2f} on average."
+
+
+def _loop_state(each: Findings, name: str) -> np.ndarray | None:
+    """A measure of the loop state, [recurrence]; None where it was not captured or is not finite."""
+    core_RL = each.depths.core_RL
+    if name not in each.measures or not len(core_RL):
+        return None
+    value_R = each.measures[name].sel(statistic="value").values[core_RL[:, -1]]
+    return value_R if np.isfinite(value_R).all() else None
+
+
 _CAPTIONS: dict[str, tuple[str, Callable[[Findings], str]]] = {
     "steps": (
         "How far one recurrence moves each layer's residual, over the residual's norm, and the cosine of the "
@@ -260,5 +292,15 @@ _CAPTIONS: dict[str, tuple[str, Callable[[Findings], str]]] = {
         "Norm of the residual and its largest absolute channel along realised depth; dashed: the largest "
         "channel of any token.",
         _norms,
+    ),
+    "lens": (
+        "The loop state after each recurrence, read through the model's own final norm and head: divergence "
+        "of the next-token distribution from the last one, share of tokens whose likeliest next token is the "
+        "last one's already, entropy.",
+        _lens,
+    ),
+    "exit_gate": (
+        "Chance that the model's exit gate leaves after each recurrence; all recurrences were run.",
+        _exit_gate,
     ),
 }

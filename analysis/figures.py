@@ -112,6 +112,34 @@ def residual_norms(findings: Sequence[Findings]) -> Figure | None:
     )
 
 
+def lens(findings: Sequence[Findings]) -> Figure | None:
+    """What the loop state predicts after each recurrence, through the model's own head (logit lens)."""
+    return grouped_figure(
+        findings,
+        name="lens",
+        title="What the loop state predicts",
+        paper="",
+        x="recurrence",
+        group="layer",
+        measures=("lens_kl", "lens_settled", "lens_entropy"),
+        at_loop_state=True,
+    )
+
+
+def exit_gate(findings: Sequence[Findings]) -> Figure | None:
+    """Where the model's exit gate would leave the loop."""
+    return grouped_figure(
+        findings,
+        name="exit_gate",
+        title="Where the exit gate would leave",
+        paper="",
+        x="recurrence",
+        group="layer",
+        measures=("exit_probability",),
+        at_loop_state=True,
+    )
+
+
 FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     steps,
     distance_to_the_fixed_point,
@@ -121,4 +149,6 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     stages_by_recurrence,
     stages_by_layer,
     residual_norms,
+    lens,
+    exit_gate,
 )

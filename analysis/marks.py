@@ -119,7 +119,7 @@ def color_by(group: str, domain: tuple[int, int]) -> alt.Color:
 def color_scale(group: str, domain: tuple[int, int]) -> alt.Scale:
     colors = GROUP_COLORS[group]
     stops = np.linspace(domain[0], max(domain[1], domain[0] + 1), len(colors))
-    return alt.Scale(domain=stops.tolist(), range=list(colors))
+    return alt.Scale(domain=stops.tolist(), range=list(colors), clamp=True)  # beyond it is not white
 
 
 def grouped_lines(

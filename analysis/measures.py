@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
+from .loop_state import mean_at_loop_state, settled_share, to_depths
 from .streaming import (
     Depths,
     MaxFold,
@@ -179,6 +180,16 @@ MEASURES: dict[str, Measure] = {
         Measure("received_change", "Moved attention", "share of attention", ("attention_received",),
                 _received_change, "total variation of what keys receive, against the recurrence before",
                 first=1),
+        Measure("lens_kl", "Lens divergence", _NAT, ("lens_kl",), mean_at_loop_state("lens_kl"),
+                "KL divergence of the next-token distribution from the one after the last recurrence",
+                first=0),
+        Measure("lens_settled", "Settled tokens", "share of tokens", ("lens_token",), settled_share,
+                "share of tokens whose likeliest next token is the one after the last recurrence", first=0),
+        Measure("lens_entropy", "Lens entropy", _NAT, ("lens_entropy",), mean_at_loop_state("lens_entropy"),
+                "entropy of the next-token distribution", first=0),
+        Measure("exit_probability", "Exit", "probability", ("exit_probability",),
+                mean_at_loop_state("exit_probability"),
+                "chance that the exit gate leaves after the recurrence", first=0),
     )
 }  # fmt: skip
 
@@ -233,6 +244,8 @@ def _why_missing(each: Measure, dataset: xr.Dataset, depths: Depths) -> str | No
     if each.first >= 0 and num_recurrences == 1:
         return "the loop ran once: capture with at least 2 recurrences"
     absent = [name for name in each.needs if name not in dataset]
+    if "exit_probability" in absent and not dataset.attrs["plan"]["model"].get("exit_gate"):
+        return "the model has no exit gate"
     if absent:
         groups = dict.fromkeys(QUANTITIES[name].group for name in absent)
         return f"needs {' and '.join(absent)}: capture again with --quantities {' '.join(groups)}"
@@ -289,5 +302,7 @@ def _one_pass(
 
 def _non_finite(name: str, values: np.ndarray, depths: Depths) -> np.ndarray:
     wrong_D = (~np.isfinite(values)).sum(axis=(0, 2) if values.ndim == 3 else 0)
+    if "recurrence" in QUANTITIES[name].axes:
+        return np.nan_to_num(to_depths(wrong_D, depths)).astype(np.int64)
     first = {"steps": 1, "gaps": 0}.get(QUANTITIES[name].group, -1)  # where the definition begins to hold
     return np.where(depths.recurrence >= first, wrong_D, 0)

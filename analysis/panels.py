@@ -39,20 +39,25 @@ def grouped_figure(
     group: str,
     measures: Sequence[str],
     thresholds: dict[str, tuple[float, str]] | None = None,
+    at_loop_state: bool = False,
 ) -> Figure | None:
-    """Rows of measures, columns of captures; a line per layer or per recurrence of the core."""
+    """Rows of measures, columns of captures; a line per layer or per recurrence of the core, or one alone for
+    what is read from the loop state.
+    """
     drawn = [each for each in findings if len(each.depths.core_RL) and _has(each, measures)]
     if not drawn:
         return None
     tables = {_table_name(each): figure_table(each) for each in drawn}
     domain, x_domain = group_domain(drawn, group), group_domain(drawn, x)
+    if at_loop_state:  # one line a capture, and so one colour for all
+        domain = (domain[1], domain[1])
     if x == "recurrence":
         x_domain = (max(0, min(MEASURES[measured].first for measured in measures)), x_domain[1])
     panels, notes, banded = [], [], False
     for measured in (name for name in measures if any(name in each.measures for each in drawn)):
         threshold = (thresholds or {}).get(measured)
         marks = [threshold[0]] if threshold else []
-        axis = _axis(tables, [measured], marks, core_only=True, band=domain[1] < FEW_LINES)
+        axis = _axis(tables, [measured], marks, core_only=True, band=domain[1] - domain[0] < FEW_LINES)
         notes += axis.notes
         banded |= axis.band
         row = _GroupedRow(measured, x, x_domain, group, domain, axis, threshold)

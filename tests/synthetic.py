@@ -47,7 +47,10 @@ def make_dataset(
         "sequence_id": np.full(U * Q, -1, np.int64),
     }
     arrays = {
-        key: np.full((U * C, *values.shape[1:]), np.nan, np.float32) for key, values in sequences[0].items()
+        key: np.full(
+            (U * C, *values.shape[1:]), *(-1, np.int32) if values.dtype.kind == "i" else (np.nan, np.float32)
+        )
+        for key, values in sequences[0].items()
     }
     kept, kept_slot = [], np.full(U * Q, -1, np.int64)
     for unit, members in enumerate(units):
@@ -66,8 +69,7 @@ def make_dataset(
             kept_slot[index] = slot + length - 1
             kept.append(index)
             slot += length
-    axes = {2: ("token", "depth"), 3: ("token", "depth", "head")}
-    variables = {key: (axes[values.ndim], values) for key, values in arrays.items()}
+    variables = {key: (QUANTITIES[key].axes, values) for key, values in arrays.items()}
     coords = {
         "depth": ("depth", np.arange(len(stage), dtype=np.int32)),
         "stage": ("depth", stage),
@@ -87,6 +89,7 @@ def make_dataset(
         "model": {
             "name": name, "notation": loop, "prelude": prelude, "core": core, "recurrences": recurrences,
             "coda": coda, "injection": None, "norm": "pre", "width": 8, "num_parameters": 1234,
+            "exit_gate": "exit_probability" in arrays,
         },
         "data": {"name": "test.jsonl", "field": "text"},
         "settings": {"dtype": "float32", "device": "cpu", "seed": 0, "quantities": list(arrays)},
@@ -137,8 +140,24 @@ def quantities_of_attention(a_LHTT: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def quantities_of_loop(
+    rng: np.random.Generator, num_tokens: int, num_recurrences: int
+) -> dict[str, np.ndarray]:
+    """Every quantity by recurrence, each [token, recurrence], of random readings among four tokens."""
+    p_TRV = rng.dirichlet(np.ones(4), (num_tokens, num_recurrences))
+    gate_TR = rng.uniform(size=(num_tokens, num_recurrences))
+    left_TR = np.cumprod(1 - np.pad(gate_TR, ((0, 0), (1, 0)))[:, :-1], axis=1)
+    gate_TR[:, -1] = 1
+    return {
+        "lens_kl": (p_TRV * np.log(p_TRV / p_TRV[:, -1:])).sum(-1),
+        "lens_entropy": -(p_TRV * np.log(p_TRV)).sum(-1),
+        "lens_token": p_TRV.argmax(-1),
+        "exit_probability": gate_TR * left_TR,
+    }
+
+
 def random_sequences(lengths: list[int], shape: tuple[int, int, int, int], heads: int = 3):
-    """Quantities and states of sequences with random states and random causal attention."""
+    """Quantities and states of sequences with random states, causal attention and readings of the loop."""
     rng = np.random.default_rng(RNG_SEED)
     num_depths = shape[0] + shape[1] * shape[2] + shape[3]
     sequences, states = [], []
@@ -147,9 +166,9 @@ def random_sequences(lengths: list[int], shape: tuple[int, int, int, int], heads
         scores = rng.normal(size=(num_depths, heads, T, T)) * 3
         scores[:, 0, :, 0] += 6  # one head with a sink
         weights = np.exp(np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf))
-        sequences.append(
-            quantities_of_states(x, shape) | quantities_of_attention(weights / weights.sum(-1, keepdims=True))
-        )
+        sequence = quantities_of_states(x, shape)
+        sequence |= quantities_of_attention(weights / weights.sum(-1, keepdims=True))
+        sequences.append(sequence | (quantities_of_loop(rng, T, shape[2]) if shape[1] else {}))
         states.append(x)
     return sequences, states
 
@@ -184,7 +203,7 @@ def write_store(dataset: xr.Dataset, path: Path, units: list[int] | None = None)
         arrays={
             str(name): ArraySpec(
                 dimensions=tuple(map(str, v.dims)), shape=v.shape, unit_rows=rows[str(v.dims[0])],
-                dtype="float32", attributes={}, compressed=name != "state",
+                dtype=str(v.dtype), attributes={}, compressed=name != "state",
             )
             for name, v in dataset.data_vars.items()
         },

@@ -14,7 +14,7 @@ from looptap.analysis.measures import MEASURES, measure
 from looptap.analysis.states import StatesMissingError, distinctness, trajectory
 from looptap.analysis.streaming import BAND_Z, MeanFold, MedianFold, NothingCapturedError
 from looptap.analysis.verdicts import CONVERGED_STEP, first_below, verdicts
-from looptap.capture.store.quantities import QUANTITIES
+from looptap.capture.store.quantities import GROUPS, QUANTITIES
 from looptap.tests.synthetic import (
     ATTENTION,
     RESIDUAL,
@@ -55,6 +55,12 @@ def oracle(name: str, q: dict[str, np.ndarray]) -> np.ndarray:
             out[depth] = np.mean(
                 [1 + sum(c * np.log(c) for c in head if c > 0) / np.log(T) for head in share.T]
             )
+        elif name in ("lens_kl", "lens_entropy", "exit_probability", "lens_settled"):
+            recurrence, layer = divmod(depth - prelude, core)
+            if 0 <= recurrence < recurrences and layer == core - 1:
+                tokens = q["lens_token"]
+                is_settled = [tokens[t, recurrence] == tokens[t, -1] for t in range(T)]
+                out[depth] = np.mean(is_settled if name == "lens_settled" else q[name][:, recurrence])
         elif name in ("entropy_change", "received_change") and depth >= prelude + core and depth < L - 1:
             source = "attention_entropy" if name == "entropy_change" else "attention_received"
             change = np.abs(q[source][:, depth] - q[source][:, depth - core])
@@ -231,7 +237,7 @@ def test_non_finite_values_are_counted_and_left_out():
 
 
 @pytest.mark.parametrize(
-    "gone", [RESIDUAL, ATTENTION, ("step_norm", "step_cosine"), ("gap_norm", "gap_cosine")]
+    "gone", [RESIDUAL, ATTENTION, ("step_norm", "step_cosine"), ("gap_norm", "gap_cosine"), GROUPS["lens"]]
 )
 def test_what_was_not_captured_is_named_with_what_to_capture(gone):
     sequences, _ = random_sequences([6, 8], SHAPE)
@@ -243,6 +249,13 @@ def test_what_was_not_captured_is_named_with_what_to_capture(gone):
         if lost:
             assert lost[0] in got.attrs["missing"][name] and "--quantities" in got.attrs["missing"][name]
             assert QUANTITIES[lost[0]].group in got.attrs["missing"][name]
+
+
+def test_a_model_without_an_exit_gate_is_not_asked_for_one():
+    sequences, _ = random_sequences([6], SHAPE)
+    del sequences[0]["exit_probability"]
+    missing = measure(make_dataset(sequences, SHAPE)).attrs["missing"]
+    assert missing == {"exit_probability": "the model has no exit gate"}
 
 
 def test_a_feedforward_model_has_stages_and_no_loop():

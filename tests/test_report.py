@@ -37,6 +37,8 @@ NAMES = (
     "stages_by_recurrence",
     "stages_by_layer",
     "residual_norms",
+    "lens",
+    "exit_gate",
 )
 
 
@@ -212,7 +214,8 @@ def test_small_and_large_loops_make_a_page(tmp_path, shape):
 
 def test_nothing_finite_still_makes_a_page(tmp_path):
     sequences, _ = random_sequences([5, 6], SHAPE)
-    broken = [{k: np.full_like(v, np.nan) for k, v in s.items()} for s in sequences]
+    undefined = {"f": np.nan, "i": -1}
+    broken = [{k: np.full_like(v, undefined[v.dtype.kind]) for k, v in s.items()} for s in sequences]
     (found,) = find([make_dataset(broken, SHAPE)])
     assert [verdict.answer for verdict in found.verdicts] == [None, None, None]
     page_of(tmp_path, make_dataset(broken, SHAPE))

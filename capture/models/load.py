@@ -53,6 +53,7 @@ class ModelSource:
             "recurrences": d.recurrences,
             "coda": d.coda,
             "injection": d.injection,
+            "exit_gate": d.exit_gate,
             "initial_state": d.initial_state,
             "initial_std": d.initial_std,
             "norm": norm,
