@@ -2,18 +2,21 @@
 
 model = looptap.load_model("random:(0,12x32,0)I,norm=pre")
 dataset = looptap.capture("random:(0,12x32,0)I", ["Once upon a time"])  # in memory, an xarray Dataset
+with looptap.watch(module, "layers.*") as watched:  # any torch.nn.Module, as it is
+    module(token_ids)
 dataset = looptap.open("run.zarr")  # what `looptap capture` wrote, lazily
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["capture", "load_model", "open"]
+__all__ = ["capture", "load_model", "open", "watch"]
 
 if TYPE_CHECKING:
     from .capture.memory import capture
     from .capture.models.load import load_model
     from .capture.store.reader import open_store as open
+    from .capture.watch.context import watch
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from .capture.store.reader import open_store
 
         return open_store
+    if name == "watch":
+        from .capture.watch.context import watch
+
+        return watch
     if name == "capture":  # a package that can be called, see there
         from importlib import import_module
 

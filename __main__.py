@@ -9,6 +9,8 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.extras import SubcommandApp
 
 from .benchmarks.capture import CaptureBench
+from .benchmarks.load import LoadBench
+from .benchmarks.watch import WatchBench
 from .capture.settings import CaptureSettings, InspectSettings
 
 app = SubcommandApp()
@@ -65,7 +67,7 @@ def info(
     """Describe a store or a model: its loop, sizes, and what each quantity takes.
 
     Args:
-        target: A store, a model directory, or a random: spec.
+        target: A store, a model directory, a Hub id, or a random: spec.
         loop: For a feedforward model, the layers to repeat: first-lastxtimes, for example 10-19x8.
         recurrences: For a looped model, passes through the core.
     """
@@ -168,6 +170,24 @@ def bench_capture(settings: OmitArgPrefixes[CaptureBench]) -> int:
     from .benchmarks import capture as benchmark
 
     benchmark.bench_capture(settings)
+    return 0
+
+
+@bench.command(name="load")
+def bench_load(settings: OmitArgPrefixes[LoadBench]) -> int:
+    """Measure what loading a checkpoint takes beside reading its shards whole."""
+    from .benchmarks import load as benchmark
+
+    benchmark.bench_load(settings)
+    return 0
+
+
+@bench.command(name="watch")
+def bench_watch(settings: OmitArgPrefixes[WatchBench]) -> int:
+    """Compare a watched transformers model with our own, in values and in cost."""
+    from .benchmarks import watch as benchmark
+
+    benchmark.bench_watch(settings)
     return 0
 
 

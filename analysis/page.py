@@ -65,7 +65,9 @@ def model_facts(plan: dict[str, Any]) -> dict[str, str]:
         "Model": str(model.get("spec") or model["name"]),
         "Notation": str(model["notation"]),
         "Loop": f"{model['core']} layers, {model['recurrences']} recurrences" if model["core"] else "none",
-        "Injection, norms": f"{model.get('injection') or 'none'}, {model['norm']}",
+        "Injection, norms": "not seen: the module was watched"
+        if model["norm"] == "unknown"
+        else f"{model.get('injection') or 'none'}, {model['norm']}",
         "Parameters": f"{model['num_parameters']:,}" if model.get("num_parameters") else "not recorded",
         "Type, device": f"{settings['dtype']}, {settings['device']}",
     }

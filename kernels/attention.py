@@ -1,4 +1,5 @@
-"""Causal attention over packed sequences that also says where each query looked, without a T×T matrix.
+"""Attention that also says where each query looked, without a T×T matrix: causal over packed sequences, or
+the statistics alone of any queries, keys and mask.
 
 Blocks of queries go past all their keys at once. Of each block the scores exist only until its statistics are
 taken, so extra memory is linear in T. With t the scaled scores, m their row maximum and p = exp(t − m):
@@ -22,7 +23,10 @@ MASKED = -1e30  # finite: p · (t − m) must be 0 there, and 0 · inf is NaN
 
 
 class AttentionStatistics(NamedTuple):
-    """Float32 [N, H] each, of every query i (received: of every key j) of its own sequence."""
+    """Float32 [N, H] each, of every query i (received: of every key j) of its own sequence.
+
+    N counts queries, and in received keys; they differ only where a cache holds earlier keys.
+    """
 
     entropy_NH: Tensor  # −Σ_j A_ij ln A_ij, nats
     peak_NH: Tensor  # max_j A_ij
@@ -66,52 +70,116 @@ def attention_with_statistics(
     for rows, size in _runs(lengths):
         q, k, v, o = (x[rows].unflatten(0, (-1, size)) for x in (q_NHC, k_NKC, v_NKC, o_NHC))
         here = AttentionStatistics(*(x[rows].unflatten(0, (-1, size)) for x in outputs))
-        _one_length(q, k, v, scale, sink_tokens, o, here)
+        _one_length(q, k, scale, sink_tokens, here, values=(v, o))
     return o_NHC, outputs
+
+
+def attention_statistics(
+    q_BHTC: Tensor,
+    k_BKJC: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    sink_tokens: int = 1,
+) -> AttentionStatistics:
+    """What `attention_with_statistics` measures, of a padded batch under any mask, without an output.
+
+    Args:
+        q_BHTC, k_BKJC: B sequences of T queries and J keys; H is a multiple of K.
+        mask: [B or 1, H or 1, T or 1, J]; boolean with True where a query sees a key, or added to the
+            scaled scores. Every query must see a key.
+        is_causal: instead of a mask: query i sees keys up to i, and T equals J.
+    Returns:
+        entropy, peak and sink [B · T, H], received [B · J, H].
+    """
+    B, H, T, _ = q_BHTC.shape
+    J = k_BKJC.shape[2]
+    out = AttentionStatistics(
+        *(torch.empty(B, n, H, dtype=torch.float32, device=q_BHTC.device) for n in (T, T, T, J))
+    )
+    assert not is_causal or (mask is None and T == J)
+    if mask is not None:
+        mask = mask.expand(-1, -1, T, J)
+    q_GTHC, k_GJKC = q_BHTC.transpose(1, 2), k_BKJC.transpose(1, 2)
+    _one_length(q_GTHC, k_GJKC, scale, sink_tokens, out, mask=mask, is_causal=is_causal)
+    return AttentionStatistics(*(x.flatten(0, 1) for x in out))
 
 
 def _one_length(
     q_GTHC: Tensor,
-    k_GTKC: Tensor,
-    v_GTKC: Tensor,
+    k_GJKC: Tensor,
     scale: float,
     sink_tokens: int,
-    o_GTHC: Tensor,
     out: AttentionStatistics,
+    *,
+    values: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = True,
 ) -> None:
-    """G sequences of one length; writes into o and out, whose tensors are [G, T, H] here."""
+    """G sequences of one length; writes into out, whose tensors are [G, T, H] here (received [G, J, H]).
+
+    Args:
+        values: v [G, J, K, C], and o [G, T, H, C] to write what the queries read of it.
+        mask: as in `attention_statistics`, with all T and J.
+    """
     G, T, H, C = q_GTHC.shape
-    K = k_GTKC.shape[2]
+    J, K = k_GJKC.shape[1:3]
+    R = H // K
     # the heads that share a key head stand in the rows of one matrix product
     # and all of it is float32: scores rounded to bfloat16 put entropies wrong in the second decimal
-    q_GKRTC = (q_GTHC.float() * scale).unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4)
-    k_GKCT = k_GTKC.float().permute(0, 2, 3, 1).contiguous()
-    v_GKTC = v_GTKC.float().transpose(1, 2).contiguous()
-    received_GKT = torch.zeros(G, K, H // K, T, device=q_GTHC.device)
+    q_GKRTC = (q_GTHC.float() * scale).unflatten(2, (K, R)).permute(0, 2, 3, 1, 4)
+    k_GKCJ = k_GJKC.float().permute(0, 2, 3, 1).contiguous()
+    v_GKJC = None if values is None else values[0].float().transpose(1, 2).contiguous()
+    received_GKRJ = torch.zeros(G, K, R, J, dtype=torch.float32, device=q_GTHC.device)
     for start in range(0, T, QUERIES_PER_BLOCK):
         end = min(start + QUERIES_PER_BLOCK, T)
         B = end - start
-        q_block = q_GKRTC[:, :, :, start:end].reshape(G, K, H // K * B, C)
-        t = torch.matmul(q_block, k_GKCT[..., :end]).view(G, K, H // K, B, end)
-        future = torch.ones(B, B, dtype=torch.bool, device=t.device).triu(1)
-        t[..., start:].masked_fill_(future, MASKED)
+        keys = slice(0, end if is_causal else J) if mask is None else _seen(mask[:, :, start:end])
+        q_block = q_GKRTC[:, :, :, start:end].reshape(G, K, R * B, C)
+        t = torch.matmul(q_block, k_GKCJ[..., keys]).view(G, K, R, B, -1)
+        if is_causal:
+            future = torch.ones(B, B, dtype=torch.bool, device=t.device).triu(
+                1 + start - max(start, keys.start)
+            )
+            t[..., max(0, start - keys.start) :].masked_fill_(future, MASKED)
+        if mask is not None:
+            _hide(t, mask[:, :, start:end, keys])
         t -= t.amax(-1, keepdim=True)
         p = t.exp()
         total = p.sum(-1)
         entropy = total.log() - t.mul_(p).sum(-1) / total
         inverse = total.reciprocal()
-        received_GKT[..., :end] += torch.matmul(inverse.unsqueeze(-2), p).squeeze(-2)
-        o = torch.matmul(p.view(G, K, -1, end), v_GKTC[:, :, :end])
-        o = o.view(G, K, H // K, B, C) * inverse.unsqueeze(-1)
-        o_GTHC[:, start:end] = o.permute(0, 3, 1, 2, 4).flatten(2, 3)
-        sink = p[..., :sink_tokens].sum(-1) * inverse
+        received_GKRJ[..., keys] += torch.matmul(inverse.unsqueeze(-2), p).squeeze(-2)
+        if values is not None and v_GKJC is not None:
+            o = torch.matmul(p.view(G, K, R * B, -1), v_GKJC[:, :, keys])
+            o = o.view(G, K, R, B, -1) * inverse.unsqueeze(-1)
+            values[1][:, start:end] = o.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        sink = p[..., : max(0, sink_tokens - keys.start)].sum(-1) * inverse
         for target, value in (
             (out.entropy_NH, entropy.clamp_min_(0)),
             (out.peak_NH, inverse),
             (out.sink_NH, sink),
         ):
             target[:, start:end] = value.permute(0, 3, 1, 2).flatten(2)
-    out.received_NH.copy_(received_GKT.permute(0, 3, 1, 2).flatten(2))
+    out.received_NH.copy_(received_GKRJ.permute(0, 3, 1, 2).flatten(2))
+
+
+def _seen(mask: Tensor) -> slice:
+    """From the first to behind the last key that any of these queries sees; what it leaves out weighs 0."""
+    most_J = mask.amax((0, 1, 2))
+    seen = (most_J if mask.dtype == torch.bool else most_J > MASKED).nonzero()
+    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, len(most_J))
+
+
+def _hide(t_GKRBJ: Tensor, mask: Tensor) -> None:
+    """Applies a mask to scores in place; heads of the mask are all of them or one."""
+    K, R = t_GKRBJ.shape[1:3]
+    mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (K, R))
+    if mask.dtype == torch.bool:
+        t_GKRBJ.masked_fill_(~mask, MASKED)
+    else:
+        t_GKRBJ.add_(mask).clamp_min_(MASKED)
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:

@@ -1,0 +1,184 @@
+"""`watch` and what it gives: the context in which a module is listened to, and its results."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..selection import select_tokens
+from ..store.errors import StoreExistsError
+from ..store.layout import store_exists
+from ..store.quantities import GROUPS, resolve_quantities
+from ..store.reader import open_store
+from .arguments import read_mask
+from .attention import Listener
+from .blocks import Blocks, find_blocks
+from .errors import WatchError
+from .passes import WatchSettings
+from .record import Recorder
+from .write import write_store
+
+
+class Watched:
+    """What a watched module did so far; it stays when the context is left."""
+
+    def __init__(self, module: nn.Module, recorder: Recorder, name: str) -> None:
+        self._module, self._recorder, self._name = module, recorder, name
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows of all batches so far."""
+        return len(self._recorder.sequences)
+
+    @property
+    def notation(self) -> str | None:
+        """The loop that was found, as (prelude,core x recurrences,coda); None before the first pass."""
+        structure = self._recorder.structure
+        return None if structure is None else structure.notation
+
+    def set_mask(self, mask_BT: Tensor) -> None:
+        """Says which tokens of the next forward pass are real, for a module that is given no attention_mask.
+
+        Args:
+            mask_BT: 1 for real tokens, 0 for padding; [rows, tokens].
+        """
+        if (mask := read_mask(mask_BT)) is None:
+            raise WatchError(
+                f"a mask must be a tensor [rows, tokens], not {list(getattr(mask_BT, 'shape', ()))}"
+            )
+        self._recorder.next_mask = mask
+
+    def save(self, path: str | Path) -> None:
+        """Writes a store, as a capture's.
+
+        Raises:
+            WatchError: no forward pass was recorded.
+            StoreExistsError: something is at the path. StoreFullError: no room.
+        """
+        write_store(Path(path), self._recorder, self._module, self._name)
+
+    def dataset(self) -> xr.Dataset:
+        """The store as `looptap.open` gives it, in memory."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "watched.zarr"
+            self.save(path)
+            return open_store(path).load()
+
+
+@contextmanager
+def watch(
+    module: nn.Module,
+    blocks: Blocks = None,
+    *,
+    quantities: Sequence[str] = ("residual", "steps", "gaps", "attention"),
+    sink_tokens: int = 1,
+    states: Sequence[str] = (),
+    tokens: str = "all",
+    seed: int = 0,
+    store: str | Path | None = None,
+    name: str | None = None,
+) -> Iterator[Watched]:
+    """Measures what happens inside a module's blocks whenever the module is called, as `capture` does.
+
+        with looptap.watch(model, blocks="model.layers.*") as watched:
+            model(input_ids, attention_mask=mask)
+        dataset = watched.dataset()
+
+    The module's results are what they are without it, bit for bit. Residuals are what a block is given (its
+    first tensor argument, or hidden_states) and returns (or the first of a tuple), [rows, tokens, width] or
+    [tokens, width]. Attention is what each block's one call of `scaled_dot_product_attention` computes, with
+    any mask; other ways (eager, flash, nn.MultiheadAttention, torch.compile) cannot be seen, and are refused
+    if attention is wanted. While it is, nn.MultiheadAttention elsewhere in the module takes its slower path.
+
+    The loop is found from the order in which blocks are called: those called once before the first that
+    repeats are the prelude, the cycle that repeats is the core, those after it the coda.
+
+    Every row of a batch is a sequence, numbered over all calls. Which tokens are real is read from an
+    `attention_mask` [rows, tokens] given to the module, or `set_mask`; without one, all are, also those that
+    `generate` appends to rows that ended. Token ids are `input_ids` or the first tensor of whole numbers; -1
+    where there is none of the residual's shape. A call with a cache goes on with the rows of the call before
+    it, which must be the ones that the cache is of. Without attention quantities, only past_key_values and a
+    longer attention_mask tell of a cache. The caches of transformers have one place a layer: a layer that is
+    repeated there needs use_cache=False.
+
+    Results are kept in memory until they are saved: 4 bytes a number, so for default quantities
+    (7 + 4 · heads) · 4 bytes a token and block invocation. Gaps keep the core's residuals during a pass, and
+    the first pass those of all blocks. Several contexts may watch one module, one inside the other; calls
+    from other threads are refused.
+
+    Args:
+        module: what will be called. blocks: see `find_blocks`; None finds the module's one list of blocks.
+        quantities: names and groups; those that read the model's head (lens, exit) are not to be had here.
+        sink_tokens: first real keys of a row that count as the attention sink.
+        states, tokens: which residuals are kept whole, as `capture` has them.
+        seed: of token samples.
+        store: saved there when the body ends without an error.
+        name: of the module in the store, its class's name by default.
+    Raises:
+        WatchError, on entering, in the module's forward pass or on saving: a case that cannot be measured
+            exactly; says which and what to do. No hook is left behind, whatever raises.
+    """
+    settings = _make_settings(quantities, sink_tokens, states, tokens, seed)
+    if store is not None and store_exists(store):
+        raise StoreExistsError(f"{store} holds a store: watching makes a new one, so choose another path")
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise WatchError(
+            "some parameters are on the meta device: load or move the module whole before watching"
+        )
+    found = find_blocks(module, blocks)
+    recorder = Recorder(module, found, settings)
+    watched = Watched(module, recorder, name or type(module).__name__)
+    with ExitStack() as stack:
+        for handle in _hooks(module, found, recorder):
+            stack.callback(handle.remove)
+        if settings.has_attention:
+            stack.enter_context(Listener(recorder.attend))
+        yield watched
+    if store is not None:
+        watched.save(store)
+
+
+def _make_settings(
+    quantities: Sequence[str], sink_tokens: int, states: Sequence[str], tokens: str, seed: int
+) -> WatchSettings:
+    quantities, states = ([given] if isinstance(given, str) else [*given] for given in (quantities, states))
+    reason = "it reads a head or gate that a watched module does not show; capture the model instead"
+    absent = dict.fromkeys((*GROUPS["lens"], *GROUPS["exit"]), reason)
+    names = [name for text in quantities for name in text.split(",")]
+    try:
+        wanted = resolve_quantities([*names, "state"] if states else names, absent)
+        select_tokens(tokens, seed, 0, 1)  # their form
+    except ValueError as error:
+        raise WatchError(str(error)) from None
+    if "state" in wanted and not states:
+        raise WatchError('the quantity state needs states=, for example states=("core[all]@last",)')
+    if sink_tokens < 1:
+        raise WatchError(f"sink_tokens must be at least 1, got {sink_tokens}")
+    return WatchSettings(
+        quantities=wanted, sink_tokens=sink_tokens, states=tuple(states), tokens=tokens, seed=seed
+    )
+
+
+def _hooks(module: nn.Module, blocks: dict[str, nn.Module], recorder: Recorder) -> Iterator[RemovableHandle]:
+    """Registers them one by one: the module's own around those of its blocks, in case it is one of them."""
+    yield module.register_forward_pre_hook(
+        lambda module, args, kwargs: recorder.begin(module, args, kwargs), with_kwargs=True
+    )
+    for index, block in enumerate(blocks.values()):
+        yield block.register_forward_pre_hook(partial(_enter, recorder, index), with_kwargs=True)
+        yield block.register_forward_hook(partial(_leave, recorder, index))
+    yield module.register_forward_hook(lambda *_: recorder.end(), always_call=True)
+
+
+def _enter(recorder: Recorder, block: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    recorder.enter(block, args, kwargs)
+
+
+def _leave(recorder: Recorder, block: int, module: nn.Module, args: Any, output: Any) -> None:
+    recorder.leave(block, output)

@@ -1,0 +1,263 @@
+"""One forward pass while it runs: which tokens are real, and what is measured of every block invocation.
+
+Tensors are copied where they are kept until the pass ends, because a module may change them in place.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ...kernels.residual_norm import distance, row_norm, row_peak
+from ..store.quantities import GROUPS
+from .arguments import Arguments
+from .attention import AttentionCall
+from .errors import WatchError
+from .rows import Group, Window, groups, key_windows, pack, read_windows
+from .sequences import WatchedSequence
+from .structure import Structure
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """What is measured; `watch` says what each field means and checks it."""
+
+    quantities: tuple[str, ...]
+    sink_tokens: int
+    states: tuple[str, ...]
+    tokens: str
+    seed: int
+
+    @property
+    def has_attention(self) -> bool:
+        return any(name in GROUPS["attention"] for name in self.quantities)
+
+    @property
+    def has_steps(self) -> bool:
+        return any(name in GROUPS["steps"] for name in self.quantities)
+
+    @property
+    def has_gaps(self) -> bool:
+        return any(name in GROUPS["gaps"] for name in self.quantities)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What all block invocations share."""
+
+    width: int
+    dtype: str
+    device: str
+    num_heads: int | None = None  # until attention is seen
+    num_key_heads: int | None = None
+
+
+@dataclass(frozen=True)
+class OpenRows:
+    """The rows that a pass with a cache goes on with: those of the pass before it."""
+
+    first_id: int
+    sequences: list[WatchedSequence]
+    windows: tuple[Window, ...]  # real tokens among the columns
+    width: int  # columns so far, padding included
+    last_keys: list[Tensor]  # each row's last key by depth, [B, K, C]
+
+
+@dataclass
+class Pass:
+    """What one forward pass has left so far; the recorder calls its methods in the order of events."""
+
+    settings: WatchSettings
+    arguments: Arguments
+    opened: OpenRows | None
+    structure: Structure | None  # of the passes before; None in the first
+    state_depths: tuple[int, ...]
+    sizes: Sizes | None
+    B: int = -1
+    T: int = -1
+    windows: tuple[Window, ...] = ()  # real tokens among the new ones
+    past: int | None = None  # columns in the cache
+    keys: tuple[Window, ...] = ()  # real tokens among all columns
+    groups: tuple[Group, ...] = ()
+    block_input_ND: Tensor | None = None
+    # one entry an invocation: its block, [N] or [N, H] by name, what each row's keys receive, last keys
+    order: list[int] = field(default_factory=list)
+    values: list[dict[str, Tensor]] = field(default_factory=list)
+    received: list[dict[int, Tensor]] = field(default_factory=list)
+    last_keys: list[Tensor] = field(default_factory=list)
+    states: dict[int, Tensor] = field(default_factory=dict)  # by depth, packed
+    visits: dict[int, list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
+    """By block: depth, state and norm of invocations that others are compared with."""
+
+    def place_rows(self, x_BTD: Tensor) -> None:
+        """Finds the real tokens, from the first block's input."""
+        self.B, self.T = B, T = x_BTD.shape[0], x_BTD.shape[1]
+        mask = self.arguments.mask_BT
+        if mask is not None and (len(mask) != B or mask.shape[1] < T):
+            raise WatchError(
+                f"attention_mask is {list(mask.shape)} and the blocks see {B} rows of {T} tokens: give one "
+                "number a token"
+            )
+        self.windows = read_windows(None if mask is None else mask[:, mask.shape[1] - T :], B, T)
+        if not self.settings.has_attention:  # nothing else will tell of a cache
+            past = self.arguments.past
+            self.place_keys((0 if mask is None else mask.shape[1] - T) if past is None else past)
+
+    def place_keys(self, past: int) -> None:
+        """Finds the rows that a pass with so many cached tokens goes on with."""
+        self.past, mask, opened = past, self.arguments.mask_BT, self.opened
+        earlier = tuple(Window(0, 0) for _ in self.windows)
+        if past:
+            if opened is None or (len(opened.windows), opened.width) != (self.B, past):
+                was = f"{len(opened.windows)} rows of {opened.width}" if opened else "none"
+                raise WatchError(
+                    f"attention sees {past} earlier tokens of {self.B} rows, and the pass watched before "
+                    f"left {was}: a cache that was filled outside the context, cropped, sliding, static or "
+                    "of other rows cannot be watched; start it inside, with a dynamic cache, or use none"
+                )
+            earlier = opened.windows
+        if mask is not None and mask.shape[1] not in (self.T, past + self.T):
+            raise WatchError(
+                f"attention_mask is {list(mask.shape)} where {past} tokens are cached and {self.T} new: give "
+                "one number a token"
+            )
+        if mask is not None and mask.shape[1] > self.T and read_windows(mask[:, :past], 0, 0) != earlier:
+            raise WatchError(
+                "attention_mask calls other cached tokens real than it did when they were new: pass the same "
+                "mask on, and one more number for each new token"
+            )
+        self.keys = key_windows(earlier, self.windows, past)
+        self.groups = tuple(groups(self.windows, self.keys))
+
+    def enter(self, block: int, x_BTD: Tensor) -> None:
+        """A block begins."""
+        self.order.append(block)
+        self.values.append({})
+        if "update_norm" in self.settings.quantities:
+            self.block_input_ND = pack(x_BTD, self.windows)
+
+    def measure_attention(self, call: AttentionCall) -> None:
+        """The block's attention."""
+        if self.past is None:
+            self.place_keys(call.past)
+        if call.past != self.past:
+            raise WatchError(
+                f"its attention sees {call.past} earlier tokens where that of other blocks saw {self.past}: "
+                "a sliding or cropped cache, or one that recurrences share, cannot be watched; use a cache "
+                "that is full for every block and recurrence, or none (use_cache=False)"
+            )
+        self._check_heads(call)
+        self._check_cache(call)
+        H = call.q_BHTC.shape[1]
+        starts, N = _starts(self.windows)
+        names = ("attention_entropy", "attention_peak", "attention_sink")
+        measured = {name: torch.empty(N, H, device=call.q_BHTC.device, dtype=torch.float32) for name in names}
+        received: dict[int, Tensor] = {}
+        for group in self.groups:
+            found = call.measure(group, self.settings.sink_tokens)
+            parts = [x.unflatten(0, (len(group.rows), -1)) for x in found]
+            for index, row in enumerate(group.rows):
+                here = slice(starts[row], starts[row] + self.windows[row].size)
+                for name, part in zip(names, parts[:3], strict=True):
+                    measured[name][here] = part[index]
+                received[row] = parts[3][index]
+        self.values[-1] |= {
+            name: value for name, value in measured.items() if name in self.settings.quantities
+        }
+        self.received.append(received)
+
+    def measure_residual(self, x_BTD: Tensor) -> None:
+        """What the block left."""
+        wanted, depth, block = self.settings.quantities, len(self.order) - 1, self.order[-1]
+        x_ND = pack(x_BTD, self.windows)
+        norm_N = row_norm(x_ND)
+        here = {"residual_norm": norm_N}
+        if "residual_peak" in wanted:
+            here["residual_peak"] = row_peak(x_ND)
+        if self.block_input_ND is not None:
+            here["update_norm"] = row_norm(x_ND.float() - self.block_input_ND.float())
+            self.block_input_ND = None
+        visits = self.visits.setdefault(block, [])
+        if visits and self.settings.has_steps:
+            here |= _distance("step", (x_ND, norm_N), visits[-1][1:])
+        if not self.settings.has_gaps:
+            visits.clear()
+        # in the first pass any block may be called again
+        is_core = self.structure is None or self.structure.order.count(block) > 1
+        if is_core and (self.settings.has_gaps or self.settings.has_steps):
+            visits.append((depth, x_ND, norm_N))
+        if self.settings.states and (self.structure is None or depth in self.state_depths):
+            self.states[depth] = x_ND
+        self.values[-1] |= {name: value for name, value in here.items() if name in wanted}
+
+    def measure_gaps(self, structure: Structure) -> None:
+        """Every core invocation beside its block's last one; after the last block."""
+        if not self.settings.has_gaps:
+            return
+        core = set(structure.order[structure.prelude : structure.prelude + structure.core])
+        for block in core:
+            *_, (_, last_ND, last_norm_N) = visits = self.visits.pop(block)
+            for depth, x_ND, norm_N in visits:
+                gaps = _distance("gap", (x_ND, norm_N), (last_ND, last_norm_N))
+                self.values[depth] |= {n: value for n, value in gaps.items() if n in self.settings.quantities}
+
+    def _check_heads(self, call: AttentionCall) -> None:
+        """Every block has as many heads; key heads are counted without those that are copies."""
+        assert self.sizes is not None
+        H = call.q_BHTC.shape[1]
+        if self.sizes.num_heads is None:
+            self.sizes = replace(self.sizes, num_heads=H, num_key_heads=_key_heads(call.k_BKJC))
+        if self.sizes.num_heads != H:
+            raise WatchError(
+                f"its attention has {H} heads where that of other blocks or passes has "
+                f"{self.sizes.num_heads}: watch blocks with as many heads only"
+            )
+
+    def _check_cache(self, call: AttentionCall) -> None:
+        """Each row's last cached key must be the one that was seen when it was new."""
+        if self.past:
+            assert self.opened is not None
+            earlier = self.opened.windows
+            rows = [row for row, window in enumerate(earlier) if window.size]
+            seen, now = self.opened.last_keys[len(self.order) - 1], _last_keys(call.k_BKJC, earlier)
+            # copies of key heads may be made in one pass and not in another
+            K = min(seen.shape[1], now.shape[1])
+            seen, now = (x[rows, :: x.shape[1] // K] for x in (seen, now))
+            if seen.dtype != now.dtype or not torch.equal(seen, now):
+                raise WatchError(
+                    "its cache holds other keys than were watched: rows that changed places (beam search), "
+                    "an edited or quantised cache, or another batch's, cannot be watched"
+                )
+        self.last_keys.append(_last_keys(call.k_BKJC, self.keys))
+
+
+def _starts(windows: tuple[Window, ...]) -> tuple[list[int], int]:
+    """Where each row begins among the packed tokens, and how many there are."""
+    starts, total = [], 0
+    for window in windows:
+        starts.append(total)
+        total += window.size
+    return starts, total
+
+
+def _distance(kind: str, state: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    measured = distance(state[0], reference[0], state[1], reference[1])
+    return {f"{kind}_norm": measured.norm_N, f"{kind}_cosine": measured.cosine_N}
+
+
+def _last_keys(k_BKJC: Tensor, windows: tuple[Window, ...]) -> Tensor:
+    last = torch.tensor([max(window.end - 1, 0) for window in windows], device=k_BKJC.device)
+    return k_BKJC[torch.arange(len(windows), device=k_BKJC.device), :, last].detach()
+
+
+def _key_heads(k_BKJC: Tensor) -> int:
+    """Key heads that differ: transformers copies each for the query heads that share it."""
+    K = k_BKJC.shape[1]
+    for heads in range(1, K):
+        if K % heads == 0:
+            k = k_BKJC.unflatten(1, (heads, -1))
+            if torch.equal(k, k[:, :, :1].expand_as(k)):
+                return heads
+    return K

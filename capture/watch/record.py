@@ -1,0 +1,244 @@
+"""Recording: hooks tell of forward passes, blocks and attention; a pass that ends well is added to its rows.
+
+Nothing is added before the end, so a pass that raises leaves no half sequence.
+"""
+
+import sys
+import threading
+import time
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..models.description import Description
+from ..selection import select_depths, select_tokens
+from ..store.quantities import QUANTITIES
+from .arguments import read_arguments
+from .attention import read_call
+from .errors import WatchError
+from .passes import DTYPES, OpenRows, Pass, Sizes, WatchSettings
+from .sequences import WatchedSequence
+from .structure import Structure, find_structure, show_order
+
+_NO_ATTENTION = 'leave attention out with quantities=("residual", "steps", "gaps")'
+
+
+class Recorder:
+    """Listens to one module; `sequences` are its rows in the order of calls."""
+
+    def __init__(self, module: nn.Module, blocks: dict[str, nn.Module], settings: WatchSettings) -> None:
+        self.settings = settings
+        self.names = list(blocks)
+        self.sequences: list[WatchedSequence] = []
+        self.structure: Structure | None = None
+        self.state_depths: tuple[int, ...] = ()
+        self.sizes: Sizes | None = None
+        self.seconds = 0.0
+        self.next_mask: Tensor | None = None
+        self._title = type(module).__name__
+        self._thread = threading.get_ident()
+        self._pass: Pass | None = None
+        self._handled: BaseException | None = None  # what was being handled when the pass began
+        self._started_s = 0.0
+        self._running: int | None = None  # the block that is at work
+        self._has_attended = False
+        self._open: OpenRows | None = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward pass of the module."""
+        self._pass = self._running = None  # an interrupt may have left them
+        self._check_thread()
+        self._handled, self._started_s = sys.exc_info()[1], time.perf_counter()
+        arguments = read_arguments(module, args, kwargs)
+        if self.next_mask is not None:
+            arguments, self.next_mask = arguments._replace(mask_BT=self.next_mask), None
+        self._pass = Pass(self.settings, arguments, self._open, self.structure, self.state_depths, self.sizes)
+
+    def enter(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a block."""
+        self._check_thread()
+        name, run = self.names[block], self._pass
+        if run is None:
+            raise WatchError(
+                f"block {name} was called, but not by a forward pass of {self._title}: watch the module that "
+                "is called; gradient checkpointing, which calls blocks again, cannot be watched"
+            )
+        if self._running is not None:
+            raise WatchError(
+                f"block {name} was called while {self.names[self._running]} was at work: blocks must run one "
+                "after the other"
+            )
+        given = [kwargs.get("hidden_states"), *args, *kwargs.values()]
+        first = next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
+        x_BTD = self._residual(run, name, first, "is given")
+        if not run.order:
+            run.place_rows(x_BTD)
+        self._check_rows(run, name, x_BTD, "is given")
+        self._running, self._has_attended = block, False
+        with torch.no_grad():
+            run.enter(block, x_BTD)
+
+    def attend(self, *args: Any, **kwargs: Any) -> None:
+        """After an attention call, with its arguments."""
+        run = self._pass
+        if run is None or self._running is None:
+            return
+        name = self.names[self._running]
+        if self._has_attended:
+            raise WatchError(
+                f"block {name} calls scaled_dot_product_attention more than once, so that its attention is "
+                f"not one matrix (cross-attention?): name smaller blocks, or {_NO_ATTENTION}"
+            )
+        self._has_attended = True
+        try:
+            with torch.no_grad():
+                call = read_call(run.B, run.T, *args, **kwargs)
+                # else the products of our own operation would be rounded
+                with torch.autocast(call.q_BHTC.device.type, enabled=False):
+                    run.measure_attention(call)
+        except WatchError as error:
+            raise WatchError(f"block {name}: {error}") from None
+
+    def leave(self, block: int, output: Any) -> None:
+        """After a block."""
+        run, name = self._pass, self.names[block]
+        assert run is not None and self._running == block
+        self._running = None
+        if self.settings.has_attention and not self._has_attended:
+            raise WatchError(
+                f"block {name} ran without a call of scaled_dot_product_attention that can be seen (eager, "
+                "flash or flex attention, nn.MultiheadAttention, compiled code): use "
+                f'attn_implementation="sdpa" in transformers, or {_NO_ATTENTION}'
+            )
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        x_BTD = self._residual(run, name, first, "returns")
+        self._check_rows(run, name, x_BTD, "returns")
+        with torch.no_grad(), torch.autocast(x_BTD.device.type, enabled=False):
+            run.measure_residual(x_BTD)
+
+    def end(self) -> None:
+        """After a forward pass, whether it returned or raised."""
+        run, self._pass, self._running = self._pass, None, None
+        if run is None or sys.exc_info()[1] is not self._handled:
+            return
+        if not run.order:
+            raise WatchError(
+                f"a forward pass of {self._title} called none of the blocks {', '.join(self.names[:3])}"
+                f"{', …' if len(self.names) > 3 else ''}: name blocks that it calls as modules"
+            )
+        structure = self._checked_structure(run)
+        try:
+            state_depths = select_depths(self.settings.states, cast(Description, structure))
+        except ValueError as error:
+            raise WatchError(str(error)) from None
+        with torch.no_grad():
+            run.measure_gaps(structure)
+            self._add(run, structure, state_depths)
+        self.structure, self.state_depths, self.sizes = structure, state_depths, run.sizes
+        self.seconds += time.perf_counter() - self._started_s
+
+    def _check_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise WatchError(
+                f"{self._title} was called by another thread than the one that watches it: watch in the "
+                "thread that calls it (nn.DataParallel calls replicas in threads: watch the module alone)"
+            )
+
+    def _residual(self, run: Pass, name: str, x: Any, verb: str) -> Tensor:
+        """A block's input or output as [B, T, D], checked against all before it."""
+        if not isinstance(x, Tensor) or x.is_nested or x.ndim not in (2, 3):
+            what = f"a {type(x).__name__}"
+            if isinstance(x, Tensor):
+                what = "a nested tensor" if x.is_nested else f"a tensor {list(x.shape)}"
+            raise WatchError(
+                f"block {name} {verb} {what}: its residual must be a tensor [rows, tokens, width] or "
+                "[tokens, width], as first argument or hidden_states, and as what it returns or the first of "
+                "a tuple"
+            )
+        if x.dtype not in DTYPES:
+            raise WatchError(
+                f"block {name} {verb} {x.dtype}, and what is measured is float32: run the module in "
+                f"{', '.join(DTYPES.values())}"
+            )
+        if run.sizes is None:
+            run.sizes = Sizes(x.shape[-1], DTYPES[x.dtype], str(x.device))
+        if (x.shape[-1], DTYPES[x.dtype]) != (run.sizes.width, run.sizes.dtype):
+            raise WatchError(
+                f"block {name} {verb} {list(x.shape)} in {DTYPES[x.dtype]} where other residuals are "
+                f"{run.sizes.width} wide and {run.sizes.dtype}: watch blocks of one residual stream"
+            )
+        return x.detach() if x.ndim == 3 else x.detach().unsqueeze(0)
+
+    def _check_rows(self, run: Pass, name: str, x_BTD: Tensor, verb: str) -> None:
+        if tuple(x_BTD.shape[:2]) != (run.B, run.T):
+            raise WatchError(
+                f"block {name} {verb} {list(x_BTD.shape)} where the first block was given {run.B} rows of "
+                f"{run.T} tokens: watch blocks that see the same tokens"
+            )
+
+    def _checked_structure(self, run: Pass) -> Structure:
+        known = self.structure
+        if known is None or known.order == tuple(run.order):
+            return known or find_structure(run.order, self.names)
+        raise WatchError(
+            f"this forward pass called {show_order(run.order, self.names)}, the first one "
+            f"{show_order(known.order, self.names)}, {known.notation}: one store holds one structure, so "
+            "watch passes of another one apart"
+        )
+
+    def _add(self, run: Pass, structure: Structure, state_depths: tuple[int, ...]) -> None:
+        """Everything as arrays, then row by row."""
+        assert run.sizes is not None and run.past is not None
+        arrays = _to_arrays(run, structure.depth)
+        states = [_to_stored(run.states[depth]) for depth in state_depths]
+        first_id = self._open.first_id if self._open and run.past else len(self.sequences)
+        rows = self._open.sequences if self._open and run.past else [WatchedSequence() for _ in run.windows]
+        start = 0
+        for row, (sequence, window) in enumerate(zip(rows, run.windows, strict=True)):
+            here, before = slice(start, start + window.size), sequence.length
+            received = None
+            if "attention_received" in self.settings.quantities and window.size:
+                received = np.stack([_to_numpy(part[row]) for part in run.received], 1)
+            sequence.extend(window.size, {name: values[here] for name, values in arrays.items()}, received)
+            if states and window.size:
+                tokens = self.settings.tokens
+                chosen = select_tokens(tokens, self.settings.seed, first_id + row, sequence.length)
+                chosen = chosen[chosen >= before]
+                kept = np.stack([state[start + chosen - before] for state in states], 1)
+                sequence.keep_states(chosen, kept, only=tokens == "last")
+            start += window.size
+        if not run.past:
+            self.sequences += rows
+        self._open = OpenRows(first_id, rows, run.keys, run.past + run.T, run.last_keys)
+
+
+def _to_arrays(run: Pass, depth: int) -> dict[str, np.ndarray]:
+    """Token ids, and every quantity of the pass's own tokens as [N, depth] or [N, depth, H]."""
+    assert run.sizes is not None
+    ids, N = run.arguments.token_id_BT, sum(window.size for window in run.windows)
+    token_id_N = np.full(N, -1, np.int32)
+    if ids is not None and tuple(ids.shape) == (run.B, run.T):
+        parts = [row_T[slice(*window)] for row_T, window in zip(_to_numpy(ids), run.windows, strict=True)]
+        token_id_N = np.concatenate(parts).astype(np.int32)
+    arrays: dict[str, np.ndarray] = {"token_id": token_id_N}
+    for name in run.settings.quantities:
+        if name in ("state", "attention_received"):
+            continue
+        heads = (run.sizes.num_heads or 0,) if "head" in QUANTITIES[name].axes else ()
+        arrays[name] = np.full((N, depth, *heads), np.nan, np.float32)
+        for index, values in enumerate(run.values):
+            if name in values:
+                arrays[name][:, index] = _to_numpy(values[name])
+    return arrays
+
+
+def _to_numpy(x: Tensor) -> np.ndarray:
+    return x.cpu().numpy()
+
+
+def _to_stored(state_ND: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: its bits go as uint16."""
+    state_ND = state_ND.cpu()
+    return state_ND.view(torch.uint16).numpy() if state_ND.dtype == torch.bfloat16 else state_ND.numpy()

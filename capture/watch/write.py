@@ -1,0 +1,165 @@
+"""What was recorded as a store: the layout, plan and commits of a capture, written at once."""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..store.commit import Attempt, Store
+from ..store.layout import create_store
+from ..store.lock import driver_lock
+from ..units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
+from ..versions import versions
+from .errors import WatchError
+from .passes import Sizes
+from .record import Recorder
+from .sequences import WatchedSequence
+from .structure import Structure
+
+
+def write_store(path: Path, recorder: Recorder, module: nn.Module, name: str) -> None:
+    """Makes the store and commits every unit.
+
+    Raises:
+        WatchError: nothing was recorded.
+        StoreExistsError, StoreFullError: as a capture.
+    """
+    settings, structure, sizes = recorder.settings, recorder.structure, recorder.sizes
+    rows = recorder.sequences
+    num_tokens = sum(row.length for row in rows)
+    if structure is None or sizes is None or not num_tokens:
+        raise WatchError(
+            f"no forward pass of {name} was recorded: call the module inside the context, and save afterwards"
+        )
+    slots = _make_slots(recorder)
+    axes = {"depth": structure.depth, "hidden": sizes.width, "depth_state": len(recorder.state_depths)}
+    axes |= {"head": sizes.num_heads or 0}
+    state_depths = recorder.state_depths if settings.states else None
+    create_store(
+        path,
+        plan=_make_plan(recorder, structure, sizes, slots, _identity(module, name)),
+        coordinates={**depth_coordinates(list(structure.steps()), state_depths), **slots.coordinates()},
+        arrays=array_specs(settings.quantities, slots, axes, sizes.dtype),
+    )
+    store = Store.open(path)
+    with driver_lock(path):
+        for unit, members in enumerate(slots.units):
+            started_s = time.perf_counter()
+            sequences = [rows[row] for row in members]
+            share = sum(sequence.length for sequence in sequences) / num_tokens
+            with store.begin(unit) as attempt:
+                receipt = _write_unit(attempt, sequences, settings.quantities, structure)
+                receipt["model_seconds"] = recorder.seconds * share
+                receipt["seconds"] = receipt["model_seconds"] + time.perf_counter() - started_s
+                attempt.commit(receipt)
+        store.finish()
+
+
+def _make_slots(recorder: Recorder) -> Slots:
+    settings, rows = recorder.settings, recorder.sequences
+    lengths = [row.length for row in rows]
+    unit_tokens = default_unit_tokens(lengths)
+    kept = None
+    if settings.states and settings.tokens != "all":
+        kept = {index: row.positions for index, row in enumerate(rows) if row.length}
+    empty = np.empty(0, np.int32)
+    ids = [row["token_id"] if row.length else empty for row in rows]
+    return Slots(ids, tuple(pack(lengths, unit_tokens)), unit_tokens, kept)
+
+
+def _write_unit(
+    attempt: Attempt, sequences: Sequence[WatchedSequence], quantities: Sequence[str], structure: Structure
+) -> dict[str, Any]:
+    non_finite = {}
+    for name in quantities:
+        if name == "state":
+            values = np.concatenate([part for sequence in sequences for part in sequence.states])
+            due = values.view(np.uint16) if values.dtype == np.uint16 else values
+            non_finite[name] = _count_non_finite(due)
+        else:
+            values = np.concatenate([sequence[name] for sequence in sequences])
+            # steps begin at the second recurrence, gaps at the first; -1 stands for outside the core
+            first = 1 if name.startswith("step_") else 0 if name.startswith("gap_") else -1
+            depths = [step.depth for step in structure.steps() if step.recurrence >= first]
+            non_finite[name] = _count_non_finite(values[:, depths])
+        attempt.write(name, values)
+    return {
+        "num_sequences": len(sequences),
+        "num_tokens": sum(sequence.length for sequence in sequences),
+        "non_finite": {name: count for name, count in non_finite.items() if count},
+        "versions": versions(),
+    }
+
+
+def _count_non_finite(values: np.ndarray) -> int:
+    if values.dtype == np.uint16:  # bfloat16: all bits of the exponent are set
+        return int(((values & 0x7F80) == 0x7F80).sum())
+    return int((~np.isfinite(values)).sum())
+
+
+def _make_plan(
+    recorder: Recorder, structure: Structure, sizes: Sizes, slots: Slots, identity: dict[str, Any]
+) -> dict[str, Any]:
+    settings = recorder.settings
+    digest = hashlib.sha256()
+    for row in slots.rows:
+        digest.update(len(row).to_bytes(8, "little") + row.tobytes())
+    plan: dict[str, Any] = {
+        "model": {
+            "name": identity["name"],
+            "spec": identity["name"],
+            "notation": structure.notation,
+            **{name: getattr(structure, name) for name in ("prelude", "core", "recurrences", "coda")},
+            "injection": None,  # it cannot be seen from outside, nor can norms
+            "norm": "unknown",
+            "width": sizes.width,
+            "num_heads": sizes.num_heads,
+            "num_kv_heads": sizes.num_key_heads,
+            "num_parameters": identity["num_parameters"],
+            "weights_sha256": identity["weights_sha256"],
+            "blocks": [recorder.names[block] for block in structure.order],
+        },
+        "data": {"name": "watched", "num_rows": len(slots.rows), "sha256": digest.hexdigest()},
+        "tokenizer": {},
+        "settings": {
+            "quantities": list(settings.quantities),
+            "sink_tokens": settings.sink_tokens,
+            "states": list(settings.states),
+            "tokens": settings.tokens,
+            "seed": settings.seed,
+            "dtype": sizes.dtype,
+            "device": sizes.device,
+            "unit_tokens": slots.unit_tokens,
+            # a watched module runs as it is
+            "initial_state": None,
+            "prelude_output": "model",
+            "zero": [],
+        },
+        **slots.facts(),
+        "gap_method": "keep states" if structure.core and settings.has_gaps else None,
+        "dtype": sizes.dtype,
+        "backend": "pytorch",
+    }
+    plan["hash"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    return plan | {"versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _identity(module: nn.Module, name: str) -> dict[str, Any]:
+    """Which module this is; the hash is over names, shapes, types and bytes, a tensor at a time."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return {
+        "name": name,
+        "num_parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "weights_sha256": digest.hexdigest(),
+    }
