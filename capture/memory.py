@@ -25,7 +25,7 @@ def capture(
     """Runs a model over data and returns what was captured.
 
     Args:
-        model: a directory or a `random:` spec.
+        model: a directory, a Hub id or a `random:` spec.
         data: a file as on the command line, or texts, or token ids, one sequence each.
         store: where to write or go on with a store, read lazily; without it all is in memory afterwards.
         settings: other fields of `CaptureSettings`.
