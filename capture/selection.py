@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .models.description import STAGES, Description
+from .models.description import STAGES, Loop
 from .models.tap import Half
 
 _STATES = re.compile(r"(prelude|core|coda)(?:\[([^\]]*)\])?(?:@(.+))?")
 _RANGE = re.compile(r"(-?\d+)-(\d+)")
 
 
-def select_depths(states: Sequence[str], description: Description) -> tuple[int, ...]:
+def select_depths(states: Sequence[str], loop: Loop) -> tuple[int, ...]:
     """Depths named by selections such as `all`, `core[-1]@0,1,last`, `prelude[all]`, in order, each once.
 
     Args:
@@ -21,7 +21,7 @@ def select_depths(states: Sequence[str], description: Description) -> tuple[int,
     Raises:
         ValueError: not of that form, or nothing in this model; says what there is.
     """
-    steps = list(description.steps())
+    steps = list(loop.steps())
     chosen: set[int] = set()
     for text in states:
         if text == "all":
@@ -32,13 +32,13 @@ def select_depths(states: Sequence[str], description: Description) -> tuple[int,
                 f"states {text!r}: write all or STAGE[LAYERS]@RECURRENCES, for example core[-1]@0,1,last"
             )
         stage, layers, recurrences = match.groups()
-        num_layers = {name: getattr(description, name) for name in STAGES}[stage]
+        num_layers = {name: getattr(loop, name) for name in STAGES}[stage]
         if not num_layers:
-            raise ValueError(f"states {text!r}: {description.notation} has no {stage}")
+            raise ValueError(f"states {text!r}: {loop.notation} has no {stage}")
         if recurrences is not None and stage != "core":
             raise ValueError(f"states {text!r}: only the core has recurrences, the {stage} runs once")
         wanted_layers = _numbers("all" if layers is None else layers, num_layers, f"layers of the {stage}")
-        wanted_recurrences = _numbers(recurrences or "all", description.recurrences, "recurrences")
+        wanted_recurrences = _numbers(recurrences or "all", loop.recurrences, "recurrences")
         chosen.update(
             step.depth
             for step in steps
@@ -49,7 +49,7 @@ def select_depths(states: Sequence[str], description: Description) -> tuple[int,
     return tuple(sorted(chosen))
 
 
-def select_halves(zero: Sequence[str], description: Description) -> frozenset[tuple[int, Half]]:
+def select_halves(zero: Sequence[str], loop: Loop) -> frozenset[tuple[int, Half]]:
     """Halves of block invocations, as (depth, half), named by selections such as `mlp:core[1]@0`.
 
     Raises:
@@ -65,7 +65,7 @@ def select_halves(zero: Sequence[str], description: Description) -> frozenset[tu
                 "for example mlp:core[1]"
             )
         try:
-            depths = select_depths([states], description)
+            depths = select_depths([states], loop)
         except ValueError as error:
             raise ValueError(f"zero {text!r}: after the colon, {error}") from error
         chosen.update((depth, halves[half]) for depth in depths)

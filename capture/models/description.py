@@ -22,6 +22,42 @@ class Step(NamedTuple):
     recurrence: int  # pass through the core, from 0; -1 outside the core
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Blocks before, inside and after the loop, and how often it runs; without a loop all are prelude."""
+
+    prelude: int
+    core: int
+    recurrences: int
+    coda: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks with weights of their own."""
+        return self.prelude + self.core + self.coda
+
+    @property
+    def depth(self) -> int:
+        """Block invocations of one forward pass."""
+        return self.prelude + self.core * self.recurrences + self.coda
+
+    @property
+    def notation(self) -> str:
+        """The paper's: (prelude,core×recurrences,coda)."""
+        core = f"{self.core}x{self.recurrences}" if self.core else "0"
+        return f"({self.prelude},{core},{self.coda})"
+
+    def steps(self) -> Iterator[Step]:
+        """Every block invocation in the order they run."""
+        depth = 0
+        sizes = ((self.prelude, 1), (self.core, self.recurrences), (self.coda, 1))
+        for stage, (layers, recurrences) in zip(STAGES, sizes, strict=True):
+            for recurrence in range(recurrences):
+                for layer in range(layers):
+                    yield Step(depth, stage, layer, recurrence if stage == "core" else -1)
+                    depth += 1
+
+
 class Placement(NamedTuple):
     """Where a block has its RMS norms, in both of its halves alike."""
 
@@ -81,13 +117,9 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
+class Description(Loop):
     """One looped model; sizes in channels, heads, tokens."""
 
-    prelude: int
-    core: int
-    recurrences: int
-    coda: int
     width: int
     num_heads: int
     num_kv_heads: int
@@ -129,35 +161,14 @@ class Description:
             raise ValueError(f"rotary positions need an even head width, got {self.head_width}")
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks with weights of their own."""
-        return self.prelude + self.core + self.coda
-
-    @property
-    def depth(self) -> int:
-        """Block invocations of one forward pass."""
-        return self.prelude + self.core * self.recurrences + self.coda
-
-    @property
     def notation(self) -> str:
-        """The paper's: (prelude,core×recurrences,coda), and I with injection."""
-        core = f"{self.core}x{self.recurrences}" if self.core else "0"
-        return f"({self.prelude},{core},{self.coda})" + ("I" if self.injection else "")
+        """The paper's, with I for injection."""
+        return super().notation + ("I" if self.injection else "")
 
     @property
     def closes_with_norm(self) -> bool:
         """Whether a norm still stands between the last block and the head."""
         return self.recurrence_end != "norm" or self.coda > 0
-
-    def steps(self) -> Iterator[Step]:
-        """Every block invocation in the order they run."""
-        depth = 0
-        sizes = ((self.prelude, 1), (self.core, self.recurrences), (self.coda, 1))
-        for stage, (layers, recurrences) in zip(STAGES, sizes, strict=True):
-            for recurrence in range(recurrences):
-                for layer in range(layers):
-                    yield Step(depth, stage, layer, recurrence if stage == "core" else -1)
-                    depth += 1
 
     def with_recurrences(self, recurrences: int) -> "Description":
         """The same model run another number of times."""

@@ -6,13 +6,12 @@ Nothing is added before the end, so a pass that raises leaves no half sequence.
 import sys
 import threading
 import time
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.description import Description
 from ..selection import select_depths, select_tokens
 from ..store.quantities import QUANTITIES
 from .arguments import read_arguments
@@ -130,7 +129,7 @@ class Recorder:
             )
         structure = self._checked_structure(run)
         try:
-            state_depths = select_depths(self.settings.states, cast(Description, structure))
+            state_depths = select_depths(self.settings.states, structure)
         except ValueError as error:
             raise WatchError(str(error)) from None
         with torch.no_grad():
