@@ -31,8 +31,7 @@ class StatesFile:
     """A checked file of initial states, [S, T, D]."""
 
     path: Path
-    num_rows: int
-    num_tokens: int
+    sha256: str
 
     def rows(self, sequence_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Float32 [N, D] of these rows' first tokens."""
@@ -46,17 +45,16 @@ class StatesFile:
 
     def identity(self) -> dict[str, str]:
         """What the plan says of it."""
-        with self.path.open("rb") as file:
-            return {"file": self.path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"file": self.path.name, "sha256": self.sha256}
 
 
-def open_states(path: Path, num_rows: int, longest: int, width: int) -> StatesFile:
-    """Checks the header of a file of initial states.
+def open_states(path: Path, lengths: Sequence[int], width: int) -> StatesFile:
+    """Checks a file of initial states, its header and the values that will be used.
 
     Args:
-        num_rows, longest: rows of the data and tokens of its longest one, which the file must hold.
+        lengths: tokens of each row of the data, which the file must hold.
     Raises:
-        InitialStateError: no such file, damaged, or of another shape.
+        InitialStateError: no such file, damaged, of another shape, or not finite where it is used.
     """
     if not path.is_file():
         raise InitialStateError(
@@ -72,14 +70,24 @@ def open_states(path: Path, num_rows: int, longest: int, width: int) -> StatesFi
             shape, dtype = header.get_shape(), header.get_dtype()
     except (SafetensorError, OSError) as error:
         raise InitialStateError(f"{path} is damaged or no safetensors file: {error}") from error
-    if len(shape) != 3 or shape[0] < num_rows or shape[1] < longest or shape[2] != width:
+    S, T = len(lengths), max(lengths)
+    if len(shape) != 3 or shape[0] < S or shape[1] < T or shape[2] != width:
         raise InitialStateError(
-            f"{path}: {TENSOR} is {shape}, and the data's {num_rows} rows of up to {longest} tokens at width "
-            f"{width} need [{num_rows}, {longest}, {width}]; more rows and tokens may be there"
+            f"{path}: {TENSOR} is {shape}, and the data's {S} rows of up to {T} tokens at width {width} need "
+            f"[{S}, {T}, {width}]; more rows and tokens may be there"
         )
     if dtype not in ("F32", "BF16", "F16", "F64"):
         raise InitialStateError(f"{path}: {TENSOR} is of type {dtype}; floats are wanted")
-    return StatesFile(path, shape[0], shape[1])
+    with path.open("rb") as file:
+        states = StatesFile(path, hashlib.file_digest(file, "sha256").hexdigest())
+    for row, length in enumerate(lengths):
+        is_finite_T = states.rows([row], [length]).isfinite().all(-1)
+        if not is_finite_T.all():
+            position = int(is_finite_T.logical_not().nonzero()[0])
+            raise InitialStateError(
+                f"{path}: {TENSOR} of row {row}, position {position} is not finite in float32"
+            )
+    return states
 
 
 def check_start(wanted: str | None, description: Description) -> None:

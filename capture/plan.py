@@ -249,5 +249,4 @@ def _unit_tokens(wanted: int | None, dataset: Dataset) -> int:
 def _states_file(settings: CaptureSettings, dataset: Dataset, description: Description) -> StatesFile | None:
     if (wanted := settings.initial_state) is None or wanted in INITIAL_STATES:
         return None
-    rows = dataset.rows
-    return open_states(Path(wanted), len(rows), max(map(len, rows)), description.width)
+    return open_states(Path(wanted), [len(row) for row in dataset.rows], description.width)

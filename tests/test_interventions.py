@@ -10,6 +10,7 @@ import xarray as xr
 from safetensors.torch import save_file
 
 import looptap
+from looptap.capture.initial_states import initial_state, prelude_direction
 from looptap.capture.models.initial_state import draw_initial_state
 from looptap.capture.models.interventions import Interventions
 from looptap.capture.models.load import find_model, load_model
@@ -95,6 +96,18 @@ def test_what_is_held_fixed_is_the_same_in_every_sequence():
         assert np.abs(free[1][:, 0] - free[3][:, 0]).max() > 0.1
     scattered = core_states(capture(initial_state="fixed", prelude_output="random"))
     assert np.abs(scattered[1][:, 0] - scattered[3][:, 0]).max() > 0.1
+
+
+def test_draws_have_nothing_to_do_with_one_another():
+    """What is held fixed is no sequence's own draw, and a prelude's direction is not the initial state's."""
+    own, held = core_states(capture()), core_states(capture(initial_state="fixed"))
+    assert all(np.abs(own[row][:, 0] - held[row][:, 0]).max() > 0.1 for row in own)
+    start_ND = draw_initial_state(0, range(4), LENGTHS, 32, 1.0)
+    fixed_ND = initial_state("fixed", find_model(TINY).description, 0, range(4), LENGTHS, None)
+    for wanted in ("random", "fixed"):
+        direction_ND = prelude_direction(wanted, 0, range(4), LENGTHS, 32)
+        for other_ND in (start_ND, fixed_ND):
+            assert abs(torch.corrcoef(torch.stack([direction_ND.flatten(), other_ND.flatten()]))[0, 1]) < 0.1
 
 
 @pytest.mark.parametrize("settings", [{"prelude_output": "random"}, {"initial_state": "fixed"}])
@@ -249,6 +262,14 @@ def test_what_the_model_does_not_have_is_refused(model, settings, message, tmp_p
         ({"input_states": torch.zeros(4, 19, 31)}, r"at width 32 need"),
         ({"input_states": torch.zeros(76, 32)}, r"is \[76, 32\]"),
         ({"input_states": torch.zeros(4, 19, 32, dtype=torch.int32)}, r"of type I32; floats are wanted"),
+        (
+            {"input_states": torch.zeros(4, 19, 32).index_fill(1, torch.tensor(7), float("nan"))},
+            r"of row 1, position 7 is not finite",  # row 0 has five tokens
+        ),
+        (
+            {"input_states": torch.full((4, 19, 32), 1e300, dtype=torch.float64)},
+            r"row 0, position 0 is not finite",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tensors, message, tmp_path):

@@ -1,10 +1,13 @@
 """Plans: units are full and whole, equal inputs give equal plans, estimates hold, selections are exact."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.layout import plan_differences
 from looptap.capture.units import pack
 
+GOLDEN = Path(__file__).parent / "golden"
 MODEL = "random:(1,2x4,1)I,width=32,heads=4"
 LENGTHS = (5, 0, 30, 12, 12, 1, 19, 7)
 
@@ -45,6 +49,39 @@ def test_pack(lengths, spare):
     in_order = [lengths[row] for unit in units for row in unit]
     assert in_order == sorted(in_order, reverse=True), "neighbours in a batch differ more than they need to"
     assert units == list(pack(lengths, capacity))
+
+
+def test_another_description_is_another_model(tmp_path):
+    """Weights alone do not say what is computed with them: each field of the config that matters shows."""
+    shutil.copytree(GOLDEN / "retro-llama32", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    np.save(tmp_path / "ids.npy", np.arange(48).reshape(2, 24))
+    settings = CaptureSettings(
+        model=str(tmp_path / "model"), data=tmp_path / "ids.npy", store=tmp_path / "s", unit_tokens=24,
+        quantities=("residual_norm",),
+    )  # fmt: skip
+    run_capture(make_plan(settings))
+    assert run_capture(make_plan(settings)).num_resumed == 2
+    changes = {
+        "block.rotary.theta": {"rope_theta": 77.0},
+        "block.rotary.scaling.factor": {"rope_scaling": {**config["rope_scaling"], "factor": 4.0}},
+        "block.eps": {"norm_eps": 0.5},
+        "embedding_scale": {"init_values": {**config["init_values"], "embed_scale": 2.0}},
+        "initial_std": {"init_values": {**config["init_values"], "std": 2.0}},
+        "recurrences": {"mean_recurrence": 5},
+        "max_positions": {"max_position_embeddings": 100},
+    }
+    for field, change in changes.items():
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(PlanError, match=rf"differs in\n(.*\n)*  model\.{re.escape(field)}: "):
+            run_capture(make_plan(settings))
+
+
+def test_every_field_of_a_description_is_in_the_plan(settings):
+    found = find_model(MODEL)
+    identity, wanted = found.identity(), asdict(found.description)
+    assert set(wanted) == {field.name for field in fields(Description)}
+    assert {name: identity[name] for name in wanted} == wanted
 
 
 def test_quantities_may_be_joined_by_commas(settings):

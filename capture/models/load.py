@@ -1,7 +1,7 @@
 """From what a user writes as MODEL to a model: a random: spec, a directory, or a Hub id."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,29 +41,13 @@ class ModelSource:
             return sum(p.numel() for p in LoopedModel(self.description).parameters())
 
     def identity(self) -> dict[str, object]:
-        """What a plan says of the model, as JSON."""
-        d = self.description
-        norm = d.block.norm
+        """What a plan says of the model, as JSON: all of its description, so none is taken for another."""
         return {
             "name": self.origin.name,
             "spec": self._lasting_spec,
-            "notation": d.notation,
-            "prelude": d.prelude,
-            "core": d.core,
-            "recurrences": d.recurrences,
-            "coda": d.coda,
-            "injection": d.injection,
-            "exit_gate": d.exit_gate,
-            "initial_state": d.initial_state,
-            "initial_std": d.initial_std,
-            "norm": norm,
-            "width": d.width,
-            "num_heads": d.num_heads,
-            "num_kv_heads": d.num_kv_heads,
-            "head_width": d.head_width,
-            "mlp_width": d.mlp_width,
-            "vocab_size": d.vocab_size,
-            "max_positions": d.max_positions,
+            "notation": self.description.notation,
+            "norm": self.description.block.norm,
+            **asdict(self.description),
             "num_parameters": self.num_parameters,
             "weights_sha256": self.origin.weights_sha256,
         }
