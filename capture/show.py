@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .inspect import Inspection
+    from .models.description import Description
     from .models.load import ModelSource
     from .store.verify import Report
 
@@ -88,6 +89,16 @@ def print_store(path: Path) -> None:
     console.print(table)
 
 
+def _start(d: "Description") -> str:
+    """What the loop starts from, in words."""
+    if not d.core:
+        return "no loop"
+    if d.initial_state == "prelude":
+        return "it starts from " + ("the prelude's output" if d.prelude else "the token embedding")
+    cut = ", cut at three times that" if d.initial_state == "truncated" else ""
+    return f"it starts from a draw of std {d.initial_std:.3g}{cut}, per sequence and position"
+
+
 def print_model(source: "ModelSource") -> None:
     """A model's loop and sizes, and what a token of it takes in a store."""
     from .plan import absent_quantities
@@ -100,20 +111,26 @@ def print_model(source: "ModelSource") -> None:
     sizes |= {"depth_state": d.depth, "hidden": d.width}
     table = Table.grid(padding=(0, 2))
     table.add_row("model", source.title)
-    start = f"a draw of std {d.initial_std:.3g} per sequence and position"
-    if d.initial_state == "prelude":
-        start = "the prelude's output"
-    table.add_row("loop", f"{d.notation}: {d.num_blocks} blocks run {d.depth} times; it starts from {start}")
+    table.add_row("loop", f"{d.notation}: {d.num_blocks} blocks run {d.depth} times; {_start(d)}")
+    rotary = d.block.rotary
     table.add_row(
-        "block", f"{d.block.norm} norms, {d.num_heads} heads on {d.num_kv_heads} key heads of {d.head_width}"
+        "block",
+        f"{d.block.norm} norms with eps {d.block.eps:g}, "
+        f"{d.num_heads} heads on {d.num_kv_heads} key heads of {d.head_width}, rotary base {rotary.theta:g}"
+        + (", interleaved" if rotary.interleaved else "")
+        + (", llama3 scaling" if rotary.scaling else ""),
     )
     table.add_row(
-        "width", f"{d.width}, MLP {d.mlp_width}, vocabulary {d.vocab_size}, up to {d.max_positions} positions"
+        "width",
+        f"{d.width}, MLP {d.mlp_width}, vocabulary {d.vocab_size}{' (tied head)' if d.tied_head else ''}, "
+        f"up to {d.max_positions} positions" + (", an exit gate" if d.exit_gate else ""),
     )
     weights = to_size(source.num_parameters * itemsize)
-    table.add_row(
-        "weights", f"{source.num_parameters} parameters, {weights} in {source.resolve_dtype('auto')}"
-    )
+    dtype = source.resolve_dtype("auto")
+    table.add_row("weights", f"{source.num_parameters} parameters, {weights} in {dtype}")
+    kept = to_size(d.core * d.recurrences * d.width * itemsize)
+    gaps = f"; the gaps keep {kept} a token of a forward pass, or run the loop twice" if d.core else ""
+    table.add_row("memory", f"{weights} of weights{gaps}")
     console.print(table)
     volume = Table("quantity", "bytes a token", "what it is", box=None, padding=(0, 2, 0, 0))
     total = 0

@@ -107,4 +107,5 @@ class _Fold:
         )
         kl = self.shift / self.weight + log_ratio
         entropy = log_weight - self.centred / self.weight
-        return kl.clamp_min(0), entropy.clamp_min(0), self.token
+        token = torch.where(entropy.isnan(), -1, self.token)
+        return kl.clamp_min(0), entropy.clamp_min(0), token

@@ -23,8 +23,8 @@ class Distance(NamedTuple):
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """weight · x / √(mean(x²) + eps): normed in float32, rounded to x's dtype, then weighted, as the authors'
-    codes do.
+    """weight · x / √(mean(x²) + eps): normed in float32, rounded to x's dtype, then weighted, as Llama's,
+    Ouro's and Huginn's codes do (transformers' OLMo-2 weights before it rounds).
     """
     if x_ND.dtype == torch.float32:
         return F.rms_norm(x_ND, weight_D.shape, weight_D, eps)

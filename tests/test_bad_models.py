@@ -110,7 +110,10 @@ CONFIGS = {
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         "rotary scaling 'linear' is not known",
     ),
-    "rope scaling without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "the field factor is missing"),
+    "rope scaling without factors": (
+        {"rope_scaling": {"rope_type": "llama3"}},
+        "the field low_freq_factor is missing",
+    ),
     "rope scaling of another type": (
         {"rope_scaling": "llama3"},
         "rope_scaling must be an object, got 'llama3'",

@@ -110,6 +110,33 @@ def test_the_store_holds_what_the_authors_gate_and_head_computed():
         assert np.array_equal(stored, token_STR[sequence_id])
 
 
+@pytest.mark.parametrize("name", ["huginn", "retro-llama32"])
+def test_the_lens_reads_loop_states_through_the_files_own_norm_and_head(name):
+    """Written out from the authors' states and the files' tensors, eps and all."""
+    inputs = GOLDEN / name / "inputs.safetensors"
+    reference = load_file(GOLDEN / name / "reference.safetensors")
+    files = sorted((GOLDEN / name).glob("model*.safetensors"))
+    weights = {key: t.double() for file in files for key, t in load_file(file).items()}
+    eps = json.loads((GOLDEN / name / "config.json").read_text())["norm_eps"]
+    core = find_model(str(GOLDEN / name)).description.core
+    x_RSTD = torch.stack([reference[f"residual.r{r}.l{core - 1}"] for r in range(4)]).double()
+    normed = (
+        weights["transformer.ln_f.weight"] * x_RSTD / (x_RSTD.square().mean(-1, keepdim=True) + eps).sqrt()
+    )
+    log_p_RSTV = (normed @ weights["lm_head.weight"].T).log_softmax(-1)
+    p_RSTV = log_p_RSTV.exp()
+    dataset = looptap.capture(
+        str(GOLDEN / name), inputs, quantities=("lens",), initial_state=str(inputs), unit_tokens=32
+    )
+    wanted = {
+        "lens_kl": (p_RSTV * (log_p_RSTV - log_p_RSTV[-1])).sum(-1).permute(1, 2, 0),
+        "lens_entropy": -(p_RSTV * log_p_RSTV).sum(-1).permute(1, 2, 0),
+    }
+    for quantity, values_STR in wanted.items():
+        for sequence_id, stored in sequences(dataset, quantity).items():
+            np.testing.assert_allclose(stored, values_STR[sequence_id], atol=1e-4, err_msg=quantity)
+
+
 def test_a_beginning_sees_what_the_whole_sees():
     """Sequences of several lengths, in units that mix them."""
     ids_ST = load_file(GOLDEN / "llama" / "inputs.safetensors")["input_ids"].tolist()

@@ -271,7 +271,7 @@ def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
     assert torch.equal(logits_of(GOLDEN / "huginn", "huginn"), wanted)
     assert find_model(str(GOLDEN / "huginn")).origin.weights_sha256 == sha256
     for name, change, says in (
-        ("freqs_cis", 0.1, "is not the rotary table"),
+        ("freqs_cis", 0.1, "holds other rotary angles"),
         ("lm_head.weight", 1e-3, "differs from transformer.wte.weight"),
         ("transformer.coda.0.mlp.fc.weight", float("nan"), "holds NaN"),
     ):
@@ -296,13 +296,44 @@ def test_huginns_rotary_table(tmp_path):
     ):
         path = copy_model("huginn", tmp_path / label, change)
         for use in (load_model, lambda spec: find_model(spec).origin.weights_sha256):
-            with pytest.raises(
-                ModelError, match=r"freqs_cis is not the rotary table .*rope_base; it is off by"
-            ):
+            with pytest.raises(ModelError, match=r"freqs_cis holds other rotary angles .* are off by"):
                 use(str(path))
     path = copy_model("huginn", tmp_path / "base", rope_base=10_000)
-    with pytest.raises(ModelError, match="freqs_cis is not the rotary table"):
+    with pytest.raises(ModelError, match="freqs_cis holds other rotary angles"):
         load_model(str(path))
+
+
+def with_frequencies(tensors, theta=10_000.0):
+    """As the files of older Llamas, in float32 beside weights of any dtype."""
+    C = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0] // 2  # two key heads
+    for layer in range(5):
+        frequency = theta ** (-torch.arange(0, C, 2).float() / C)
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequency
+
+
+def test_older_llamas_carry_frequencies_and_no_base(tmp_path):
+    """Files from before rope_theta mean 10 000; frequencies beside the weights must be the config's."""
+    plain = copy_model("llama", tmp_path / "plain", rope_theta=10_000.0, rope_scaling=None)
+    wanted = logits_of(plain, "llama")
+    old = copy_model("llama", tmp_path / "old", with_frequencies, rope_theta=None, rope_scaling=None)
+    assert torch.equal(logits_of(old, "llama"), wanted)
+    other = copy_model("llama", tmp_path / "other", lambda t: with_frequencies(t, 20_000.0), rope_theta=None,
+                       rope_scaling=None)  # fmt: skip
+    with pytest.raises(
+        ModelError, match=r"layers\.0\.self_attn\.rotary_emb\.inv_freq holds other rotary freq"
+    ):
+        load_model(str(other))
+
+
+def test_norms_may_be_float32_beside_bfloat16_matrices(tmp_path):
+    narrow = {name: t.bfloat16() if t.ndim > 1 else t for name, t in weights_of("retro-olmo2").items()}
+    path = copy_model("retro-olmo2", tmp_path / "model", lambda t: t.update(narrow))
+    assert load_model(str(path)).dtype == torch.bfloat16
+    both = [logits_of(path, "retro-olmo2", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    torch.testing.assert_close(both[0], both[1].float(), atol=0.3, rtol=0)
+    wide = dict(narrow) | {(name := "transformer.coda.0.mlp.fc.weight"): narrow[name].float()}
+    path = copy_model("retro-olmo2", tmp_path / "wide", lambda t: t.update(wide))
+    assert f"and F32 is {name} (in model.safetensors)" in refusal(path)
 
 
 CONFIGS = {
@@ -323,6 +354,22 @@ CONFIGS = {
         "layer_types is ['full_attention', 'sliding_attention', 'full_attention']; only 'full_attention'",
     ),
     "ouro's scaling": ("ouro", {"rope_scaling": {"type": "yarn"}}, "rotary scaling 'yarn' is not known"),
+    "two bases": (
+        "llama", {"rope_parameters": {"rope_theta": 77.0}}, "rope_parameters says other than rope_theta",
+    ),
+    "two scalings": (
+        "retro-llama32", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        "rope_parameters says other than rope_theta or rope_scaling",
+    ),
+    "factors": (
+        "retro-llama32",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
+                          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+        "low_freq_factor must be below high_freq_factor, got 4 and 4",
+    ),
+    "qwen's key heads": (
+        "llama", {"model_type": "qwen2", "num_key_value_heads": None}, "field num_key_value_heads is missing",
+    ),
     "part of a head": ("ouro", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0 is"),
     "ouro's activation": ("ouro", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
     "ouro's missing head": ("llama", {"tie_word_embeddings": False}, "missing lm_head.weight"),

@@ -210,7 +210,7 @@ def test_info_of_a_model(looptap_command):
     said = rows(ended.stdout)
     assert ended.code == 0
     assert said["loop"].startswith(
-        "(1,2x5,1)I: 4 blocks run 12 times; it starts from a draw of std 1 per sequence"
+        "(1,2x5,1)I: 4 blocks run 12 times; it starts from a draw of std 1, per sequence"
     )
     # a block: q, k, v, o of 32x32, three MLP matrices of 32x128, norms before and after both halves
     parameters = 2 * 256 * 32 + 4 * (4 * 32**2 + 3 * 32 * 128 + 4 * 32) + 32 * 64 + 32

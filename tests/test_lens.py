@@ -49,9 +49,10 @@ def test_the_first_of_equal_tokens_wins(monkeypatch):
     assert lens([state_ND], state_ND, head_VD).token_RN.tolist() == [[1]]
 
 
-def test_undefined_states_stay_undefined():
+@pytest.mark.parametrize("undefined", [float("nan"), float("inf")])
+def test_undefined_states_stay_undefined(undefined):
     state_ND, last_ND, head_VD = draw(3, 8, 50, 0.1)
-    state_ND[1, 2] = float("nan")
+    state_ND[1, 2] = undefined
     got = lens([state_ND], last_ND, head_VD)
     assert got.kl_RN.isnan().tolist() == got.entropy_RN.isnan().tolist() == [[False, True, False]]
     assert (got.token_RN == -1).tolist() == [[False, True, False]]

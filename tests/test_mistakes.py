@@ -251,7 +251,7 @@ def test_12_heads_tables_and_unknown_tensors(tmp_path):
     """A second head or a table that differs is refused, an absent one is right, and nothing is unknown."""
     changes = {
         "head": (lambda t: t["lm_head.weight"].add_(1), "lm_head.weight differs"),
-        "table": (lambda t: t["freqs_cis"].mul_(0.9), "freqs_cis is not the rotary table"),
+        "table": (lambda t: t["freqs_cis"].mul_(0.9), "freqs_cis holds other rotary angles"),
         "unknown": (lambda t: t.update({"transformer.core_block.0.norm_5.weight": torch.ones(64)}),
                     r"not known transformer\.core_block\.0\.norm_5\.weight"),
     }  # fmt: skip

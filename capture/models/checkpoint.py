@@ -17,8 +17,8 @@ import torch
 from .config import Config, ModelError
 from .description import Description
 from .families import find_family
-from .layout import Copy, Source
-from .model import LoopedModel, rotary_table
+from .layout import COMPUTED, Copy, Source
+from .model import LoopedModel, rotary_frequencies, rotary_table
 from .stored import DTYPES, StoredTensor, hash_and_check, listed, read_headers, read_json
 
 
@@ -86,8 +86,8 @@ class Checkpoint:
         """Refuses tensors that repeat what is known without them, and say otherwise."""
         for copy in self.copies:
             tensor = self.tensors[copy.tensor]
-            if copy.of is None:
-                self._check_rotary_table(tensor)
+            if copy.of in COMPUTED:
+                self._check_rotary(tensor, copy.of)
                 continue
             both = zip(tensor.pieces(), self.tensors[copy.of].pieces(), strict=True)
             if not all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in both):
@@ -96,18 +96,22 @@ class Checkpoint:
                     "copy; a head of its own needs the config to say that it is not tied"
                 )
 
-    def _check_rotary_table(self, tensor: StoredTensor) -> None:
+    def _check_rotary(self, tensor: StoredTensor, kind: str) -> None:
         d = self.description
-        position = torch.arange(d.max_positions)
-        table = torch.stack(rotary_table(d.block.rotary, d.head_width, position, torch.float32), -1).flatten()
-        # angles up to max_positions were rounded to float32, and the table may have been bfloat16 once
-        allowed = d.max_positions * 2**-20 + 2**-8
+        if kind == "rotary table":
+            table = rotary_table(d.block.rotary, d.head_width, torch.arange(d.max_positions))
+            wanted = torch.stack(table, -1).flatten()
+            # angles up to max_positions were rounded to float32, and the table may have been bfloat16 once
+            allowed = d.max_positions * 2**-20 + 2**-8
+        else:
+            wanted = rotary_frequencies(d.block.rotary, d.head_width, torch.device("cpu"))
+            allowed = 2**-8
         for place, piece in tensor.pieces():
-            error = (piece.float() - table[place]).abs().max().item()
+            error = (piece.float() - wanted[place]).abs().max().item()
             if not error <= allowed:  # NaN is not
                 raise ModelError(
-                    f"{tensor.path}: {tensor.name} is not the rotary table of config.json's rope_base; it is "
-                    f"off by {error:.3g}"
+                    f"{tensor.path}: {tensor.name} holds other {kind.replace('table', 'angles')} than "
+                    f"config.json's base gives; they are off by {error:.3g}"
                 )
 
 
@@ -130,14 +134,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     sources = family.sources(description)
     copies = [copy for copy in family.copies(description) if copy.tensor in tensors]
     _check_tensors(path, kind, [*sources, *copies], tensors)
-    tables = {copy.tensor for copy in copies if copy.of is None}
+    computed = {copy.tensor for copy in copies if copy.of in COMPUTED}
     return Checkpoint(
         path=path,
         description=description,
         sources=tuple(sources),
         copies=tuple(copies),
         tensors=tensors,
-        dtype=_common_dtype(path, tensors, tables),
+        dtype=_common_dtype(path, tensors, computed),
     )
 
 
@@ -166,15 +170,25 @@ def _other_shapes(shapes: dict[str, tuple[int, ...]], tensors: dict[str, StoredT
             yield f"{says} (in {found.path.name})"
 
 
-def _common_dtype(path: Path, tensors: dict[str, StoredTensor], tables: set[str]) -> torch.dtype:
-    """Of all tensors but the tables, which may be kept in float32 beside weights of any dtype."""
-    counts = Counter(tensor.dtype for name, tensor in tensors.items() if name not in tables)
-    unknown = [tensor.dtype for tensor in tensors.values() if tensor.dtype not in DTYPES]
-    if len(counts) == 1 and not unknown:
-        return DTYPES[next(iter(counts))]
-    strange = unknown[0] if unknown else min(counts, key=lambda name: counts[name])
-    odd = [f"{tensor.name} (in {tensor.path.name})" for tensor in tensors.values() if tensor.dtype == strange]
+def _common_dtype(path: Path, tensors: dict[str, StoredTensor], computed: set[str]) -> torch.dtype:
+    """Of all matrices; vectors (norms, biases) and what is computed may be float32 beside narrower ones."""
+    counts = Counter(tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1)
+    counts -= Counter(tensors[name].dtype for name in computed if len(tensors[name].shape) > 1)
+    common = max(counts, key=lambda name: counts[name])
+    odd = [
+        tensor
+        for name, tensor in tensors.items()
+        if tensor.dtype not in DTYPES
+        or not (
+            tensor.dtype == common or name in computed or (len(tensor.shape) == 1 and tensor.dtype == "F32")
+        )
+    ]
+    if not odd and common in DTYPES:
+        return DTYPES[common]
+    found = sorted({tensor.dtype for tensor in tensors.values()})
+    strange = odd[0].dtype if odd else common
+    names = [f"{tensor.name} (in {tensor.path.name})" for tensor in odd if tensor.dtype == strange]
     raise ModelError(
-        f"{path}: tensors are {', '.join(sorted({*counts, *unknown}))}; one of {', '.join(DTYPES)} is wanted "
-        f"for all weights, and {strange} is {listed(odd)}"
+        f"{path}: tensors are {', '.join(found)}; one of {', '.join(DTYPES)} is wanted for all weights, "
+        f"and {strange} is {listed(names)}"
     )

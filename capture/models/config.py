@@ -50,8 +50,9 @@ class Config:
         return Config(self.path, value)
 
     def must_be(self, name: str, wanted: object) -> None:
-        """Refuses a config that asks for something other than what is wired here; absent means wanted."""
-        if (value := self.fields.get(name, wanted)) != wanted:
+        """Refuses a config that asks for other than what is wired here; absent or null means wanted."""
+        value = self.fields.get(name)
+        if value is not None and value != wanted:
             raise ModelError(
                 f"{self.path}: {name} is {value!r}; only {wanted!r} is known here, so this is another wiring"
             )
@@ -63,24 +64,53 @@ class Config:
         return default if value is None else value
 
 
-def read_rotary(config: Config) -> Rotary:
-    """Old files carry rope_theta and rope_scaling, newer ones rope_parameters with both inside."""
+def read_rotary(config: Config, default_theta: float | None = None) -> Rotary:
+    """Old files carry rope_theta and rope_scaling, newer ones rope_parameters with both inside.
+
+    Args:
+        default_theta: of files that are older than the field; None where there are none.
+    """
     newer, older = config.nested("rope_parameters"), config.nested("rope_scaling")
-    scaling = older if older.fields else newer
-    theta = (newer if "rope_theta" in newer.fields else config).number("rope_theta")
+    thetas = {
+        part.number("rope_theta") for part in (newer, config) if part.fields.get("rope_theta") is not None
+    }
+    kinds = {name for part in (newer, older) if (name := _scaling(part)) is not None}
+    if len(thetas) > 1 or len(kinds) > 1:
+        raise ModelError(
+            f"{config.path}: rope_parameters says other than rope_theta or rope_scaling beside it; "
+            "leave one of them"
+        )
     for part in (config, newer, older):
         part.must_be("partial_rotary_factor", 1.0)
-    kind = scaling.fields.get("rope_type", scaling.fields.get("type", "default"))
+    theta = thetas.pop() if thetas else default_theta
+    if theta is None:
+        raise ModelError(f"{config.path}: the field rope_theta is missing")
+    kind = kinds.pop() if kinds else "default"
     if kind == "default":
         return Rotary(theta=theta)
     if kind != "llama3":
         raise ModelError(f"{config.path}: rotary scaling {kind!r} is not known; default and llama3 are")
-    return Rotary(
-        theta=theta,
-        scaling=Llama3Scaling(
-            factor=scaling.number("factor"),
-            low_freq_factor=scaling.number("low_freq_factor"),
-            high_freq_factor=scaling.number("high_freq_factor"),
-            original_max_positions=scaling.integer("original_max_position_embeddings"),
-        ),
+    scaling = _llama3(older if _scaling(older) else newer)
+    if _scaling(older) and _scaling(newer) and scaling != _llama3(newer):
+        raise ModelError(f"{config.path}: rope_parameters and rope_scaling disagree; leave one of them")
+    return Rotary(theta=theta, scaling=scaling)
+
+
+def _scaling(part: Config) -> str | None:
+    """The kind of scaling that an object names, as written; None where it names none."""
+    kind = part.fields.get("rope_type", part.fields.get("type"))
+    return kind if kind is None else str(kind)
+
+
+def _llama3(part: Config) -> Llama3Scaling:
+    low, high = part.number("low_freq_factor"), part.number("high_freq_factor")
+    if not low < high:
+        raise ModelError(
+            f"{part.path}: low_freq_factor must be below high_freq_factor, got {low:g} and {high:g}"
+        )
+    return Llama3Scaling(
+        factor=part.number("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_positions=part.integer("original_max_position_embeddings"),
     )

@@ -38,7 +38,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def read_llama(config: Config, names: Collection[str]) -> Description:
     for switch in ("attention_bias", "mlp_bias"):
         config.must_be(switch, False)
-    return _feedforward(config, Block(norm="pre", eps=config.number("rms_norm_eps")))
+    # files from before the field, such as the first TinyLlama's, mean the 10 000 of their time
+    return _feedforward(config, Block(norm="pre", eps=config.number("rms_norm_eps")), default_theta=10_000.0)
 
 
 def read_olmo2(config: Config, names: Collection[str]) -> Description:
@@ -73,7 +74,7 @@ def read_ouro(config: Config, names: Collection[str]) -> Description:
     )
 
 
-def _feedforward(config: Config, block: Block) -> Description:
+def _feedforward(config: Config, block: Block, default_theta: float | None = None) -> Description:
     """The fields that Llama's descendants share."""
     config.must_be("hidden_act", "silu")
     _check_full_attention(config)
@@ -92,7 +93,7 @@ def _feedforward(config: Config, block: Block) -> Description:
         mlp_width=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
         max_positions=config.integer("max_position_embeddings"),
-        block=replace(block, rotary=read_rotary(config)),
+        block=replace(block, rotary=read_rotary(config, default_theta)),
         tied_head=config.flag("tie_word_embeddings"),
     )
 
@@ -144,5 +145,10 @@ def list_sources(d: Description) -> list[Source]:
 
 
 def list_copies(d: Description) -> list[Copy]:
-    """What the files may hold besides: a tied head, stored again."""
-    return [Copy(_HEAD, (d.vocab_size, d.width), _EMBEDDING)] if d.tied_head else []
+    """What the files may hold besides: a tied head again, and rotary frequencies, as older Llamas do."""
+    copies = [Copy(_HEAD, (d.vocab_size, d.width), _EMBEDDING)] if d.tied_head else []
+    frequencies = (d.head_width // 2,)
+    return copies + [
+        Copy(f"model.layers.{i}.self_attn.rotary_emb.inv_freq", frequencies, "rotary frequencies")
+        for i in range(d.num_blocks)
+    ]

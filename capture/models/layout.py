@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+COMPUTED = ("rotary frequencies", "rotary table")  # what files hold and config.json says as well
+
 
 @dataclass(frozen=True)
 class Source:
@@ -20,5 +22,5 @@ class Copy:
 
     tensor: str
     shape: tuple[int, ...]
-    of: str | None
-    """The tensor that it must equal; None: the table of rotary angles."""
+    of: str
+    """The tensor that it must equal, or one of `COMPUTED`."""

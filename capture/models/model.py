@@ -138,7 +138,7 @@ class LoopedModel(nn.Module):
             interventions: what is done otherwise than the model says.
         """
         d = self.description
-        rotation = rotary_table(d.block.rotary, d.head_width, batch.position_N, self.dtype)
+        rotation = rotary_table(d.block.rotary, d.head_width, batch.position_N)
         x_ND = F.embedding(batch.token_id_N, self.embedding)
         if d.embedding_scale != 1:
             x_ND = x_ND * d.embedding_scale
@@ -208,29 +208,32 @@ class LoopedModel(nn.Module):
         return x_ND
 
 
-def rotary_table(
-    rotary: Rotary, head_width: int, position_N: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [N, 1, C/2] of every token's angles, computed in float32 and rounded to `dtype`."""
-    exponent = torch.arange(0, head_width, 2, device=position_N.device).float() / head_width
+def rotary_table(rotary: Rotary, head_width: int, position_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, 1, C/2] of every token's angles, float32."""
+    angle = position_N.float().outer(rotary_frequencies(rotary, head_width, position_N.device)).unsqueeze(1)
+    return angle.cos(), angle.sin()
+
+
+def rotary_frequencies(rotary: Rotary, head_width: int, device: torch.device) -> Tensor:
+    """Angle that each pair of channels turns by from one position to the next, float32 [C/2]."""
+    exponent = torch.arange(0, head_width, 2, device=device).float() / head_width
     frequency = 1.0 / rotary.theta**exponent
     if (scaling := rotary.scaling) is not None:
         turns = scaling.original_max_positions * frequency / (2 * torch.pi)
         smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         smooth = smooth.clamp(0, 1)
         frequency = frequency * (smooth + (1 - smooth) / scaling.factor)
-    angle = position_N.float().outer(frequency).unsqueeze(1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return frequency
 
 
 def rotate(x_NHC: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Turns pairs of channels by their position's angle."""
+    """Turns pairs of channels by their position's angle, in float32 whatever the dtype."""
     cos, sin = rotation
     if interleaved:
-        a, b = x_NHC.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-    a, b = x_NHC.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        a, b = x_NHC.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x_NHC.dtype)
+    a, b = x_NHC.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_NHC.dtype)
 
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:

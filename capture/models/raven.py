@@ -180,5 +180,5 @@ def list_copies(d: Description) -> list[Copy]:
     if d.tied_head:
         copies.append(Copy(_HEAD, (d.vocab_size, d.width), _EMBEDDING))
     if d.block.rotary.interleaved:
-        copies.append(Copy("freqs_cis", (1, d.max_positions, 1, d.head_width // 2, 2), None))
+        copies.append(Copy("freqs_cis", (1, d.max_positions, 1, d.head_width // 2, 2), "rotary table"))
     return copies
