@@ -528,14 +528,14 @@ def test_a_directory_goes_before_the_hub(hub, run, tmp_path):
 def test_info_reads_headers_alone(hub, run, tmp_path):
     """Of 17 MiB of weights no more than the library asks for at once."""
     files = large_files()
-    hub.add(ID, files)
+    commit = hub.add(ID, files)
     (tmp_path / "directory").mkdir()
     for name, body in files.items():
         (tmp_path / "directory" / name).write_bytes(body)
     by_id, by_path = run("info", ID), run("info", "directory")
     assert by_id.returncode == 0, by_id.stderr
     assert by_id.stdout.splitlines()[1:] == by_path.stdout.splitlines()[1:]
-    assert by_id.stdout.split()[:2] == ["model", ID]
+    assert by_id.stdout.split()[:2] == ["model", f"{ID}@{commit[:8]}"]
     assert hub.num_bytes("model.safetensors") == 100_001
     assert list((tmp_path / "home").rglob("model.safetensors")) == []
 
