@@ -10,13 +10,14 @@ dataset = looptap.open("run.zarr")  # what `looptap capture` wrote, lazily
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["capture", "load_model", "open", "watch"]
+__all__ = ["WatchError", "capture", "load_model", "open", "watch"]
 
 if TYPE_CHECKING:
     from .capture.memory import capture
     from .capture.models.load import load_model
     from .capture.store.reader import open_store as open
     from .capture.watch.context import watch
+    from .capture.watch.errors import WatchError
 
 
 def __getattr__(name: str) -> Any:
@@ -33,8 +34,17 @@ def __getattr__(name: str) -> Any:
         from .capture.watch.context import watch
 
         return watch
+    if name == "WatchError":
+        from .capture.watch.errors import WatchError
+
+        return WatchError
     if name == "capture":  # a package that can be called, see there
         from importlib import import_module
 
         return import_module(".capture", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names, also those that are not imported yet."""
+    return sorted({*globals(), *__all__})

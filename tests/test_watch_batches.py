@@ -156,14 +156,84 @@ def test_a_prompt_in_chunks(llama):
     assert_same_rows(watched.dataset(), alone(llama, [*ids.tolist(), ids[0, :3].tolist()]))
 
 
-def test_a_cache_without_attention_quantities(llama):
-    """Nothing but the cache object tells that rows go on."""
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_cache_without_attention_quantities(llama, beams):
+    """Nothing would tell which rows go on."""
+    message = "goes on from a cache of 12 tokens, and a cache can only be followed with attention"
     ids, mask = padded("left")
-    quantities = ["residual", "steps"]
+    for more in ({"attention_mask": mask}, {}):
+        with (
+            pytest.raises(WatchError, match=message),
+            looptap.watch(llama, "model.layers.*", quantities="residual") as watched,
+        ):
+            greedy(llama, ids, num_beams=beams, **more)
+        assert watched.num_sequences == 4 * beams
+    quantities = ["residual", "attention_peak"]
     with looptap.watch(llama, "model.layers.*", quantities=quantities) as watched:
         made = greedy(llama, ids, attention_mask=mask)
     rows = [[*row, *new[:-1].tolist()] for row, new in zip(ROWS, made[:, 12:], strict=True)]
     assert_same_rows(watched.dataset(), alone(llama, rows, quantities=quantities))
+
+
+def test_a_longer_mask_tells_of_a_cache_too():
+    module = Masked(lambda mask: {"is_causal": True})
+    longer = torch.ones(2, 5)
+    message = "goes on from a cache of 2 tokens"
+    with (
+        pytest.raises(WatchError, match=message),
+        looptap.watch(module, "inner.*.*", quantities="residual"),
+    ):
+        module(torch.ones(2, 3, dtype=torch.long), longer)
+
+
+@pytest.mark.parametrize("blocks", ["model.layers.*", "model.layers.0"])
+def test_two_caches_taken_for_one(llama, blocks):
+    """Equally long ones whose last tokens agree: keys of the first layer are a matter of token and place."""
+    from transformers import DynamicCache
+
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 4]])
+    following = torch.full((2, 1), 9)
+    caches = [DynamicCache(config=llama.config) for _ in range(2)]
+    with torch.no_grad(), looptap.watch(llama, blocks) as watched:
+        for cache, given in zip(caches, (ids, ids + 20), strict=True):
+            llama(given, past_key_values=cache)
+        with pytest.raises(WatchError, match="past_key_values is another object"):
+            llama(following, past_key_values=caches[0])
+        llama(following, past_key_values=caches[1])
+        caches[1].reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(WatchError, match="its cache holds other keys"):
+            llama(following, past_key_values=caches[1])
+    assert watched.num_sequences == 4
+
+
+def test_a_cache_that_was_made_by_the_model(llama):
+    """The first pass is not given it."""
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad(), looptap.watch(llama, "model.layers.*") as watched:
+        cache = llama(ids, use_cache=True).past_key_values
+        llama(ids + 20, past_key_values=cache)
+    wanted = alone(llama, [[1, 2, 3, 4, 21, 22, 23, 24]])
+    assert_same_rows(watched.dataset(), wanted)
+
+
+def test_keys_that_are_computed_anew():
+    """Multi-head latent attention keeps less than keys: what it makes of it differs by rounding."""
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+    config = DeepseekV3Config(
+        vocab_size=60, hidden_size=128, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32,
+        v_head_dim=32, n_routed_experts=4, moe_intermediate_size=16, num_experts_per_tok=2, n_group=2,
+        topk_group=1, first_k_dense_replace=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model.to(dtype)
+        for length in (1, 2, 7):
+            with looptap.watch(model, "model.layers.*") as watched:
+                greedy(model, torch.arange(1, 1 + 2 * length).view(2, length))
+            assert watched.num_sequences == 2
 
 
 def test_a_looped_module_with_a_cache_a_block_and_recurrence():
@@ -196,6 +266,22 @@ def test_a_looped_module_with_a_cache_a_block_and_recurrence():
         for start, end in ((0, 7), (7, 8), (8, 12)):
             module(ids[:, start:end])
     assert_same_rows(watched.dataset(), whole.dataset())
+
+
+def test_more_recurrences_behind_a_cache():
+    """They have no keys to be compared with, and are refused as another structure."""
+    module = make_looped(prelude=0, core=1, recurrences=1, coda=0, has_injection=False)
+    block = module.core[0]
+    block.attend, block.cache = attend_at_the_end, ()
+    with torch.no_grad(), looptap.watch(module, "core.*") as watched:
+        module(torch.arange(4)[None])
+        cache, module.recurrences = block.cache, 2
+        block.register_forward_pre_hook(lambda *_: setattr(block, "cache", cache))
+        with pytest.raises(
+            WatchError, match=r"called core\.0 x2 \(2 calls\), the first one core\.0 \(1 calls\)"
+        ):
+            module(torch.arange(4, 5)[None])
+    assert watched.num_sequences == 1
 
 
 def attend_at_the_end(q, k, v):

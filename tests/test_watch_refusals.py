@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from functools import partial
 
 import numpy as np
@@ -60,10 +59,11 @@ def refused(module, run, message, blocks=None, **settings):
         ({"quantities": ["norm"]}, "'norm' is not a quantity: choose from residual_norm"),
         ({"quantities": []}, "no quantity was chosen"),
         ({"quantities": ["state"]}, "the quantity state needs states="),
-        ({"sink_tokens": 0}, "sink_tokens must be at least 1, got 0"),
+        ({"sink_tokens": 0}, "sink_tokens must be a whole number of at least 1, got 0"),
         ({"tokens": "some"}, "tokens 'some': choose all, last"),
         ({"blocks": "layers.*"}, r"blocks='layers\.\*' is no module of Looped: .*prelude\.\* \(1 Hand"),
-        ({"blocks": ["core.*", "core"]}, r"core\.0 is inside core"),
+        ({"sink_tokens": 1.5}, "sink_tokens must be a whole number of at least 1, got 1.5"),
+        ({"sink_tokens": True}, "sink_tokens must be a whole number of at least 1, got True"),
         ({"blocks": [nn.Linear(2, 2)]}, "a Linear given as block is not part of the Looped"),
         ({"blocks": [3]}, "blocks holds a int: give names"),
         ({"blocks": []}, "blocks is empty"),
@@ -229,20 +229,43 @@ def test_eager_transformers_and_multihead_attention():
     assert watched.notation == "(2,0,0)"
 
 
-def test_cross_attention():
-    """An encoder-decoder's blocks call attention twice; without attention they can be watched."""
+def test_two_stacks():
+    """An encoder's ids and mask are not its decoder's; each can be watched by itself, in the whole model."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 20, "num_layers": 2, "num_heads": 2}
-    config = T5Config(**sizes, decoder_start_token_id=0)
+    config = T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
     config._attn_implementation = "sdpa"
     model = T5ForConditionalGeneration(config).eval()
-    run = partial(model, input_ids=IDS, decoder_input_ids=IDS[:, :4])
-    refused(model, run, r"decoder\.block\.0 (calls|ran)", "decoder.block.*")
-    with torch.no_grad(), looptap.watch(model, "decoder.block.*", quantities="residual") as watched:
-        run()
-    # the decoder sees other tokens than input_ids
-    assert sequence_values(watched.dataset(), "token_id", 0).tolist() == [-1] * 4
+    mask, ids = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]), IDS + 20
+    run = partial(model, input_ids=IDS, attention_mask=mask, use_cache=False)
+    for given in (
+        {"decoder_input_ids": ids},
+        {"labels": ids},
+        {"decoder_attention_mask": mask, "labels": ids},
+    ):
+        message = r"T5For.* is an encoder and a decoder.*looptap\.watch\(model\.decoder"
+        refused(model, partial(run, **given), message, "decoder.block.*", quantities="residual")
+    with pytest.raises(
+        WatchError, match=r"several lists of blocks.*encoder\.block\.\* \(2 T5Block\), decoder"
+    ):
+        looptap.watch(model).__enter__()
+    with (
+        torch.no_grad(),
+        looptap.watch(model.decoder, "block.*", quantities="residual") as decoder,
+        looptap.watch(model.encoder, "block.*", quantities="residual") as encoder,
+    ):
+        run(decoder_input_ids=ids)
+    assert [sequence_values(encoder.dataset(), "token_id", row).tolist() for row in range(2)] == [
+        IDS[0].tolist(), IDS[1, :3].tolist(),
+    ]  # fmt: skip
+    assert sequence_values(decoder.dataset(), "token_id", 1).tolist() == ids[1].tolist()
+    # its blocks call attention twice
+    with (
+        pytest.raises(WatchError, match=r"block block\.0 (calls|ran)"),
+        looptap.watch(model.decoder, "block.*"),
+    ):
+        run(decoder_input_ids=ids)
 
 
 # --- blocks and calls
@@ -278,7 +301,7 @@ def wrapped(change):
         (wrapped(lambda x: x[None]), r"blocks\.0 is given a tensor \[1, 2, 5, 8\]: its residual"),
         (lambda blocks, x: blocks[1](F.pad(blocks[0](x), (0, 0, 0, 2))), r"\.1 is given \[2, 7, 8\] where"),
         (lambda blocks, x: blocks[1](blocks[0](x).bfloat16()), r"blocks\.1 is given .* in bfloat16 where"),
-        (lambda blocks, x: blocks[0](blocks[1](blocks[0](x))), r"not one cycle.*: blocks\.0, blocks\.1"),
+        (lambda blocks, x: blocks[0](blocks[1](blocks[0](x))), r"not one cycle.*: blocks\.0-1, blocks\.0"),
     ],
 )  # fmt: skip
 def test_calls_that_have_no_structure(run, message):
@@ -590,24 +613,6 @@ def test_two_contexts_at_once():
         due = sequence_values(wanted, "attention_entropy", row + 2)[:, 1:7]
         assert torch.equal(got, due)
     assert traces(module) == before
-
-
-def test_another_thread():
-    module, errors = make_looped(), []
-
-    def run():
-        try:
-            module(IDS)
-        except WatchError as error:
-            errors.append(str(error))
-
-    with looptap.watch(module) as watched:
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        module(IDS)
-    assert len(errors) == 1 and "called by another thread than the one that watches" in errors[0]
-    assert watched.num_sequences == 2
 
 
 def test_gradient_checkpointing():

@@ -127,8 +127,8 @@ def read_call(
     if not is_own or q.shape[1] % k.shape[1]:
         raise WatchError(
             f"attention has a query {list(query.shape)} and a key {list(key.shape)} in a block of {B} rows "
-            f"and {T} tokens: [rows, heads, tokens, width] is wanted, of the block's own tokens; without "
-            "attention quantities the block can be watched"
+            f"and {T} tokens: [rows, heads, tokens, width] is wanted, of the block's own tokens"
+            f"{_turned(q, B, T)}"
         )
     if is_causal and k.shape[2] != T:
         raise WatchError(
@@ -143,6 +143,15 @@ def read_call(
         q.shape[-1] ** -0.5 if scale is None else scale,
     )
     return _as_autocast(call)
+
+
+def _turned(q: Tensor, B: int, T: int) -> str:
+    """What to add where a block's residual has its axes otherwise than its attention."""
+    if q.ndim == 4 and (len(q), q.shape[2]) == (T, B):
+        return "; the residual is [tokens, rows, width], sequence first, which cannot be watched"
+    if q.ndim == 4 and B == 1 and len(q) * q.shape[2] == T:
+        return "; the residual is flattened, [rows · tokens, width], which cannot be watched"
+    return ""
 
 
 def _unfold_heads(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

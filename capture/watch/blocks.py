@@ -17,8 +17,8 @@ def find_blocks(module: nn.Module, blocks: Blocks = None) -> dict[str, nn.Module
 
     Args:
         blocks: names or patterns such as `model.layers.*` (a star stands for one part of a name), modules, a
-            ModuleList or Sequential for all that it holds, or several of these. None: the lists of blocks
-            that the module itself has, if their blocks are of one class.
+            ModuleList, ModuleDict or Sequential for all that it holds, or several of these. None: the lists
+            of blocks that the module itself has, if they stand side by side and hold all blocks of one class.
     Raises:
         WatchError: nothing is found, or more than one kind; a block is not in the module, or inside another
             block; something is compiled or scripted, so that no hook or function call would be seen.
@@ -41,16 +41,17 @@ def _given(module: nn.Module, blocks: Blocks) -> Iterator[nn.Module]:
     for item in [blocks] if isinstance(blocks, (str, nn.Module)) else blocks or ():
         if isinstance(item, str):
             # a module that stands in several places has several names, and any of them will do
-            matched = [m for name, m in module.named_modules(remove_duplicate=False) if _matches(name, item)]
+            named = module.named_modules(remove_duplicate=False)
+            matched = [part for name, part in named if name and _matches(name, item)]
             if not matched:
                 raise WatchError(
                     f"blocks={item!r} is no module of {type(module).__name__}: {_advice(module)}"
                 )
         elif isinstance(item, nn.Module):
-            matched = [*item] if isinstance(item, (nn.ModuleList, nn.Sequential)) else [item]
+            matched = [*item] if isinstance(item, nn.Sequential) else [item]
         else:
             raise WatchError(f"blocks holds a {type(item).__name__}: give names, patterns or modules")
-        for block in matched:
+        for block in (block for part in matched for block in _leaves(part)):
             if id(block) not in inside:
                 raise WatchError(
                     f"a {type(block).__name__} given as block is not part of the {type(module).__name__} "
@@ -64,13 +65,34 @@ def _matches(name: str, pattern: str) -> bool:
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
+def _leaves(part: nn.Module) -> list[nn.Module]:
+    """What containers hold that are never called themselves."""
+    if isinstance(part, nn.ModuleDict):
+        part = nn.ModuleList(part.values())
+    return [leaf for inner in part for leaf in _leaves(inner)] if isinstance(part, nn.ModuleList) else [part]
+
+
 def _by_themselves(module: nn.Module) -> list[nn.Module]:
     lists = _lists(module)
-    classes = {type(block) for blocks in lists.values() for block in blocks}
-    if len(classes) != 1:
-        what = "no list of blocks" if not classes else "several lists of blocks"
-        raise WatchError(f"{type(module).__name__} has {what}: {_advice(module)}")
-    return [block for blocks in lists.values() for block in blocks]
+    title = type(module).__name__
+    chosen = [block for blocks in lists.values() for block in blocks]
+    kinds = {type(block) for block in chosen}
+    parents = {name.rpartition(".")[0] for name in lists}
+    if len(kinds) != 1 or len(parents) != 1:
+        what = "no list of blocks" if not chosen else "several lists of blocks"
+        raise WatchError(f"{title} has {what}: {_advice(module)}")
+    (kind,) = kinds
+    inside = {id(part) for block in chosen for part in block.modules()}
+    strays = [
+        name for name, part in module.named_modules() if isinstance(part, kind) and id(part) not in inside
+    ]
+    strays = [name for name in strays if name not in lists]  # a Sequential of Sequentials
+    if strays:
+        raise WatchError(
+            f"{title} has {kind.__name__} outside of its lists of them, {_listed(strays)}: "
+            f"{_advice(module)}, or several of these in one list"
+        )
+    return chosen
 
 
 def _lists(module: nn.Module) -> dict[str, list[nn.Module]]:
@@ -79,16 +101,20 @@ def _lists(module: nn.Module) -> dict[str, list[nn.Module]]:
     for name, part in module.named_modules():
         if not isinstance(part, (nn.ModuleList, nn.Sequential)) or not len(part):
             continue
-        if any(name.startswith(f"{outer}.") for outer in found):
+        if any(not outer or name.startswith(f"{outer}.") for outer in found):
             continue
-        if len({type(block) for block in part}) == 1 and all(any(block.children()) for block in part):
-            found[name] = [*part]
+        blocks = [leaf for inner in part for leaf in _leaves(inner)]
+        if len({type(block) for block in blocks}) == 1 and all(any(block.children()) for block in blocks):
+            found[name] = blocks
     return found
 
 
 def _advice(module: nn.Module) -> str:
     if lists := _lists(module):
-        named = [f"{name}.* ({len(part)} {type(part[0]).__name__})" for name, part in lists.items()]
+        named = [
+            f"{name + '.' if name else ''}* ({len(part)} {type(part[0]).__name__})"
+            for name, part in lists.items()
+        ]
         return f"give blocks=, for example one of {_listed(named)}"
     names = [name for name, _ in module.named_modules() if name]
     return f"give blocks=, a list of names of its modules, which are {_listed(names)}"

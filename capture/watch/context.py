@@ -3,13 +3,11 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import xarray as xr
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.parameter import is_lazy
 
 from ..selection import select_tokens
 from ..store.errors import StoreExistsError
@@ -20,9 +18,10 @@ from .arguments import read_mask
 from .attention import Listener
 from .blocks import Blocks, find_blocks
 from .errors import WatchError
+from .hooks import Link, register
 from .passes import WatchSettings
 from .record import Recorder
-from .write import write_store
+from .write import hash_weights, write_store
 
 
 class Watched:
@@ -30,6 +29,7 @@ class Watched:
 
     def __init__(self, module: nn.Module, recorder: Recorder, name: str) -> None:
         self._module, self._recorder, self._name = module, recorder, name
+        self._weights = (-1, "")  # their hash, after so many passes
 
     @property
     def num_sequences(self) -> int:
@@ -61,7 +61,11 @@ class Watched:
             WatchError: no forward pass was recorded.
             StoreExistsError: something is at the path. StoreFullError: no room.
         """
-        write_store(Path(path), self._recorder, self._module, self._name)
+        if store_exists(path):
+            raise _occupied(path)
+        if self._weights[0] != self._recorder.num_passes:
+            self._weights = self._recorder.num_passes, hash_weights(self._module)
+        write_store(Path(path), self._recorder, self._module, self._name, self._weights[1])
 
     def dataset(self) -> xr.Dataset:
         """The store as `looptap.open` gives it, in memory."""
@@ -103,9 +107,13 @@ def watch(
     `attention_mask` [rows, tokens] given to the module, or `set_mask`; without one, all are, also those that
     `generate` appends to rows that ended. Token ids are `input_ids` or the first tensor of whole numbers; -1
     where there is none of the residual's shape. A call with a cache goes on with the rows of the call before
-    it, which must be the ones that the cache is of. Without attention quantities, only past_key_values and a
-    longer attention_mask tell of a cache. The caches of transformers have one place a layer: a layer that is
-    repeated there needs use_cache=False.
+    it, which must be those that the cache is of: its object and its keys are compared. That takes attention
+    quantities; without them a call with a cache (past_key_values, a longer attention_mask) is refused. The
+    caches of transformers have one place a layer: a layer that is repeated there needs use_cache=False.
+
+    Residuals of equally many rows and tokens cannot be told from [tokens, rows, width], sequence first, which
+    otherwise is refused where ids show it. Hooks that are registered inside the context run after those that
+    measure, so what they change in a block's output is not in the record.
 
     Results are kept in memory until they are saved: 4 bytes a number, so for default quantities
     (7 + 4 · heads) · 4 bytes a token and block invocation. Gaps keep the core's residuals during a pass, and
@@ -113,7 +121,10 @@ def watch(
     from other threads are refused.
 
     Args:
-        module: what will be called. blocks: see `find_blocks`; None finds the module's one list of blocks.
+        module: what will be called; of an encoder-decoder, its encoder or its decoder.
+        blocks: a name or a pattern, "model.layers.*" (a star stands for one part of a name); a module; a
+            ModuleList, ModuleDict or Sequential, for all that it holds; or a list of these. None finds the
+            module's lists of blocks, if they stand side by side and hold all blocks of one class.
         quantities: names and groups; those that read the model's head (lens, exit) are not to be had here.
         sink_tokens: first real keys of a row that count as the attention sink.
         states, tokens: which residuals are kept whole, as `capture` has them.
@@ -124,18 +135,23 @@ def watch(
         WatchError, on entering, in the module's forward pass or on saving: a case that cannot be measured
             exactly; says which and what to do. No hook is left behind, whatever raises.
     """
+    if not isinstance(module, nn.Module):
+        raise WatchError(f"a {type(module).__name__} was given as module: give a torch.nn.Module")
     settings = _make_settings(quantities, sink_tokens, states, tokens, seed)
     if store is not None and store_exists(store):
-        raise StoreExistsError(f"{store} holds a store: watching makes a new one, so choose another path")
-    if any(parameter.is_meta for parameter in module.parameters()):
+        raise _occupied(store)
+    if any(parameter.is_meta or is_lazy(parameter) for parameter in module.parameters()):
         raise WatchError(
-            "some parameters are on the meta device: load or move the module whole before watching"
+            "some parameters are on the meta device or not made yet (lazy): load the module whole, or "
+            "call it once, before watching"
         )
     found = find_blocks(module, blocks)
     recorder = Recorder(module, found, settings)
     watched = Watched(module, recorder, name or type(module).__name__)
     with ExitStack() as stack:
-        for handle in _hooks(module, found, recorder):
+        link = Link(recorder, module, *found.values())
+        stack.callback(link.close)
+        for handle in register(link, module, [*found.values()]):
             stack.callback(handle.remove)
         if settings.has_attention:
             stack.enter_context(Listener(recorder.attend))
@@ -158,27 +174,12 @@ def _make_settings(
         raise WatchError(str(error)) from None
     if "state" in wanted and not states:
         raise WatchError('the quantity state needs states=, for example states=("core[all]@last",)')
-    if sink_tokens < 1:
-        raise WatchError(f"sink_tokens must be at least 1, got {sink_tokens}")
+    if not isinstance(sink_tokens, int) or isinstance(sink_tokens, bool) or sink_tokens < 1:
+        raise WatchError(f"sink_tokens must be a whole number of at least 1, got {sink_tokens}")
     return WatchSettings(
         quantities=wanted, sink_tokens=sink_tokens, states=tuple(states), tokens=tokens, seed=seed
     )
 
 
-def _hooks(module: nn.Module, blocks: dict[str, nn.Module], recorder: Recorder) -> Iterator[RemovableHandle]:
-    """Registers them one by one: the module's own around those of its blocks, in case it is one of them."""
-    yield module.register_forward_pre_hook(
-        lambda module, args, kwargs: recorder.begin(module, args, kwargs), with_kwargs=True
-    )
-    for index, block in enumerate(blocks.values()):
-        yield block.register_forward_pre_hook(partial(_enter, recorder, index), with_kwargs=True)
-        yield block.register_forward_hook(partial(_leave, recorder, index))
-    yield module.register_forward_hook(lambda *_: recorder.end(), always_call=True)
-
-
-def _enter(recorder: Recorder, block: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-    recorder.enter(block, args, kwargs)
-
-
-def _leave(recorder: Recorder, block: int, module: nn.Module, args: Any, output: Any) -> None:
-    recorder.leave(block, output)
+def _occupied(path: str | Path) -> StoreExistsError:
+    return StoreExistsError(f"{path} holds a store: watching makes a new one, so choose another path")

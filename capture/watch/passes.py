@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ...kernels.residual_norm import distance, row_norm, row_peak
 from ..store.quantities import GROUPS
-from .arguments import Arguments
+from .arguments import Arguments, refuse_other_masks
 from .attention import AttentionCall
+from .cache import OpenRows, mark_keys, refuse_other_cache, refuse_other_keys
 from .errors import WatchError
-from .rows import Group, Window, groups, key_windows, pack, read_windows
-from .sequences import WatchedSequence
+from .rows import Group, Window, groups, key_windows, pack, read_windows, refuse_other_axes
 from .structure import Structure
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -54,17 +54,6 @@ class Sizes:
     num_key_heads: int | None = None
 
 
-@dataclass(frozen=True)
-class OpenRows:
-    """The rows that a pass with a cache goes on with: those of the pass before it."""
-
-    first_id: int
-    sequences: list[WatchedSequence]
-    windows: tuple[Window, ...]  # real tokens among the columns
-    width: int  # columns so far, padding included
-    last_keys: list[Tensor]  # each row's last key by depth, [B, K, C]
-
-
 @dataclass
 class Pass:
     """What one forward pass has left so far; the recorder calls its methods in the order of events."""
@@ -81,12 +70,13 @@ class Pass:
     past: int | None = None  # columns in the cache
     keys: tuple[Window, ...] = ()  # real tokens among all columns
     groups: tuple[Group, ...] = ()
+    is_empty: bool = False  # no rows or no tokens: nothing is recorded
     block_input_ND: Tensor | None = None
-    # one entry an invocation: its block, [N] or [N, H] by name, what each row's keys receive, last keys
+    # one entry an invocation: its block, [N] or [N, H] by name, what each row's keys receive, their marks
     order: list[int] = field(default_factory=list)
     values: list[dict[str, Tensor]] = field(default_factory=list)
     received: list[dict[int, Tensor]] = field(default_factory=list)
-    last_keys: list[Tensor] = field(default_factory=list)
+    marks: list[Tensor] = field(default_factory=list)
     states: dict[int, Tensor] = field(default_factory=dict)  # by depth, packed
     visits: dict[int, list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
     """By block: depth, state and norm of invocations that others are compared with."""
@@ -94,16 +84,24 @@ class Pass:
     def place_rows(self, x_BTD: Tensor) -> None:
         """Finds the real tokens, from the first block's input."""
         self.B, self.T = B, T = x_BTD.shape[0], x_BTD.shape[1]
-        mask = self.arguments.mask_BT
+        mask, ids = self.arguments.mask_BT, self.arguments.token_id_BT
+        if ids is not None:
+            refuse_other_axes(ids.shape, B, T)
         if mask is not None and (len(mask) != B or mask.shape[1] < T):
             raise WatchError(
                 f"attention_mask is {list(mask.shape)} and the blocks see {B} rows of {T} tokens: give one "
-                "number a token"
+                "number a token, and blocks whose residual is [rows, tokens, width]"
             )
+        refuse_other_masks(self.arguments, B, T)
         self.windows = read_windows(None if mask is None else mask[:, mask.shape[1] - T :], B, T)
-        if not self.settings.has_attention:  # nothing else will tell of a cache
-            past = self.arguments.past
-            self.place_keys((0 if mask is None else mask.shape[1] - T) if past is None else past)
+        if not self.settings.has_attention:
+            past = self.arguments.past or (0 if mask is None else mask.shape[1] - T)
+            if past:  # nothing tells which rows it is of
+                raise WatchError(
+                    f"this pass goes on from a cache of {past} tokens, and a cache can only be followed with "
+                    "attention quantities: add one of them, or use no cache (use_cache=False)"
+                )
+            self.place_keys(0)
 
     def place_keys(self, past: int) -> None:
         """Finds the rows that a pass with so many cached tokens goes on with."""
@@ -117,6 +115,7 @@ class Pass:
                     f"left {was}: a cache that was filled outside the context, cropped, sliding, static or "
                     "of other rows cannot be watched; start it inside, with a dynamic cache, or use none"
                 )
+            refuse_other_cache(opened, self.arguments.cache)
             earlier = opened.windows
         if mask is not None and mask.shape[1] not in (self.T, past + self.T):
             raise WatchError(
@@ -137,6 +136,13 @@ class Pass:
         self.values.append({})
         if "update_norm" in self.settings.quantities:
             self.block_input_ND = pack(x_BTD, self.windows)
+
+    def forget_block(self) -> None:
+        """The block that began did not end: as if it had not begun."""
+        self.order.pop()
+        self.values.pop()
+        del self.received[len(self.order) :], self.marks[len(self.order) :]
+        self.block_input_ND = None
 
     def measure_attention(self, call: AttentionCall) -> None:
         """The block's attention."""
@@ -216,21 +222,12 @@ class Pass:
             )
 
     def _check_cache(self, call: AttentionCall) -> None:
-        """Each row's last cached key must be the one that was seen when it was new."""
-        if self.past:
-            assert self.opened is not None
-            earlier = self.opened.windows
-            rows = [row for row, window in enumerate(earlier) if window.size]
-            seen, now = self.opened.last_keys[len(self.order) - 1], _last_keys(call.k_BKJC, earlier)
-            # copies of key heads may be made in one pass and not in another
-            K = min(seen.shape[1], now.shape[1])
-            seen, now = (x[rows, :: x.shape[1] // K] for x in (seen, now))
-            if seen.dtype != now.dtype or not torch.equal(seen, now):
-                raise WatchError(
-                    "its cache holds other keys than were watched: rows that changed places (beam search), "
-                    "an edited or quantised cache, or another batch's, cannot be watched"
-                )
-        self.last_keys.append(_last_keys(call.k_BKJC, self.keys))
+        """Cached keys must be those that were seen when they were new."""
+        marks, opened, depth = mark_keys(call.k_BKJC), self.opened, len(self.order) - 1
+        # a pass with more blocks than the one before is refused when it ends
+        if self.past and opened is not None and depth < len(opened.marks):
+            refuse_other_keys(opened.marks[depth], marks, opened.windows, call.k_BKJC.dtype)
+        self.marks.append(marks)
 
 
 def _starts(windows: tuple[Window, ...]) -> tuple[list[int], int]:
@@ -245,11 +242,6 @@ def _starts(windows: tuple[Window, ...]) -> tuple[list[int], int]:
 def _distance(kind: str, state: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     measured = distance(state[0], reference[0], state[1], reference[1])
     return {f"{kind}_norm": measured.norm_N, f"{kind}_cosine": measured.cosine_N}
-
-
-def _last_keys(k_BKJC: Tensor, windows: tuple[Window, ...]) -> Tensor:
-    last = torch.tensor([max(window.end - 1, 0) for window in windows], device=k_BKJC.device)
-    return k_BKJC[torch.arange(len(windows), device=k_BKJC.device), :, last].detach()
 
 
 def _key_heads(k_BKJC: Tensor) -> int:

@@ -16,8 +16,9 @@ from ..selection import select_depths, select_tokens
 from ..store.quantities import QUANTITIES
 from .arguments import read_arguments
 from .attention import read_call
-from .errors import WatchError
-from .passes import DTYPES, OpenRows, Pass, Sizes, WatchSettings
+from .cache import OpenRows, refer_to
+from .errors import WatchError, remembered
+from .passes import DTYPES, Pass, Sizes, WatchSettings
 from .sequences import WatchedSequence
 from .structure import Structure, find_structure, show_order
 
@@ -35,26 +36,31 @@ class Recorder:
         self.state_depths: tuple[int, ...] = ()
         self.sizes: Sizes | None = None
         self.seconds = 0.0
+        self.num_passes = 0
         self.next_mask: Tensor | None = None
         self._title = type(module).__name__
+        self._sequence_first = [_is_sequence_first(block) for block in blocks.values()]
         self._thread = threading.get_ident()
         self._pass: Pass | None = None
         self._handled: BaseException | None = None  # what was being handled when the pass began
         self._started_s = 0.0
         self._running: int | None = None  # the block that is at work
         self._has_attended = False
+        self._before: BaseException | None = None  # what was being handled when that block began
+        self._refusal: WatchError | None = None  # of this pass; the module may have caught it
         self._open: OpenRows | None = None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass of the module."""
-        self._pass = self._running = None  # an interrupt may have left them
         self._check_thread()
+        self._pass = self._running = self._refusal = None  # an interrupt may have left them
         self._handled, self._started_s = sys.exc_info()[1], time.perf_counter()
         arguments = read_arguments(module, args, kwargs)
         if self.next_mask is not None:
             arguments, self.next_mask = arguments._replace(mask_BT=self.next_mask), None
         self._pass = Pass(self.settings, arguments, self._open, self.structure, self.state_depths, self.sizes)
 
+    @remembered
     def enter(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a block."""
         self._check_thread()
@@ -72,13 +78,22 @@ class Recorder:
         given = [kwargs.get("hidden_states"), *args, *kwargs.values()]
         first = next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
         x_BTD = self._residual(run, name, first, "is given")
+        if run.is_empty or not (run.order or x_BTD.shape[0] * x_BTD.shape[1]):
+            run.is_empty = True
+            return
         if not run.order:
+            if self._sequence_first[block] and first is not None and first.ndim == 3:
+                raise WatchError(
+                    f"block {name} has batch_first=False, and its residual [tokens, rows, "
+                    "width]: make the module with batch_first=True, or run one row as [tokens, width]"
+                )
             run.place_rows(x_BTD)
         self._check_rows(run, name, x_BTD, "is given")
-        self._running, self._has_attended = block, False
+        self._running, self._has_attended, self._before = block, False, sys.exc_info()[1]
         with torch.no_grad():
             run.enter(block, x_BTD)
 
+    @remembered
     def attend(self, *args: Any, **kwargs: Any) -> None:
         """After an attention call, with its arguments."""
         run = self._pass
@@ -100,11 +115,16 @@ class Recorder:
         except WatchError as error:
             raise WatchError(f"block {name}: {error}") from None
 
+    @remembered
     def leave(self, block: int, output: Any) -> None:
-        """After a block."""
+        """After a block, whether it returned or raised."""
         run, name = self._pass, self.names[block]
-        assert run is not None and self._running == block
+        if self._is_foreign() or run is None or self._running != block:
+            return  # entering it was refused, or there is nothing to record
         self._running = None
+        if sys.exc_info()[1] is not self._before:
+            run.forget_block()  # the module may catch what it raised, and call it again
+            return
         if self.settings.has_attention and not self._has_attended:
             raise WatchError(
                 f"block {name} ran without a call of scaled_dot_product_attention that can be seen (eager, "
@@ -119,9 +139,14 @@ class Recorder:
 
     def end(self) -> None:
         """After a forward pass, whether it returned or raised."""
-        run, self._pass, self._running = self._pass, None, None
-        if run is None or sys.exc_info()[1] is not self._handled:
+        if self._is_foreign():
             return
+        handled, run = self._handled, self._pass
+        self._pass = self._running = self._handled = self._before = None
+        if run is None or sys.exc_info()[1] is not handled or run.is_empty:
+            return
+        if self._refusal is not None:
+            raise self._refusal
         if not run.order:
             raise WatchError(
                 f"a forward pass of {self._title} called none of the blocks {', '.join(self.names[:3])}"
@@ -137,9 +162,18 @@ class Recorder:
             self._add(run, structure, state_depths)
         self.structure, self.state_depths, self.sizes = structure, state_depths, run.sizes
         self.seconds += time.perf_counter() - self._started_s
+        self.num_passes += 1
+
+    def refuse(self, error: WatchError) -> None:
+        """The pass that runs is not to be recorded."""
+        if not self._is_foreign():
+            self._refusal = self._refusal or error
+
+    def _is_foreign(self) -> bool:
+        return threading.get_ident() != self._thread
 
     def _check_thread(self) -> None:
-        if threading.get_ident() != self._thread:
+        if self._is_foreign():
             raise WatchError(
                 f"{self._title} was called by another thread than the one that watches it: watch in the "
                 "thread that calls it (nn.DataParallel calls replicas in threads: watch the module alone)"
@@ -210,7 +244,13 @@ class Recorder:
             start += window.size
         if not run.past:
             self.sequences += rows
-        self._open = OpenRows(first_id, rows, run.keys, run.past + run.T, run.last_keys)
+        cache = refer_to(run.arguments.cache)
+        self._open = OpenRows(first_id, rows, run.keys, run.past + run.T, run.marks, cache)
+
+
+def _is_sequence_first(block: nn.Module) -> bool:
+    is_torchs = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+    return is_torchs and not block.self_attn.batch_first
 
 
 def _to_arrays(run: Pass, depth: int) -> dict[str, np.ndarray]:

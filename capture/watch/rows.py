@@ -46,6 +46,27 @@ def read_windows(mask_BT: Tensor | None, B: int, T: int) -> tuple[Window, ...]:
     return tuple(windows)
 
 
+def refuse_other_axes(ids_shape: Sequence[int], B: int, T: int) -> None:
+    """Holds the shape of token ids [rows, tokens] against the first two axes of a residual.
+
+    Raises:
+        WatchError: it is [tokens, rows], or all rows' tokens in one.
+    """
+    rows, tokens = ids_shape
+    if rows != tokens and (tokens, rows) == (B, T):
+        what = (
+            f"[tokens, rows, width], sequence first: {B} and {T} where the ids have {rows} rows of {tokens}"
+        )
+    elif rows > 1 and (1, rows * tokens) == (B, T):
+        what = f"[rows · tokens, width], flattened: {T} where the ids have {rows} rows of {tokens} tokens"
+    else:
+        return
+    raise WatchError(
+        f"the blocks' residual is {what}; it must be [rows, tokens, width], so run one row at a time, or "
+        "make the module batch first"
+    )
+
+
 def key_windows(earlier: Sequence[Window], new: Sequence[Window], past: int) -> tuple[Window, ...]:
     """Each row's real tokens among the keys: those of a cache of `past` tokens, then the new ones.
 

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from ..models.description import Loop
 from .errors import WatchError
 
-_SHOWN = 12  # how many calls an error lists
+_SHOWN = 12  # how many runs of calls an error lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,21 @@ def find_structure(order: Sequence[int], names: Sequence[str]) -> Structure:
 
 
 def show_order(order: Sequence[int], names: Sequence[str]) -> str:
-    """The calls in order, shortened."""
-    shown = ", ".join(names[block] for block in order[:_SHOWN])
-    return f"{shown}, … ({len(order)} calls)" if len(order) > _SHOWN else f"{shown} ({len(order)} calls)"
+    """The calls in order, shortened: blocks that count up as one run, equal runs as one with a number."""
+    runs: list[tuple[str, int, int]] = []  # the name before its number, first and last number
+    for block in order:
+        stem, _, number = names[block].rpartition(".")
+        here = (stem, int(number), int(number)) if number.isdecimal() else (names[block], -1, -1)
+        if runs and here[1] >= 0 and here[:2] == (runs[-1][0], runs[-1][2] + 1):
+            runs[-1] = (stem, runs[-1][1], here[1])
+        else:
+            runs.append(here)
+    texts = [
+        (f"{stem}." if stem else "") + (f"{first}-{last}" if last > first else f"{first}")
+        if first >= 0
+        else stem
+        for stem, first, last in runs
+    ]
+    counted = [(text, len(list(equal))) for text, equal in groupby(texts)]
+    shown = ", ".join(f"{text} x{count}" if count > 1 else text for text, count in counted[:_SHOWN])
+    return f"{shown}{', …' if len(counted) > _SHOWN else ''} ({len(order)} calls)"

@@ -24,9 +24,11 @@ from .sequences import WatchedSequence
 from .structure import Structure
 
 
-def write_store(path: Path, recorder: Recorder, module: nn.Module, name: str) -> None:
+def write_store(path: Path, recorder: Recorder, module: nn.Module, name: str, weights: str) -> None:
     """Makes the store and commits every unit.
 
+    Args:
+        name, weights: of the module in the plan; the second as `hash_weights` gives it.
     Raises:
         WatchError: nothing was recorded.
         StoreExistsError, StoreFullError: as a capture.
@@ -44,7 +46,7 @@ def write_store(path: Path, recorder: Recorder, module: nn.Module, name: str) ->
     state_depths = recorder.state_depths if settings.states else None
     create_store(
         path,
-        plan=_make_plan(recorder, structure, sizes, slots, _identity(module, name)),
+        plan=_make_plan(recorder, structure, sizes, slots, _identity(module, name, weights)),
         coordinates={**depth_coordinates(list(structure.steps()), state_depths), **slots.coordinates()},
         arrays=array_specs(settings.quantities, slots, axes, sizes.dtype),
     )
@@ -151,15 +153,28 @@ def _make_plan(
     return plan | {"versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
-def _identity(module: nn.Module, name: str) -> dict[str, Any]:
-    """Which module this is; the hash is over names, shapes, types and bytes, a tensor at a time."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+def _identity(module: nn.Module, name: str, weights: str) -> dict[str, Any]:
+    """Which module this is."""
     return {
         "name": name,
         "num_parameters": sum(parameter.numel() for parameter in module.parameters()),
-        "weights_sha256": digest.hexdigest(),
+        "weights_sha256": weights,
     }
+
+
+def hash_weights(module: nn.Module) -> str:
+    """Over names, shapes, types and bytes, a tensor at a time; without bytes where a tensor has none to read.
+
+    That is on the meta device, sparse, quantised, or of a class of its own.
+    """
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        plain = tensor.detach()
+        is_strided = type(plain) is Tensor and plain.layout == torch.strided
+        if is_strided and not (plain.is_meta or plain.is_quantized or plain.is_nested):
+            plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
+            digest.update(plain.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
