@@ -1,5 +1,6 @@
 """The `looptap` command. Every subcommand imports what it needs when it runs, so that help is quick."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -199,6 +200,7 @@ def main() -> None:
     started_s = time.perf_counter()
     try:
         code = app.cli(prog="looptap", description="Activation capture for looped language models.")
+        sys.stdout.flush()
     except KeyboardInterrupt:
         after = time.perf_counter() - started_s
         print(
@@ -206,6 +208,9 @@ def main() -> None:
             file=sys.stderr,
         )
         code = 130
+    except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it leaves
+        code = 1
     except (ValueError, OSError) as error:
         print(f"looptap: {error}", file=sys.stderr)
         code = 2

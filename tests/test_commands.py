@@ -223,6 +223,16 @@ def test_info_of_a_model(looptap_command):
     assert said["model"] == "olmo2" and said["loop"].startswith("(1,3x4,1): 5 blocks run 14 times")
 
 
+def test_a_reader_that_has_seen_enough():
+    """As `looptap info MODEL | head -1`: no message, and no success."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "looptap", "info", MODEL]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_inspect(looptap_command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     ended = looptap_command("inspect", MODEL, "--prompt", "abcabc", "--recurrences", 4)
