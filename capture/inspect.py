@@ -5,7 +5,7 @@ This is the one place that writes T×T attention down, and only within a stated 
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .data import open_tokenizer
 from .models.description import Description, Step
 from .models.load import find_model
 from .models.model import LoopedModel
-from .models.tap import Plain
+from .models.tap import Packed, Plain
 from .plan import Plan, PlanError, make_plan
 from .run import prepare_store
 from .settings import CaptureSettings, InspectSettings
@@ -108,13 +108,13 @@ class _Maps(Plain):
         self.loop_states: list[Tensor] = []
 
     def attention(
-        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, lengths: Sequence[int], scale: float
+        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
     ) -> Tensor:
         k_NHC = k_NKC.repeat_interleave(q_NHC.shape[1] // k_NKC.shape[1], dim=1)
         scores_HTT = torch.einsum("thc,shc->hts", q_NHC.float(), k_NHC.float()) * scale
         future_TT = torch.ones_like(scores_HTT[0], dtype=torch.bool).triu(1)
         self.maps[step.depth] = scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1)
-        return super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
+        return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
 
     def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
         self.loop_states.append(state_ND[-1:])

@@ -1,77 +1,76 @@
 """Attention that also says where each query looked, without a T×T matrix: causal over packed sequences, or
 the statistics alone of any queries, keys and mask.
 
-Blocks of queries go past all their keys at once. Of each block the scores exist only until its statistics are
-taken, so extra memory is linear in T. With t the scaled scores, m their row maximum and p = exp(t − m):
-
-    l = Σp    entropy = ln l − Σ p (t − m) / l    peak = 1 / l    sink = Σ_{j<s} p / l
-    received_j = Σ_i p_ij / l_i
-
-Both terms of the entropy are ≥ 0, so nothing cancels (lse − E[t] loses 1e-4 nats at large scores).
+The packed forms are operations of torch.library: blocks of queries in PyTorch on a CPU
+(`attention_blocks.py`), the kernels of `gpu/` on CUDA.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# fewer make more calls, more compute more masked scores; least time of 32, 64, 128 and 256 at T = 512 to 2048
-QUERIES_PER_BLOCK = 64
-MASKED = -1e30  # finite: p · (t − m) must be 0 there, and 0 · inf is NaN
+from .attention_blocks import (
+    AttentionStatistics,
+    attention_columns_cpu,
+    attention_cpu,
+    attention_with_statistics_cpu,
+    one_length,
+)
+from .library import register
 
 
-class AttentionStatistics(NamedTuple):
-    """Float32 [N, H] each, of every query i (received: of every key j) of its own sequence.
-
-    N counts queries, and in received keys; they differ only where a cache holds earlier keys.
-    """
-
-    entropy_NH: Tensor  # −Σ_j A_ij ln A_ij, nats
-    peak_NH: Tensor  # max_j A_ij
-    sink_NH: Tensor  # Σ_{j < sink_tokens} A_ij
-    received_NH: Tensor  # Σ_i A_ij
+def make_cu_seqlens(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Where each of the packed sequences begins, and where the last one ends: int32 [S + 1]."""
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
 
 
-def attention(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """Causal attention of packed sequences, [N, H, C]; nothing measured.
+def attention(
+    q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
+) -> Tensor:
+    """Causal attention of packed sequences, [N, H, C] in q's dtype; nothing measured.
 
     Args:
-        q_NHC, k_NKC, v_NKC: packed along N; H is a multiple of K. lengths: tokens of each sequence, adding up
-            to N.
+        q_NHC, k_NKC, v_NKC: packed along N; H is a multiple of K; bfloat16, float16 or float32.
+        cu_seqlens_S: int32 [S + 1], see `make_cu_seqlens`. max_length: tokens of the longest, or more.
         scale: factor on the scores.
     """
-    o_NHC = torch.empty(q_NHC.shape, dtype=q_NHC.dtype, device=q_NHC.device)
-    for rows, size in _runs(lengths):
-        q, k, v = (
-            x[rows].unflatten(0, (-1, size)).transpose(1, 2) for x in (q_NHC, k_NKC, v_NKC)
-        )  # [G, H or K, T, C]
-        o = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        o_NHC[rows] = o.transpose(1, 2).flatten(0, 1)
-    return o_NHC
+    return _attention(q_NHC, k_NKC, v_NKC, cu_seqlens_S, max_length, scale)
 
 
 def attention_with_statistics(
-    q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, lengths: Sequence[int], scale: float, sink_tokens: int = 1
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    cu_seqlens_S: Tensor,
+    max_length: int,
+    scale: float,
+    sink_tokens: int = 1,
+    *,
+    columns: bool = True,
 ) -> tuple[Tensor, AttentionStatistics]:
     """The same attention, and its statistics in float32 whatever the dtype of q, k and v.
 
-    Args: as `attention`; sink_tokens: how many first keys of a sequence count as the sink.
+    Args:
+        sink_tokens: how many first keys of a sequence count as the sink. columns: whether what keys receive
+            is wanted too; without it `received_NH` is empty. Others as for `attention`.
     Source: arXiv 2604.11791, section 4.1 (sink, mixing and ColSum scores); the centred entropy is ours.
     """
-    N, H, _ = q_NHC.shape
-    o_NHC = torch.empty(q_NHC.shape, dtype=q_NHC.dtype, device=q_NHC.device)
-    outputs = AttentionStatistics(
-        *(torch.empty(N, H, dtype=torch.float32, device=q_NHC.device) for _ in range(4))
+    o_NHC, *statistics = _attention_with_statistics(
+        q_NHC, k_NKC, v_NKC, cu_seqlens_S, max_length, scale, sink_tokens, columns
     )
-    for rows, size in _runs(lengths):
-        q, k, v, o = (x[rows].unflatten(0, (-1, size)) for x in (q_NHC, k_NKC, v_NKC, o_NHC))
-        here = AttentionStatistics(*(x[rows].unflatten(0, (-1, size)) for x in outputs))
-        _one_length(q, k, scale, sink_tokens, here, values=(v, o))
-    return o_NHC, outputs
+    return o_NHC, AttentionStatistics(*statistics)
+
+
+def attention_columns(
+    q_NHC: Tensor, k_NKC: Tensor, lse_NH: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
+) -> Tensor:
+    """What every key receives, Σ_i A_ij, float32 [N, H], where the rows' `lse_NH` is known already.
+
+    Args: as for `attention`; lse_NH comes from the same queries, keys and scale.
+    """
+    return _attention_columns(q_NHC, k_NKC, lse_NH, cu_seqlens_S, max_length, scale)
 
 
 def attention_statistics(
@@ -91,102 +90,67 @@ def attention_statistics(
             scaled scores. Every query must see a key.
         is_causal: instead of a mask: query i sees keys up to i, and T equals J.
     Returns:
-        entropy, peak and sink [B · T, H], received [B · J, H].
+        lse, entropy, peak and sink [B · T, H], received [B · J, H].
     """
     B, H, T, _ = q_BHTC.shape
     J = k_BKJC.shape[2]
     out = AttentionStatistics(
-        *(torch.empty(B, n, H, dtype=torch.float32, device=q_BHTC.device) for n in (T, T, T, J))
+        *(torch.empty(B, n, H, dtype=torch.float32, device=q_BHTC.device) for n in (T, T, T, T, J))
     )
     assert not is_causal or (mask is None and T == J)
     if mask is not None:
         mask = mask.expand(-1, -1, T, J)
     q_GTHC, k_GJKC = q_BHTC.transpose(1, 2), k_BKJC.transpose(1, 2)
-    _one_length(q_GTHC, k_GJKC, scale, sink_tokens, out, mask=mask, is_causal=is_causal)
+    one_length(q_GTHC, k_GJKC, scale, sink_tokens, out, mask=mask, is_causal=is_causal)
     return AttentionStatistics(*(x.flatten(0, 1) for x in out))
 
 
-def _one_length(
-    q_GTHC: Tensor,
-    k_GJKC: Tensor,
+def _attention_fake(
+    q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
+) -> Tensor:
+    return q_NHC.new_empty(q_NHC.shape)
+
+
+def _attention_with_statistics_fake(
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    cu_seqlens_S: Tensor,
+    max_length: int,
     scale: float,
     sink_tokens: int,
-    out: AttentionStatistics,
-    *,
-    values: tuple[Tensor, Tensor] | None = None,
-    mask: Tensor | None = None,
-    is_causal: bool = True,
-) -> None:
-    """G sequences of one length; writes into out, whose tensors are [G, T, H] here (received [G, J, H]).
-
-    Args:
-        values: v [G, J, K, C], and o [G, T, H, C] to write what the queries read of it.
-        mask: as in `attention_statistics`, with all T and J.
-    """
-    G, T, H, C = q_GTHC.shape
-    J, K = k_GJKC.shape[1:3]
-    R = H // K
-    # the heads that share a key head stand in the rows of one matrix product
-    # and all of it is float32: scores rounded to bfloat16 put entropies wrong in the second decimal
-    q_GKRTC = (q_GTHC.float() * scale).unflatten(2, (K, R)).permute(0, 2, 3, 1, 4)
-    k_GKCJ = k_GJKC.float().permute(0, 2, 3, 1).contiguous()
-    v_GKJC = None if values is None else values[0].float().transpose(1, 2).contiguous()
-    received_GKRJ = torch.zeros(G, K, R, J, dtype=torch.float32, device=q_GTHC.device)
-    for start in range(0, T, QUERIES_PER_BLOCK):
-        end = min(start + QUERIES_PER_BLOCK, T)
-        B = end - start
-        keys = slice(0, end if is_causal else J) if mask is None else _seen(mask[:, :, start:end])
-        q_block = q_GKRTC[:, :, :, start:end].reshape(G, K, R * B, C)
-        t = torch.matmul(q_block, k_GKCJ[..., keys]).view(G, K, R, B, -1)
-        if is_causal:
-            future = torch.ones(B, B, dtype=torch.bool, device=t.device).triu(
-                1 + start - max(start, keys.start)
-            )
-            t[..., max(0, start - keys.start) :].masked_fill_(future, MASKED)
-        if mask is not None:
-            _hide(t, mask[:, :, start:end, keys])
-        t -= t.amax(-1, keepdim=True)
-        p = t.exp()
-        total = p.sum(-1)
-        entropy = total.log() - t.mul_(p).sum(-1) / total
-        inverse = total.reciprocal()
-        received_GKRJ[..., keys] += torch.matmul(inverse.unsqueeze(-2), p).squeeze(-2)
-        if values is not None and v_GKJC is not None:
-            o = torch.matmul(p.view(G, K, R * B, -1), v_GKJC[:, :, keys])
-            o = o.view(G, K, R, B, -1) * inverse.unsqueeze(-1)
-            values[1][:, start:end] = o.permute(0, 3, 1, 2, 4).flatten(2, 3)
-        sink = p[..., : max(0, sink_tokens - keys.start)].sum(-1) * inverse
-        for target, value in (
-            (out.entropy_NH, entropy.clamp_min_(0)),
-            (out.peak_NH, inverse),
-            (out.sink_NH, sink),
-        ):
-            target[:, start:end] = value.permute(0, 3, 1, 2).flatten(2)
-    out.received_NH.copy_(received_GKRJ.permute(0, 3, 1, 2).flatten(2))
+    columns: bool,
+) -> tuple[Tensor, ...]:
+    N, H, _ = q_NHC.shape
+    statistics = (q_NHC.new_empty(N, H, dtype=torch.float32) for _ in range(4))
+    received = q_NHC.new_empty((N, H) if columns else (0,), dtype=torch.float32)
+    return q_NHC.new_empty(q_NHC.shape), *statistics, received
 
 
-def _seen(mask: Tensor) -> slice:
-    """From the first to behind the last key that any of these queries sees; what it leaves out weighs 0."""
-    most_J = mask.amax((0, 1, 2))
-    seen = (most_J if mask.dtype == torch.bool else most_J > MASKED).nonzero()
-    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, len(most_J))
+def _attention_columns_fake(
+    q_NHC: Tensor, k_NKC: Tensor, lse_NH: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
+) -> Tensor:
+    return lse_NH.new_empty(lse_NH.shape)
 
 
-def _hide(t_GKRBJ: Tensor, mask: Tensor) -> None:
-    """Applies a mask to scores in place; heads of the mask are all of them or one."""
-    K, R = t_GKRBJ.shape[1:3]
-    mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (K, R))
-    if mask.dtype == torch.bool:
-        t_GKRBJ.masked_fill_(~mask, MASKED)
-    else:
-        t_GKRBJ.add_(mask).clamp_min_(MASKED)
-
-
-def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Neighbours of one length run as one batch; plans order sequences by length, so runs are long."""
-    start = first = 0
-    for index, size in enumerate(lengths):
-        if index + 1 == len(lengths) or lengths[index + 1] != size:
-            end = start + (index + 1 - first) * size
-            yield slice(start, end), size
-            start, first = end, index + 1
+_attention = register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_length, float scale) -> Tensor",
+    cpu=attention_cpu,
+    fake=_attention_fake,
+    gpu="attention",
+)
+_attention_with_statistics = register(
+    "attention_with_statistics(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_length, "
+    "float scale, int sink_tokens, bool columns) -> "
+    "(Tensor o, Tensor lse, Tensor entropy, Tensor peak, Tensor sink, Tensor received)",
+    cpu=attention_with_statistics_cpu,
+    fake=_attention_with_statistics_fake,
+    gpu="attention",
+)
+_attention_columns = register(
+    "attention_columns(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens, SymInt max_length, float scale) "
+    "-> Tensor",
+    cpu=attention_columns_cpu,
+    fake=_attention_columns_fake,
+    gpu="attention_columns",
+)

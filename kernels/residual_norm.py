@@ -5,11 +5,25 @@ stream (Huginn), norm the input of the next branch (pre-norm). One function does
 because on a GPU they are one pass over memory; the statistics are taken of the stored, rounded residual.
 """
 
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .library import register
+
+# rows of what `residual_norm_statistics` measures
+STATISTICS = (
+    "residual_norm",
+    "residual_peak",
+    "update_norm",
+    "step_norm",
+    "step_cosine",
+    "gap_norm",
+    "gap_cosine",
+)
 
 
 class Residual(NamedTuple):
@@ -47,13 +61,40 @@ def residual_norm(
         x_ND: residual stream, [N, D]. branch_ND: attention or MLP output, same shape and dtype.
         eps: added to the mean square in every norm.
     """
-    if branch_weight_D is not None:
-        branch_ND = rms_norm(branch_ND, branch_weight_D, eps)
-    residual_ND = x_ND + branch_ND
-    if stream_weight_D is not None:
-        residual_ND = rms_norm(residual_ND, stream_weight_D, eps)
-    y_ND = residual_ND if next_weight_D is None else rms_norm(residual_ND, next_weight_D, eps)
-    return Residual(residual_ND, y_ND)
+    residual_ND, y_ND = _residual_norm(x_ND, branch_ND, branch_weight_D, stream_weight_D, next_weight_D, eps)
+    return Residual(residual_ND, residual_ND if next_weight_D is None else y_ND)
+
+
+def residual_norm_statistics(
+    x_ND: Tensor,
+    branch_ND: Tensor,
+    *,
+    eps: float,
+    branch_weight_D: Tensor | None = None,
+    stream_weight_D: Tensor | None = None,
+    next_weight_D: Tensor | None = None,
+    block_input_ND: Tensor | None = None,
+    previous_ND: Tensor | None = None,
+    last_ND: Tensor | None = None,
+) -> tuple[Residual, Tensor]:
+    """The same, and what is measured of the stored, rounded residual: float32 [7, N], rows as STATISTICS.
+
+    Args:
+        block_input_ND: what update_norm is measured from. previous_ND: what step_norm and step_cosine are.
+            last_ND: what gap_norm and gap_cosine are. Without one its rows are NaN. Shape and dtype of x.
+    """
+    residual_ND, y_ND, statistics_SN = _residual_norm_statistics(
+        x_ND,
+        branch_ND,
+        branch_weight_D,
+        stream_weight_D,
+        next_weight_D,
+        eps,
+        block_input_ND,
+        previous_ND,
+        last_ND,
+    )
+    return Residual(residual_ND, residual_ND if next_weight_D is None else y_ND), statistics_SN
 
 
 def row_norm(x_ND: Tensor) -> Tensor:
@@ -71,15 +112,138 @@ def distance(x_ND: Tensor, reference_ND: Tensor, norm_N: Tensor, reference_norm_
     """How far each row of x is from its reference, as ‖x − y‖₂ and as a cosine.
 
     Near 1 the cosine comes from 1 − cos = (‖x−y‖² − (‖x‖−‖y‖)²) / (2‖x‖‖y‖), whose terms are small when the
-    two
-    are close: float32 keeps 1 − cos to a relative error near 1e-5 where the plain formula loses it all. Far
-    from 1 the same expression is exact enough to stay inside float32 rounding.
+    two are close: float32 keeps 1 − cos to a relative error near 1e-5 where the plain formula loses it all.
+    Where ‖x−y‖ is not below ‖x‖ / 2 it is the plain formula that holds: of lengths that differ much, squares
+    cancel.
 
     Args:
         x_ND, reference_ND: [N, D], same dtype; differences are taken in float32.
         norm_N, reference_norm_N: their `row_norm`.
     """
-    norm_difference_N = row_norm(x_ND.float() - reference_ND.float())
+    return Distance(*_distance(x_ND, reference_ND, norm_N, reference_norm_N))
+
+
+def _residual_norm_cpu(
+    x_ND: Tensor,
+    branch_ND: Tensor,
+    branch_weight_D: Tensor | None,
+    stream_weight_D: Tensor | None,
+    next_weight_D: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    if branch_weight_D is not None:
+        branch_ND = rms_norm(branch_ND, branch_weight_D, eps)
+    residual_ND = x_ND + branch_ND
+    if stream_weight_D is not None:
+        residual_ND = rms_norm(residual_ND, stream_weight_D, eps)
+    # no operation may return one tensor twice
+    y_ND = residual_ND.new_empty(0) if next_weight_D is None else rms_norm(residual_ND, next_weight_D, eps)
+    return residual_ND, y_ND
+
+
+def _residual_norm_statistics_cpu(
+    x_ND: Tensor,
+    branch_ND: Tensor,
+    branch_weight_D: Tensor | None,
+    stream_weight_D: Tensor | None,
+    next_weight_D: Tensor | None,
+    eps: float,
+    block_input_ND: Tensor | None,
+    previous_ND: Tensor | None,
+    last_ND: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    residual_ND, y_ND = _residual_norm_cpu(
+        x_ND, branch_ND, branch_weight_D, stream_weight_D, next_weight_D, eps
+    )
+    statistics_SN = torch.full((len(STATISTICS), len(x_ND)), float("nan"))
+    norm_N = row_norm(residual_ND)
+    statistics_SN[0], statistics_SN[1] = norm_N, row_peak(residual_ND)
+    if block_input_ND is not None:
+        statistics_SN[2] = row_norm(residual_ND.float() - block_input_ND.float())
+    for row, reference_ND in ((3, previous_ND), (5, last_ND)):
+        if reference_ND is not None:
+            measured = distance(residual_ND, reference_ND, norm_N, row_norm(reference_ND))
+            statistics_SN[row], statistics_SN[row + 1] = measured
+    return residual_ND, y_ND, statistics_SN
+
+
+def _residual_norm_statistics_out_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, residual_ND, copy_ND = arguments
+    measured_ND, y_ND, statistics_SN = _residual_norm_statistics_cpu(*given)
+    for target_ND in (residual_ND, copy_ND):
+        if target_ND is not None:
+            target_ND.copy_(measured_ND)
+    return y_ND, statistics_SN
+
+
+def _residual_norm_fake(
+    x_ND: Tensor,
+    branch_ND: Tensor,
+    branch_weight_D: Tensor | None,
+    stream_weight_D: Tensor | None,
+    next_weight_D: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    def promoted(dtype: torch.dtype, *others: Tensor | None) -> torch.dtype:
+        given = (other.dtype for other in others if other is not None)
+        return reduce(torch.promote_types, given, dtype)
+
+    residual_dtype = promoted(x_ND.dtype, branch_ND, branch_weight_D, stream_weight_D)
+    y_shape = (0,) if next_weight_D is None else x_ND.shape
+    y_ND = x_ND.new_empty(y_shape, dtype=promoted(residual_dtype, next_weight_D))
+    return x_ND.new_empty(x_ND.shape, dtype=residual_dtype), y_ND
+
+
+def _residual_norm_statistics_fake(x_ND: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _residual_norm_fake(x_ND, *arguments[:5])
+    return *outputs, x_ND.new_empty((len(STATISTICS), x_ND.shape[0]), dtype=torch.float32)
+
+
+def _residual_norm_statistics_out_fake(x_ND: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _residual_norm_statistics_fake(x_ND, *arguments[:-2])[1:]
+
+
+def _distance_cpu(
+    x_ND: Tensor, reference_ND: Tensor, norm_N: Tensor, reference_norm_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    difference_N = row_norm(x_ND.float() - reference_ND.float())
     length_gap_N = norm_N - reference_norm_N
-    numerator_N = (norm_difference_N - length_gap_N) * (norm_difference_N + length_gap_N)
-    return Distance(norm_difference_N, 1 - numerator_N / (2 * norm_N * reference_norm_N))
+    numerator_N = (difference_N - length_gap_N) * (difference_N + length_gap_N)
+    cosine_N = 1 - numerator_N / (2 * norm_N * reference_norm_N)
+    far = (~(difference_N < norm_N / 2)).nonzero().squeeze(1)
+    products = torch.linalg.vecdot(x_ND[far].float(), reference_ND[far].float())
+    cosine_N[far] = products / (norm_N[far] * reference_norm_N[far])
+    return difference_N, cosine_N
+
+
+_INPUTS = (
+    "Tensor x, Tensor branch, Tensor? branch_weight, Tensor? stream_weight, Tensor? next_weight, float eps"
+)
+_REFERENCES = "Tensor? block_input, Tensor? previous, Tensor? last"
+
+_residual_norm = register(
+    f"residual_norm({_INPUTS}) -> (Tensor residual, Tensor y)",
+    cpu=_residual_norm_cpu,
+    fake=_residual_norm_fake,
+    gpu="residual_norm",
+)
+_residual_norm_statistics = register(
+    f"residual_norm_statistics({_INPUTS}, {_REFERENCES}) -> (Tensor residual, Tensor y, Tensor statistics)",
+    cpu=_residual_norm_statistics_cpu,
+    fake=_residual_norm_statistics_fake,
+    gpu="residual_norm",
+)
+residual_norm_statistics_out = register(
+    f"residual_norm_statistics_out({_INPUTS}, {_REFERENCES}, Tensor(a!) residual, Tensor(b!)? copy) -> "
+    "(Tensor y, Tensor statistics)",
+    cpu=_residual_norm_statistics_out_cpu,
+    fake=_residual_norm_statistics_out_fake,
+    gpu="residual_norm",
+)
+_distance = register(
+    "residual_distance(Tensor x, Tensor reference, Tensor norm, Tensor reference_norm) -> "
+    "(Tensor difference, Tensor cosine)",
+    cpu=_distance_cpu,
+    fake=lambda x, reference, norm, reference_norm: (torch.empty_like(norm), torch.empty_like(norm)),
+    gpu="residual_distance",
+)

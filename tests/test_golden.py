@@ -20,14 +20,14 @@ class Maps(Listening):
         super().__init__()
         self.maps = {}
 
-    def attention(self, step, q_NHC, k_NKC, v_NKC, lengths, scale):
+    def attention(self, step, q_NHC, k_NKC, v_NKC, batch, scale):
         self.maps[step] = []
         k_NHC = k_NKC.repeat_interleave(q_NHC.shape[1] // k_NKC.shape[1], dim=1)
-        for q_THC, k_THC in zip(q_NHC.split(lengths), k_NHC.split(lengths), strict=True):
+        for q_THC, k_THC in zip(q_NHC.split(batch.lengths), k_NHC.split(batch.lengths), strict=True):
             scores_HTT = torch.einsum("ihc,jhc->hij", q_THC, k_THC) * scale
             above = torch.ones(scores_HTT.shape[1:], dtype=torch.bool).triu(1)
             self.maps[step].append(scores_HTT.masked_fill(above, float("-inf")).softmax(-1))
-        return super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
+        return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
 
 
 def assert_close(got: torch.Tensor, wanted: torch.Tensor, what: str, rtol: float = 0) -> None:

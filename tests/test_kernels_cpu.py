@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from looptap.kernels import reference
-from looptap.kernels.attention import QUERIES_PER_BLOCK, attention, attention_with_statistics
+from looptap.kernels.attention import (
+    attention,
+    attention_columns,
+    attention_with_statistics,
+    make_cu_seqlens,
+)
+from looptap.kernels.attention_blocks import QUERIES_PER_BLOCK
 from looptap.kernels.residual_norm import distance, residual_norm, rms_norm, row_norm, row_peak
 
 B = QUERIES_PER_BLOCK
+
+
+def packing(lengths):
+    return make_cu_seqlens(lengths), max(lengths)
 
 
 def random_qkv(lengths, H, K, C, dtype=torch.float32, scale=1.0, seed=0):
@@ -29,9 +39,11 @@ LENGTHS = [(1,), (B - 1,), (B,), (B + 1,), (2 * B + 3, 2 * B + 3), (5, 5, 5, 1, 
 def test_attention_matches_reference(lengths, H, K):
     q, k, v = random_qkv(lengths, H, K, 16)
     wanted = reference.attention(q, k, v, lengths, sink_tokens=2)
-    o, statistics = attention_with_statistics(q, k, v, lengths, 0.25, sink_tokens=2)
+    o, statistics = attention_with_statistics(q, k, v, *packing(lengths), 0.25, sink_tokens=2)
     torch.testing.assert_close(o.double(), wanted["o"], atol=2e-6, rtol=0)
-    torch.testing.assert_close(attention(q, k, v, lengths, 0.25).double(), wanted["o"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        attention(q, k, v, *packing(lengths), 0.25).double(), wanted["o"], atol=2e-6, rtol=0
+    )
     limits = {"entropy": 1e-5, "peak": 2e-6, "sink": 2e-6, "received": 2e-5}
     for name, limit in limits.items():
         got = getattr(statistics, f"{name}_NH").double()
@@ -44,7 +56,7 @@ def test_attention_of_sharp_rows():
     """
     q, k, v = random_qkv((100,), 2, 2, 16, scale=12.0)
     wanted = reference.attention(q, k, v, (100,))
-    _, statistics = attention_with_statistics(q, k, v, (100,), 0.25)
+    _, statistics = attention_with_statistics(q, k, v, *packing((100,)), 0.25)
     torch.testing.assert_close(statistics.entropy_NH.double(), wanted["entropy"], atol=2e-4, rtol=0)
     assert (statistics.entropy_NH >= 0).all()
 
@@ -54,7 +66,7 @@ def test_attention_of_equal_keys():
     T = 70
     q, k, v = random_qkv((T,), 2, 2, 8)
     k = k[:1].expand(T, 2, 8).contiguous()
-    _, statistics = attention_with_statistics(q, k, v, (T,), 1.0, sink_tokens=3)
+    _, statistics = attention_with_statistics(q, k, v, *packing((T,)), 1.0, sink_tokens=3)
     n = torch.arange(1, T + 1, dtype=torch.float64)
     torch.testing.assert_close(statistics.entropy_NH[:, 0].double(), n.log(), atol=2e-6, rtol=0)
     torch.testing.assert_close(statistics.sink_NH[:, 1].double(), 3 / n.clamp_min(3), atol=1e-6, rtol=0)
@@ -65,7 +77,7 @@ def test_attention_of_equal_keys():
 def test_attention_rows_and_columns_add_up():
     lengths = (77, 12)
     q, k, v = random_qkv(lengths, 4, 2, 16)
-    _, statistics = attention_with_statistics(q, k, v, lengths, 0.25)
+    _, statistics = attention_with_statistics(q, k, v, *packing(lengths), 0.25)
     first, second = statistics.received_NH.split(lengths)
     torch.testing.assert_close(first.sum(0), torch.full((4,), 77.0), atol=1e-4, rtol=0)
     torch.testing.assert_close(second.sum(0), torch.full((4,), 12.0), atol=1e-4, rtol=0)
@@ -79,8 +91,8 @@ def test_attention_in_bfloat16_errs_no_more_than_its_inputs():
     lengths = (150,)
     q, k, v = random_qkv(lengths, 4, 2, 32, dtype=torch.bfloat16)
     wanted = reference.attention(q, k, v, lengths)
-    o, statistics = attention_with_statistics(q, k, v, lengths, 32**-0.5)
-    plain = attention(q, k, v, lengths, 32**-0.5)
+    o, statistics = attention_with_statistics(q, k, v, *packing(lengths), 32**-0.5)
+    plain = attention(q, k, v, *packing(lengths), 32**-0.5)
     error = (o.double() - wanted["o"]).abs().max()
     assert error <= 2 * (plain.double() - wanted["o"]).abs().max()
     torch.testing.assert_close(statistics.entropy_NH.double(), wanted["entropy"], atol=1e-5, rtol=0)
@@ -111,6 +123,17 @@ def test_cosine_near_one(apart):
     wanted = 1 - torch.cosine_similarity(x.double(), y.double(), dim=-1)
     got = 1 - distance(x, y, row_norm(x), row_norm(y)).cosine_N.double()
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=6e-8)  # 2⁻²⁴: the cosine itself is float32
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_cosine_of_lengths_that_differ(factor):
+    """Squares of the two lengths hold nothing of the angle then."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(64, 512, generator=generator) for _ in range(2))
+    y = y * factor + x * factor  # rows at some 45 degrees
+    wanted = torch.cosine_similarity(x.double(), y.double(), dim=-1, eps=0.0)
+    got = distance(x, y, row_norm(x), row_norm(y)).cosine_N.double()
+    torch.testing.assert_close(got, wanted, rtol=0, atol=5e-7)
 
 
 def test_distance_to_itself_and_to_its_opposite():

@@ -114,10 +114,10 @@ class LateBias(Plain):
         for block in model.blocks:
             block.bias.zero_()
 
-    def attention(self, step, q_NHC, k_NKC, v_NKC, lengths, scale):
+    def attention(self, step, q_NHC, k_NKC, v_NKC, batch, scale):
         place = {"prelude": 0, "core": 2, "coda": 5}[step.stage] + step.layer
         bias_HC = self.biases[place].view(2, *q_NHC.shape[1:])
-        return super().attention(step, q_NHC + bias_HC[0], k_NKC + bias_HC[1], v_NKC, lengths, scale)
+        return super().attention(step, q_NHC + bias_HC[0], k_NKC + bias_HC[1], v_NKC, batch, scale)
 
 
 class SharedCache(Plain):
@@ -126,9 +126,9 @@ class SharedCache(Plain):
     def __init__(self):
         self.first = {}
 
-    def attention(self, step, q_NHC, k_NKC, v_NKC, lengths, scale):
+    def attention(self, step, q_NHC, k_NKC, v_NKC, batch, scale):
         k_NKC, v_NKC = self.first.setdefault((step.stage, step.layer), (k_NKC, v_NKC))
-        return super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
+        return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
 
 
 def per_head_norm(name: str) -> float:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import looptap
 from looptap.kernels import reference
-from looptap.kernels.attention import QUERIES_PER_BLOCK, attention_statistics, attention_with_statistics
+from looptap.kernels.attention import attention_statistics, attention_with_statistics, make_cu_seqlens
+from looptap.kernels.attention_blocks import QUERIES_PER_BLOCK
 from looptap.tests.watched_modules import make_looped, sequence_values
 
 LIMITS = {"entropy": 2e-5, "peak": 2e-6, "sink": 2e-6, "received": 3e-5}
@@ -74,7 +75,7 @@ def test_causal_matches_reference_and_the_packed_operation(T, H, K):
     found = attention_statistics(q, k, scale=0.5, is_causal=True, sink_tokens=2)
     assert_statistics(found, reference.attention_statistics(q, k, scale=0.5, is_causal=True, sink_tokens=2))
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, k)]
-    _, ours = attention_with_statistics(*packed, (T,) * 3, 0.5, sink_tokens=2)
+    _, ours = attention_with_statistics(*packed, make_cu_seqlens((T,) * 3), T, 0.5, sink_tokens=2)
     for one, other in zip(found, ours, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 

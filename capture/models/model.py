@@ -53,14 +53,14 @@ class TransformerBlock(nn.Module):
         y_ND: Tensor,
         next_weight_D: Tensor | None,
         rotation: tuple[Tensor, Tensor],
-        lengths: tuple[int, ...],
+        batch: Packed,
         tap: Plain,
         interventions: Interventions,
     ) -> tuple[Tensor, Tensor]:
         """x: the stream; y: the same with this block's input norm. Returns both for the next block."""
         eps = self.kind.eps
         q_NHC, k_NKC, v_NKC = self._queries_keys_values(y_ND, rotation)
-        o_NHC = tap.attention(step, q_NHC, k_NKC, v_NKC, lengths, self.head_width**-0.5)
+        o_NHC = tap.attention(step, q_NHC, k_NKC, v_NKC, batch, self.head_width**-0.5)
         norms = HalfNorms(
             eps, self.attention_branch_output_norm, self.attention_stream_norm, self.mlp_branch_input_norm
         )
@@ -204,7 +204,7 @@ class LoopedModel(nn.Module):
         y_ND = x_ND if weights[0] is None else rms_norm(x_ND, weights[0], self.description.block.eps)
         following = [after for _, after in pairwise(weights)] + [None]
         for step, block, next_weight_D in zip(steps, blocks, following, strict=True):
-            x_ND, y_ND = block(step, x_ND, y_ND, next_weight_D, rotation, batch.lengths, tap, interventions)
+            x_ND, y_ND = block(step, x_ND, y_ND, next_weight_D, rotation, batch, tap, interventions)
         return x_ND
 
 

@@ -5,15 +5,13 @@ whoever wants to see more derives from it. Every call carries the step (stage, l
 loop itself is at, so nothing counts calls.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import InitVar, dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...kernels import attention as attention_kernel
+from ...kernels.attention import attention, make_cu_seqlens
 from ...kernels.residual_norm import Residual, residual_norm
 from .description import Step
 
@@ -26,14 +24,23 @@ class Packed:
 
     token_id_N: Tensor  # int64
     lengths: tuple[int, ...]  # tokens of each sequence; they add up to N
-    given_position_N: Tensor | None = None  # int64; positions other than 0, 1, 2, ... of each sequence
+    given_position_N: InitVar[Tensor | None] = None  # positions other than 0, 1, 2, ... of each sequence
+    position_N: Tensor = field(init=False)  # int64, what the rotary angles of every token follow
+    cu_seqlens_S: Tensor = field(
+        init=False
+    )  # int32 [S + 1], where each sequence begins and the last one ends
 
-    @cached_property
-    def position_N(self) -> Tensor:
-        """What the rotary angles of every token follow: its place in its sequence, unless given."""
-        if self.given_position_N is not None:
-            return self.given_position_N
-        return torch.cat([torch.arange(n) for n in self.lengths]).to(self.token_id_N.device)
+    def __post_init__(self, given_position_N: Tensor | None) -> None:
+        # made here and not when asked for: torch.compile takes them for inputs of its graph
+        device, position_N = self.token_id_N.device, given_position_N
+        if position_N is None:
+            position_N = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
+        object.__setattr__(self, "position_N", position_N)
+        object.__setattr__(self, "cu_seqlens_S", make_cu_seqlens(self.lengths, device))
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,10 @@ class Plain:
     """Runs the operations and keeps nothing."""
 
     def attention(
-        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, lengths: Sequence[int], scale: float
+        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
     ) -> Tensor:
         """Attention output [N, H, C] of one block invocation."""
-        return attention_kernel.attention(q_NHC, k_NKC, v_NKC, lengths, scale)
+        return attention(q_NHC, k_NKC, v_NKC, batch.cu_seqlens_S, batch.max_length, scale)
 
     def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
         """Adds a branch to the stream; after half "mlp" the result is the residual that DESIGN calls

@@ -125,7 +125,8 @@ def watch(
         blocks: a name or a pattern, "model.layers.*" (a star stands for one part of a name); a module; a
             ModuleList, ModuleDict or Sequential, for all that it holds; or a list of these. None finds the
             module's lists of blocks, if they stand side by side and hold all blocks of one class.
-        quantities: names and groups; those that read the model's head (lens, exit) are not to be had here.
+        quantities: names and groups; those that read the model's head (lens, exit) or compare
+            whole sequences (distances) are not to be had here.
         sink_tokens: first real keys of a row that count as the attention sink.
         states, tokens: which residuals are kept whole, as `capture` has them.
         seed: of token samples.
@@ -166,6 +167,8 @@ def _make_settings(
     quantities, states = ([given] if isinstance(given, str) else [*given] for given in (quantities, states))
     reason = "it reads a head or gate that a watched module does not show; capture the model instead"
     absent = dict.fromkeys((*GROUPS["lens"], *GROUPS["exit"]), reason)
+    reason = "watching does not compare whole sequences; capture the model instead"
+    absent |= dict.fromkeys(GROUPS["distances"], reason)
     names = [name for text in quantities for name in text.split(",")]
     try:
         wanted = resolve_quantities([*names, "state"] if states else names, absent)

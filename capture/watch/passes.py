@@ -158,19 +158,21 @@ class Pass:
         self._check_cache(call)
         H = call.q_BHTC.shape[1]
         starts, N = _starts(self.windows)
-        names = ("attention_entropy", "attention_peak", "attention_sink")
-        measured = {name: torch.empty(N, H, device=call.q_BHTC.device, dtype=torch.float32) for name in names}
+        kinds = ("entropy", "peak", "sink")
+        measured = {kind: torch.empty(N, H, device=call.q_BHTC.device, dtype=torch.float32) for kind in kinds}
         received: dict[int, Tensor] = {}
         for group in self.groups:
             found = call.measure(group, self.settings.sink_tokens)
-            parts = [x.unflatten(0, (len(group.rows), -1)) for x in found]
+            parts = {name: x.unflatten(0, (len(group.rows), -1)) for name, x in found._asdict().items()}
             for index, row in enumerate(group.rows):
                 here = slice(starts[row], starts[row] + self.windows[row].size)
-                for name, part in zip(names, parts[:3], strict=True):
-                    measured[name][here] = part[index]
-                received[row] = parts[3][index]
+                for kind in kinds:
+                    measured[kind][here] = parts[f"{kind}_NH"][index]
+                received[row] = parts["received_NH"][index]
         self.values[-1] |= {
-            name: value for name, value in measured.items() if name in self.settings.quantities
+            f"attention_{kind}": value
+            for kind, value in measured.items()
+            if f"attention_{kind}" in self.settings.quantities
         }
         self.received.append(received)
 
