@@ -57,6 +57,19 @@ def attention_settling(findings: Sequence[Findings]) -> Figure | None:
     )
 
 
+def attention_distances(findings: Sequence[Findings]) -> Figure | None:
+    """Distance of each layer's attention to its own one recurrence earlier and after the last (figure 2)."""
+    return grouped_figure(
+        findings,
+        name="attention_distances",
+        title="Attention against the recurrence before and the last",
+        paper="figure 2",
+        x="recurrence",
+        group="layer",
+        measures=("attention_step", "attention_gap"),
+    )
+
+
 def trajectory(findings: Sequence[Findings]) -> Figure | None:
     """Path of one token's residual through the core, on its first two principal components (figure 5)."""
     return path_figure(
@@ -145,6 +158,7 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     distance_to_the_fixed_point,
     trajectory,
     attention_settling,
+    attention_distances,
     stages_by_depth,
     stages_by_recurrence,
     stages_by_layer,

@@ -180,6 +180,17 @@ MEASURES: dict[str, Measure] = {
         Measure("received_change", "Moved attention", "share of attention", ("attention_received",),
                 _received_change, "total variation of what keys receive, against the recurrence before",
                 first=1),
+        Measure("attention_step", "Attention step", "Frobenius norm", ("attention_step",),
+                _mean("attention_step"),
+                "distance of a layer's attention matrix to its own one recurrence earlier, mean over heads",
+                first=1),
+        Measure("attention_gap", "Attention gap", "Frobenius norm", ("attention_gap",),
+                _mean("attention_gap"),
+                "distance of a layer's attention matrix to its own after the last recurrence, mean of heads",
+                first=0),
+        Measure("residual_entropy", "Residual entropy", _NAT, ("residual_entropy",),
+                _mean("residual_entropy"),
+                "matrix-based entropy of a sequence's residuals: low where they point one way"),
         Measure("lens_kl", "Lens divergence", _NAT, ("lens_kl",), mean_at_loop_state("lens_kl"),
                 "KL divergence of the next-token distribution from the one after the last recurrence",
                 first=0),
@@ -304,5 +315,4 @@ def _non_finite(name: str, values: np.ndarray, depths: Depths) -> np.ndarray:
     wrong_D = (~np.isfinite(values)).sum(axis=(0, 2) if values.ndim == 3 else 0)
     if "recurrence" in QUANTITIES[name].axes:
         return np.nan_to_num(to_depths(wrong_D, depths)).astype(np.int64)
-    first = {"steps": 1, "gaps": 0}.get(QUANTITIES[name].group, -1)  # where the definition begins to hold
-    return np.where(depths.recurrence >= first, wrong_D, 0)
+    return np.where(depths.recurrence >= QUANTITIES[name].first_recurrence, wrong_D, 0)

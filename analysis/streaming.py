@@ -50,11 +50,17 @@ def depths_of(dataset: xr.Dataset) -> Depths:
 
 
 def iter_sequences(dataset: xr.Dataset, names: list[str]) -> Iterator[dict[str, np.ndarray]]:
-    """The named per-token arrays of one finished sequence after another, each [token, depth, ...]."""
+    """The named arrays of one finished sequence after another, each [token, depth, ...]; those that have one
+    value for the whole sequence as if it had one token.
+    """
     for unit in iter_units(dataset, names):
         arrays = {name: unit[name].values for name in names}
-        for start, stop in sequence_spans(unit["token_sequence"].values):
-            yield {name: array[start:stop] for name, array in arrays.items()}
+        of_sequence = {name for name in names if unit[name].dims[0] == "sequence"}
+        for index, (start, stop) in enumerate(sequence_spans(unit["token_sequence"].values)):
+            rows = {
+                name: slice(index, index + 1) if name in of_sequence else slice(start, stop) for name in names
+            }
+            yield {name: array[rows[name]] for name, array in arrays.items()}
 
 
 def sequence_spans(token_sequence: np.ndarray) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from .models.load import ModelSource, find_model
 from .selection import select_depths, select_halves, select_tokens
 from .settings import CaptureSettings
 from .store.layout import ArraySpec, Coordinate
-from .store.quantities import GROUPS, resolve_quantities
+from .store.quantities import GROUPS, QUANTITIES, resolve_quantities
 from .units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from .versions import versions
 
@@ -55,16 +55,18 @@ class Plan:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of states at all recurrences of one batch, which wait for the last: the core's layers for
-        the gaps, the loop state for the lens.
+        """Memory of what waits for the last recurrence in one batch: states of the core's layers for the
+        gaps, their attention patterns for attention_gap, the loop state for the lens.
         """
         d = self.description
         states = (d.core if self._has_gaps else 0) + ("lens_kl" in self.quantities)
-        return self._longest_batch * states * d.recurrences * d.width * self._itemsize
+        patterns = d.core if "attention_gap" in self.quantities else 0
+        of_token = states * d.width * self._itemsize + patterns * self._pattern_bytes
+        return self._longest_batch * d.recurrences * of_token
 
     @property
     def gap_method(self) -> str | None:
-        """How the gaps and the lens get the last recurrence's states; None where neither is measured."""
+        """How gaps and the lens get what the last recurrence leaves; None where none is measured."""
         if not self.kept_bytes or not self.description.core:
             return None
         fits = self.kept_bytes <= self.settings.gap_memory_gib * 2**30
@@ -77,6 +79,7 @@ class Plan:
         """
         d = self.description
         batch = self._longest_batch * (8 * d.width + 4 * d.mlp_width) * self._itemsize
+        batch += self._longest_batch * self._map_bytes
         if self.gap_method == "keep states":
             batch += self.kept_bytes
         elif self.gap_method == "run twice":
@@ -92,15 +95,36 @@ class Plan:
 
     @property
     def batch_tokens(self) -> int:
-        """The setting, or the device's default."""
+        """The setting; or the device's default, and fewer where maps of all pairs of blocks would keep more
+        than the setting's memory.
+        """
+        if self.settings.batch_tokens:
+            return self.settings.batch_tokens
         # on two cores 512 tokens ran as fast as 2048 within 3 %, and keep a quarter of the loop for the gaps
-        return self.settings.batch_tokens or (512 if self.device == "cpu" else 16_384)
+        tokens = 512 if self.device == "cpu" else 16_384
+        if not self._map_bytes:
+            return tokens
+        return max(1, min(tokens, int(self.settings.gap_memory_gib * 2**30) // self._map_bytes))
 
     @property
     def _longest_batch(self) -> int:
         """Most tokens that one forward pass will see."""
         longest = max(map(len, self.dataset.rows))
         return min(self.slots.unit_tokens, self.dataset.num_tokens, max(self.batch_tokens, longest))
+
+    @property
+    def _pattern_bytes(self) -> int:
+        """Of one token in one attention pattern: its queries, its keys, the row's sum."""
+        d = self.description
+        return (d.num_heads + d.num_kv_heads) * d.head_width * self._itemsize + 4 * d.num_heads
+
+    @property
+    def _map_bytes(self) -> int:
+        """Of one token, kept at every depth for the maps of all pairs of block invocations."""
+        d = self.description
+        patterns = self._pattern_bytes if "attention_distance" in self.quantities else 0
+        states = d.width * self._itemsize if "residual_similarity" in self.quantities else 0
+        return d.depth * (patterns + states)
 
     @property
     def _has_gaps(self) -> bool:
@@ -115,6 +139,7 @@ class Plan:
         d = self.description
         sizes = {
             "depth": d.depth,
+            "depth_other": d.depth,
             "recurrence": d.recurrences,
             "head": d.num_heads,
             "hidden": d.width,
@@ -125,7 +150,9 @@ class Plan:
     def coordinates(self) -> dict[str, Coordinate]:
         """All that is known of every slot before the capture."""
         depths = self.state_depths if "state" in self.quantities else None
-        return {**depth_coordinates(list(self.description.steps()), depths), **self.slots.coordinates()}
+        has_pairs = any("depth_other" in QUANTITIES[name].axes for name in self.quantities)
+        steps = list(self.description.steps())
+        return {**depth_coordinates(steps, depths, has_pairs=has_pairs), **self.slots.coordinates()}
 
     def document(self) -> dict[str, Any]:
         """The plan as the store records it; `hash` is over everything but `versions` and `created`."""
@@ -146,7 +173,7 @@ class Plan:
             **self.slots.facts(),
             "gap_method": self.gap_method,
             "dtype": self.dtype,
-            "backend": "pytorch",
+            "backend": "pytorch" if self.device == "cpu" else "triton",
         }
         plan["hash"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         plan["versions"] = versions()
@@ -207,7 +234,7 @@ def absent_quantities(description: Description) -> dict[str, str]:
     absent = {}
     if not description.core:
         reason = f"{description.notation} has no loop; repeat a window of its layers with --loop"
-        absent = dict.fromkeys((*GROUPS["lens"], *GROUPS["exit"]), reason)
+        absent = dict.fromkeys((*GROUPS["lens"], *GROUPS["exit"], "attention_step", "attention_gap"), reason)
     elif not description.exit_gate:
         absent = dict.fromkeys(GROUPS["exit"], "this model has no exit gate")
     return absent

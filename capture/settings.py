@@ -35,8 +35,8 @@ class CaptureSettings:
         "attention",
         "exit",
     )
-    """Names of quantities, or the groups residual, steps, gaps, attention, lens, exit, all; with spaces or
-    commas. A group leaves out what the model does not have."""
+    """Names of quantities, or the groups residual, steps, gaps, attention, distances, lens, exit, all; with
+    spaces or commas. A group leaves out what the model does not have."""
     states: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SELECTION [SELECTION ...]")] = ()
     """Keep residuals too: all, or STAGE[LAYERS]@RECURRENCES such as core[-1]@0,1,last and core[all]@last."""
     tokens: Annotated[str, tyro.conf.arg(metavar="SELECTION")] = "all"
@@ -64,8 +64,8 @@ class CaptureSettings:
     batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""
     gap_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 2.0
-    """Memory that kept loop states may take for the gaps and the lens, GiB; past it the loop is run twice
-    instead."""
+    """Memory that kept states may take for the gaps and the lens, GiB; past it the loop is run twice instead.
+    Maps of all pairs of blocks keep as much, and take fewer tokens at once past it."""
 
     def check(self) -> None:
         """Raises ValueError for a number out of its range.

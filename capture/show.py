@@ -107,8 +107,8 @@ def print_model(source: "ModelSource") -> None:
     d = source.description
     itemsize = source.origin.dtype.itemsize
     absent = absent_quantities(d)
-    sizes = {"token": 1, "depth": d.depth, "recurrence": d.recurrences, "head": d.num_heads}
-    sizes |= {"depth_state": d.depth, "hidden": d.width}
+    sizes = {"token": 1, "sequence": 1, "recurrence": d.recurrences, "head": d.num_heads, "hidden": d.width}
+    sizes |= dict.fromkeys(("depth", "depth_other", "depth_state"), d.depth)
     table = Table.grid(padding=(0, 2))
     table.add_row("model", source.title)
     table.add_row("loop", f"{d.notation}: {d.num_blocks} blocks run {d.depth} times; {_start(d)}")
@@ -138,10 +138,12 @@ def print_model(source: "ModelSource") -> None:
         if name in absent:
             continue
         num_bytes = math.prod(sizes[axis] for axis in quantity.axes) * (itemsize if name == "state" else 4)
-        total += num_bytes if name != "state" else 0
+        is_of_token = quantity.axes[0] == "token"
+        total += num_bytes if is_of_token and name != "state" else 0
         where = ", at every depth" if name == "state" else ""
-        volume.add_row(name, to_size(num_bytes), quantity.definition + where)
-    volume.add_row("together", to_size(total), "all of these but state, before compression")
+        size = to_size(num_bytes) + ("" if is_of_token else " a sequence")
+        volume.add_row(name, size, quantity.definition + where)
+    volume.add_row("together", to_size(total), "all of these that are a token's but state, uncompressed")
     console.print(volume)
 
 

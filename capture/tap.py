@@ -3,7 +3,8 @@
 Statistics are float32 of the stored residual and never share memory with the model's own tensors. The gaps
 need each layer's state after the last recurrence, and the lens needs the loop's. Either the states of all
 recurrences are kept until then, or the loop is run twice and the first time (`LastStates`) leaves them
-behind; both give the same numbers, and the plan says which the memory allows.
+behind; both give the same numbers, and the plan says which the memory allows. What compares whole sequences
+is in `distances.py`.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,19 +15,21 @@ from torch import Tensor
 
 from ..kernels.attention import attention_with_statistics
 from ..kernels.lens import lens
-from ..kernels.residual_norm import Residual, distance, row_norm, row_peak
+from ..kernels.residual_norm import STATISTICS, Residual, distance, residual_norm_statistics
+from .distances import AttentionDistances, Pattern, ResidualDistances
 from .models.description import Description, Step
 from .models.exit_gate import exit_probability
 from .models.model import LoopedModel
-from .models.tap import Half, HalfNorms, Plain
+from .models.tap import Half, HalfNorms, Packed, Plain
+from .store.quantities import QUANTITIES
 
 
 @dataclass(frozen=True)
 class Buffers:
     """Where statistics of some packed tokens go: a slice of a unit's.
 
-    `values` holds [depth, N], [depth, N, H] or [recurrence, N] by quantity; `state` [depth_state, kept
-    tokens, D] in the model's dtype.
+    `values` holds by quantity [depth, N], [depth, N, H], [recurrence, N], or of S sequences [depth, S],
+    [depth, S, H], [depth, S, depth]; `state` is [depth_state, kept tokens, D] in the model's dtype.
     """
 
     values: dict[str, Tensor]
@@ -40,20 +43,29 @@ class LastStates(Plain):
     Args:
         measures_attention: whether the run that follows takes attention statistics. They come with an
             attention of their own, which rounds otherwise; this run must round as that one does.
+        keeps_patterns: whether attention patterns are kept too, for their gaps.
     """
 
-    def __init__(self, description: Description, *, measures_attention: bool) -> None:
+    def __init__(
+        self, description: Description, *, measures_attention: bool, keeps_patterns: bool = False
+    ) -> None:
         self.states: dict[int, Tensor] = {}  # by layer
+        self.patterns: dict[int, Pattern] = {}  # by layer
         self.end: Tensor | None = None  # the loop state after the last recurrence
         self._last = description.recurrences - 1
-        self._measures_attention = measures_attention
+        self._measures_attention, self._keeps_patterns = measures_attention, keeps_patterns
 
     def attention(
-        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, lengths: Sequence[int], scale: float
+        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
     ) -> Tensor:
         if not self._measures_attention:
-            return super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
-        return attention_with_statistics(q_NHC, k_NKC, v_NKC, lengths, scale)[0]
+            return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
+        o_NHC, statistics = attention_with_statistics(
+            q_NHC, k_NKC, v_NKC, batch.cu_seqlens_S, batch.max_length, scale, columns=False
+        )
+        if step.recurrence == self._last and self._keeps_patterns:
+            self.patterns[step.layer] = Pattern(q_NHC, k_NKC, statistics.lse_NH)
+        return o_NHC
 
     def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
         result = super().residual(step, half, x_ND, branch_ND, norms)
@@ -70,8 +82,8 @@ class Statistics(Plain):
     """Fills the buffers of one batch.
 
     Args:
-        buffers: written in place; what is not computed (steps at the first recurrence, gaps outside the core)
-            is left as it is.
+        buffers: written in place, some of it when the last block has run; what is not computed (steps at the
+            first recurrence, gaps outside the core) is left as it is.
         state_depths: depths whose residual is kept.
         last: a first run of the same tokens; without it, states of all recurrences are kept if gaps or the
             lens are wanted.
@@ -89,54 +101,74 @@ class Statistics(Plain):
         model: LoopedModel | None = None,
     ) -> None:
         self._last = description.recurrences - 1
+        self._last_depth = description.depth - 1
         self._out = buffers
         self._wanted: Collection[str] = buffers.values.keys()
         self._sink_tokens = sink_tokens
         self._state_index = {depth: index for index, depth in enumerate(state_depths)}
+        self._residual = any(name in STATISTICS for name in self._wanted)
         self._steps = any(name.startswith("step_") for name in self._wanted)
         self._gaps = any(name.startswith("gap_") for name in self._wanted)
         self._attention = any(name.startswith("attention_") for name in self._wanted)
         self._lens = any(name.startswith("lens_") for name in self._wanted)
         self._first_run, self._model = last, model
+        last_patterns = None if last is None else last.patterns
+        self._attention_distances = AttentionDistances(description, buffers.values, last_patterns)
+        self._residual_distances = ResidualDistances(description, buffers.values)
         self._head_inputs: list[tuple[int, Tensor]] = []  # recurrence and what the head would read
         self._gate_logits: list[Tensor] = []
-        # by layer: the previous recurrence's state and its norm
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._measured: list[tuple[Step, Tensor]] = []  # rows of STATISTICS, [7, N]
+        self._before: dict[int, Tensor] = {}  # by layer: the previous recurrence's state
         self._kept: dict[int, list[tuple[Step, Tensor, Tensor]]] = {}  # by layer: states waiting for the last
         self._block_input: Tensor | None = None
+        self._batch: Packed | None = None
 
     def attention(
-        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, lengths: Sequence[int], scale: float
+        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
     ) -> Tensor:
+        self._batch = batch
         if not self._attention:
-            return super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
-        o_NHC, statistics = attention_with_statistics(q_NHC, k_NKC, v_NKC, lengths, scale, self._sink_tokens)
-        self._put(step, "attention_entropy", statistics.entropy_NH)
-        self._put(step, "attention_peak", statistics.peak_NH)
-        self._put(step, "attention_sink", statistics.sink_NH)
-        self._put(step, "attention_received", statistics.received_NH)
+            return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
+        distances, wants_columns = self._attention_distances, "attention_received" in self._wanted
+        # on a CPU columns come with the rows for next to nothing; on a GPU a comparison has them for nothing
+        from_distances = wants_columns and q_NHC.is_cuda and distances.compares(step)
+        o_NHC, measured = attention_with_statistics(
+            q_NHC,
+            k_NKC,
+            v_NKC,
+            batch.cu_seqlens_S,
+            batch.max_length,
+            scale,
+            self._sink_tokens,
+            columns=wants_columns and not from_distances,
+        )
+        for name in ("entropy", "peak", "sink"):
+            self._put(step, f"attention_{name}", getattr(measured, f"{name}_NH"))
+        received_NH = distances.add(step, Pattern(q_NHC, k_NKC, measured.lse_NH), batch, scale)
+        if from_distances:
+            assert received_NH is not None
+        else:
+            received_NH = measured.received_NH
+        self._put(step, "attention_received", received_NH)
         return o_NHC
 
     def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
-        result = super().residual(step, half, x_ND, branch_ND, norms)
         if half == "attention":
             self._block_input = x_ND
-            return result
-        state_ND = result.residual_ND
-        norm_N = row_norm(state_ND)
-        self._put(step, "residual_norm", norm_N)
-        if "residual_peak" in self._wanted:
-            self._put(step, "residual_peak", row_peak(state_ND))
-        if "update_norm" in self._wanted:
-            assert self._block_input is not None
-            self._put(step, "update_norm", row_norm(state_ND.float() - self._block_input.float()))
+            return super().residual(step, half, x_ND, branch_ND, norms)
+        if self._residual:
+            result = self._measure_residual(step, x_ND, branch_ND, norms)
+        else:
+            result = super().residual(step, half, x_ND, branch_ND, norms)
         self._block_input = None
-        if step.recurrence >= 0:
-            self._measure_steps(step, state_ND, norm_N)
-            self._measure_gaps(step, state_ND, norm_N)
+        state_ND = result.residual_ND
         if self._out.state is not None and step.depth in self._state_index:
             assert self._out.state_rows is not None
             self._out.state[self._state_index[step.depth]] = state_ND[self._out.state_rows]
+        assert self._batch is not None, "a block attends before it leaves its residual"
+        self._residual_distances.add(step, state_ND, self._batch)
+        if step.depth == self._last_depth:
+            self._finish(self._batch)
         return result
 
     def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
@@ -169,31 +201,46 @@ class Statistics(Plain):
             if name in self._wanted:
                 self._out.values[name][[index for index, _ in waiting]] = values_RN
 
-    def _measure_steps(self, step: Step, state_ND: Tensor, norm_N: Tensor) -> None:
-        if not self._steps:
-            return
-        if step.recurrence > 0:
-            self._put_distance(step, "step", (state_ND, norm_N), self._before[step.layer])
-        self._before[step.layer] = (state_ND, norm_N)
+    def _measure_residual(self, step: Step, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
+        in_core, first_run = step.recurrence >= 0, self._first_run
+        result, measured_SN = residual_norm_statistics(
+            x_ND,
+            branch_ND,
+            **vars(norms),
+            block_input_ND=self._block_input if "update_norm" in self._wanted else None,
+            previous_ND=self._before.get(step.layer) if in_core and self._steps else None,
+            last_ND=first_run.states[step.layer] if in_core and self._gaps and first_run else None,
+        )
+        self._measured.append((step, measured_SN))
+        if in_core and self._steps:
+            self._before[step.layer] = result.residual_ND
+        if in_core and self._gaps and first_run is None:
+            self._measure_gaps(step, result.residual_ND, measured_SN[0])
+        return result
 
     def _measure_gaps(self, step: Step, state_ND: Tensor, norm_N: Tensor) -> None:
-        if not self._gaps:
-            return
-        if self._first_run is not None:
-            last_ND = self._first_run.states[step.layer]
-            self._put_distance(step, "gap", (state_ND, norm_N), (last_ND, row_norm(last_ND)))
-            return
+        """Keeps states until the last recurrence's is there."""
         self._kept.setdefault(step.layer, []).append((step, state_ND, norm_N))
-        if step.recurrence == self._last:
-            for kept_step, kept_ND, kept_norm_N in self._kept.pop(step.layer):
-                self._put_distance(kept_step, "gap", (kept_ND, kept_norm_N), (state_ND, norm_N))
+        if step.recurrence < self._last:
+            return
+        for kept_step, kept_ND, kept_norm_N in self._kept.pop(step.layer):
+            measured = distance(kept_ND, state_ND, kept_norm_N, norm_N)
+            self._put(kept_step, "gap_norm", measured.norm_N)
+            self._put(kept_step, "gap_cosine", measured.cosine_N)
 
-    def _put_distance(
-        self, step: Step, kind: str, state: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]
-    ) -> None:
-        measured = distance(state[0], reference[0], state[1], reference[1])
-        self._put(step, f"{kind}_norm", measured.norm_N)
-        self._put(step, f"{kind}_cosine", measured.cosine_N)
+    def _finish(self, batch: Packed) -> None:
+        """After the last block: what was set aside goes into the buffers, all depths in one move."""
+        self._attention_distances.finish(batch)
+        self._residual_distances.finish(batch)
+        if not self._measured:
+            return
+        steps, parts = zip(*self._measured, strict=True)
+        measured_LSN = torch.stack(parts)
+        self._measured = []
+        for row, name in enumerate(STATISTICS):
+            if name in self._wanted and (self._first_run or not name.startswith("gap_")):
+                depths = [s.depth for s in steps if s.recurrence >= QUANTITIES[name].first_recurrence]
+                self._out.values[name][depths] = measured_LSN[depths, row]
 
     def _put(self, step: Step, name: str, value: Tensor) -> None:
         if name in self._wanted:

@@ -118,8 +118,12 @@ class Slots:
         return {name: ((axis,), values, {"long_name": text}) for name, (axis, values, text) in found.items()}
 
 
-def depth_coordinates(steps: Sequence[Step], state_depths: Sequence[int] | None) -> dict[str, Coordinate]:
-    """Where each depth lies in the loop, and which depths' states are kept; None: no states."""
+def depth_coordinates(
+    steps: Sequence[Step], state_depths: Sequence[int] | None, *, has_pairs: bool = False
+) -> dict[str, Coordinate]:
+    """Where each depth lies in the loop, which depths' states are kept (None: no states), and the second
+    axis of pairs of depths if there are any.
+    """
     stages = {"flag_values": list(range(len(STAGES))), "flag_meanings": " ".join(STAGES)}
     texts = {
         "depth": "block invocation, in running order",
@@ -137,6 +141,8 @@ def depth_coordinates(steps: Sequence[Step], state_depths: Sequence[int] | None)
         name: (("depth",), values[name], {"long_name": text} | (stages if name == "stage" else {}))
         for name, text in texts.items()
     }
+    if has_pairs:
+        found["depth_other"] = (("depth_other",), values["depth"], {"long_name": "depth of the other block"})
     if state_depths is not None:
         depths = np.array(state_depths, np.int32)
         found["state_depth"] = (("depth_state",), depths, {"long_name": "depth of each kept state"})
@@ -150,13 +156,14 @@ def array_specs(
 
     Args:
         quantities: their names, in the store's order.
-        sizes: of every axis but the token's: depth, recurrence, head, hidden, depth_state.
+        sizes: of every axis but the first: depth, depth_other, recurrence, head, hidden, depth_state.
         state_dtype: the model's: float32, bfloat16 (kept as its bits) or float16.
     """
     specs = {}
     for name in quantities:
         quantity = QUANTITIES[name]
-        dimensions, unit_rows, dtype = quantity.axes, slots.unit_tokens, quantity.dtype
+        dimensions, dtype = quantity.axes, quantity.dtype
+        unit_rows = slots.unit_sequences if dimensions[0] == "sequence" else slots.unit_tokens
         attributes = {"long_name": quantity.definition, "units": quantity.unit}
         if name == "state":
             unit_rows, dtype = slots.unit_state_rows, state_dtype

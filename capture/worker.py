@@ -76,7 +76,7 @@ class Worker:
         receipt = {
             "num_sequences": len(sequences),
             "num_tokens": num_tokens,
-            "non_finite": _count_non_finite(buffers, num_tokens, self._source.description),
+            "non_finite": _count_non_finite(buffers, num_tokens, len(sequences), self._source.description),
             "model_seconds": time.perf_counter() - started_s,
             "versions": versions(),
         }
@@ -114,25 +114,35 @@ class Worker:
     @torch.inference_mode()
     def _measure(self, unit: int, sequences: list[_Sequence]) -> Buffers:
         d, device = self._source.description, self.model.device
-        C = self._plan["unit_tokens"]
-        sizes = {"depth": d.depth, "recurrence": d.recurrences, "head": d.num_heads}
+        sizes = {
+            "token": self._plan["unit_tokens"],
+            "sequence": self._plan["unit_sequences"],
+            "depth": d.depth,
+            "depth_other": d.depth,
+            "recurrence": d.recurrences,
+            "head": d.num_heads,
+        }
         values = {
-            name: _undefined(name, sizes, C, device)
-            for name in self._settings["quantities"]
-            if name != "state"
+            name: _undefined(name, sizes, device) for name in self._settings["quantities"] if name != "state"
         }
         state, state_slots = None, np.empty(0, np.int64)
         if self._state_depths:
             state_slots = self._state_slots(unit, sequences)
             shape = (len(self._state_depths), len(state_slots), d.width)
             state = torch.empty(shape, dtype=self.model.dtype, device=device)
+        first_sequence = 0
         for batch in _batches(sequences, self._settings["batch_tokens"]):
             start, end = batch[0].start, batch[-1].start + len(batch[-1].token_ids)
-            part = Buffers({name: value[:, start:end] for name, value in values.items()})
+            rows = {
+                "token": slice(start, end),
+                "sequence": slice(first_sequence, first_sequence + len(batch)),
+            }
+            first_sequence += len(batch)
+            part = Buffers({name: value[:, rows[QUANTITIES[name].axes[0]]] for name, value in values.items()})
             if state is not None:
                 first, last = np.searchsorted(state_slots, [start, end])
-                rows = torch.from_numpy(state_slots[first:last] - start).to(device)
-                part = Buffers(part.values, state[:, first:last], rows)
+                kept = torch.from_numpy(state_slots[first:last] - start).to(device)
+                part = Buffers(part.values, state[:, first:last], kept)
             self._measure_batch(batch, part)
         return Buffers(values, state)
 
@@ -142,7 +152,9 @@ class Worker:
         first_run = None
         if self._plan["gap_method"] == "run twice":
             is_measured = any(name.startswith("attention_") for name in buffers.values)
-            first_run = LastStates(d, measures_attention=is_measured)
+            first_run = LastStates(
+                d, measures_attention=is_measured, keeps_patterns="attention_gap" in buffers.values
+            )
             self.model(packed, first_run, initial_ND, interventions)
         tap = Statistics(
             d,
@@ -183,11 +195,13 @@ class Worker:
         return array
 
 
-def _undefined(name: str, sizes: dict[str, int], num_tokens: int, device: torch.device) -> Tensor:
-    """A quantity's buffer, [depth or recurrence, token, head if it has one], all of it undefined."""
+def _undefined(name: str, sizes: dict[str, int], device: torch.device) -> Tensor:
+    """A quantity's buffer, all of it undefined: its axes with depth or recurrence first, then token or
+    sequence.
+    """
     quantity = QUANTITIES[name]
-    _, axis, *heads = quantity.axes
-    shape = (sizes[axis], num_tokens, *(sizes[head] for head in heads))
+    rows, axis, *more = quantity.axes
+    shape = [sizes[name] for name in (axis, rows, *more)]
     if quantity.dtype == "int32":
         return torch.full(shape, -1, dtype=torch.int32, device=device)
     return torch.full(shape, float("nan"), device=device)
@@ -206,19 +220,20 @@ def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Se
     yield batch
 
 
-def _count_non_finite(buffers: Buffers, num_tokens: int, description: Description) -> dict[str, int]:
+def _count_non_finite(
+    buffers: Buffers, num_tokens: int, num_sequences: int, description: Description
+) -> dict[str, int]:
     """Infinite or undefined values where a number is due, by quantity."""
     counts = {}
     for name, value in buffers.values.items():
         if not value.is_floating_point():
             continue
-        if "recurrence" in QUANTITIES[name].axes:
-            counts[name] = int((~value[:, :num_tokens].isfinite()).sum())
-            continue
-        # steps begin at the second recurrence, gaps at the first; -1 stands for outside the core
-        first = 1 if name.startswith("step_") else 0 if name.startswith("gap_") else -1
-        due = [step.depth for step in description.steps() if step.recurrence >= first]
-        counts[name] = int((~value[due, :num_tokens].isfinite()).sum())
+        quantity = QUANTITIES[name]
+        filled = value[:, : num_sequences if quantity.axes[0] == "sequence" else num_tokens]
+        if quantity.axes[1] == "depth":
+            due = [s.depth for s in description.steps() if s.recurrence >= quantity.first_recurrence]
+            filled = filled[due]
+        counts[name] = int((~filled.isfinite()).sum())
     if buffers.state is not None:
         counts["state"] = int((~buffers.state.isfinite()).sum())
     return {name: count for name, count in counts.items() if count}

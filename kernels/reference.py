@@ -89,6 +89,32 @@ def attention_statistics(
     return {name: value.transpose(1, 2).flatten(0, 1) for name, value in values_BHX.items()}
 
 
+def attention_lse(q_NHC: Tensor, k_NKC: Tensor, lengths: Sequence[int], scale: float | None = None) -> Tensor:
+    """ln Σ_j exp(score_ij) over the keys that query i sees, [N, H]."""
+    H, C = q_NHC.shape[1:]
+    rows = []
+    for q_THC, k_TKC in zip(q_NHC.split(list(lengths)), k_NKC.split(list(lengths)), strict=True):
+        k_THC = k_TKC.double().repeat_interleave(H // k_TKC.shape[1], dim=1)
+        scores_HTT = torch.einsum("thc,shc->hts", q_THC.double(), k_THC)
+        scores_HTT *= C**-0.5 if scale is None else scale
+        future_TT = torch.ones(scores_HTT.shape[1:], dtype=torch.bool, device=q_NHC.device).triu(1)
+        rows.append(scores_HTT.masked_fill(future_TT, float("-inf")).logsumexp(-1).T)
+    return torch.cat(rows)
+
+
+def attention_distance(a_SHTT: Sequence[Tensor], b_SHTT: Sequence[Tensor]) -> Tensor:
+    """‖A − B‖_F of each sequence and head, [S, H], of two lists from `attention_matrix`."""
+    return torch.stack(
+        [(a_HTT - b_HTT).square().sum((1, 2)).sqrt() for a_HTT, b_HTT in zip(a_SHTT, b_SHTT, strict=True)]
+    )
+
+
+def attention_gram(a_nSHTT: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Σ_ij A_a A_b of all pairs of n lists from `attention_matrix`, [S, H, n, n]."""
+    sequences = [torch.stack(maps).flatten(2) for maps in zip(*a_nSHTT, strict=True)]  # [n, H, T · T] each
+    return torch.stack([torch.einsum("ahx,bhx->hab", a_nHX, a_nHX) for a_nHX in sequences])
+
+
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """weight · x / √(mean(x²) + eps)."""
     x_ND = x_ND.double()
@@ -109,6 +135,22 @@ def residual_statistics(
         values["step_norm"] = (x_ND - previous_ND.double()).norm(dim=-1)
         values["step_cosine"] = torch.cosine_similarity(x_ND, previous_ND.double(), dim=-1, eps=0.0)
     return values
+
+
+def residual_similarity(x_nND: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean cosine over each sequence's tokens of every pair of n residuals, [S, n, n]."""
+    x_nND = x_nND.double()
+    cosine_nnN = torch.cosine_similarity(x_nND.unsqueeze(0), x_nND.unsqueeze(1), dim=-1, eps=0.0)
+    return torch.stack([part_nnT.mean(-1) for part_nnT in cosine_nnN.split(list(lengths), -1)])
+
+
+def residual_entropy(x_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Entropy in nats of the squared singular values of each sequence's residuals, over their sum, [S]."""
+    shares = [
+        torch.linalg.svdvals(x_TD).square() / x_TD.square().sum()
+        for x_TD in x_ND.double().split(list(lengths))
+    ]
+    return torch.stack([torch.special.entr(share).sum() for share in shares])
 
 
 def lens(

@@ -27,7 +27,8 @@ def make_dataset(
     """A Dataset laid out like a store.
 
     Args:
-        sequences: quantity -> [token, depth, ...] of each sequence, packed in order.
+        sequences: quantity -> [token, depth, ...] of each sequence, packed in order; one row where a quantity
+            is a whole sequence's.
         shape: prelude, core, recurrences, coda.
         empty_slots: slots at the end of every unit that belong to no sequence; they hold NaN.
         empty_units: units at the end that were never captured.
@@ -46,9 +47,11 @@ def make_dataset(
         "sequence_length": np.zeros(U * Q, np.int32),
         "sequence_id": np.full(U * Q, -1, np.int64),
     }
+    of_sequence = {key for key in sequences[0] if QUANTITIES[key].axes[0] == "sequence"}
     arrays = {
         key: np.full(
-            (U * C, *values.shape[1:]), *(-1, np.int32) if values.dtype.kind == "i" else (np.nan, np.float32)
+            (U * (Q if key in of_sequence else C), *values.shape[1:]),
+            *(-1, np.int32) if values.dtype.kind == "i" else (np.nan, np.float32),
         )
         for key, values in sequences[0].items()
     }
@@ -65,7 +68,7 @@ def make_dataset(
             coordinates["sequence_length"][index] = length
             coordinates["sequence_id"][index] = 100 + unit * unit_sequences + place
             for key, values in sequence.items():
-                arrays[key][span] = values
+                arrays[key][slice(index, index + 1) if key in of_sequence else span] = values
             kept_slot[index] = slot + length - 1
             kept.append(index)
             slot += length
@@ -140,6 +143,24 @@ def quantities_of_attention(a_LHTT: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def quantities_of_sequence(
+    x_TLD: np.ndarray, a_LHTT: np.ndarray, shape: tuple[int, int, int, int]
+) -> dict[str, np.ndarray]:
+    """What a whole sequence has one value of at every depth, each [1, depth, ...]."""
+    prelude, core, recurrences, _ = shape
+    step_LH, gap_LH = np.full((2, *a_LHTT.shape[:2]), np.nan)
+    for depth in range(prelude, prelude + core * recurrences):
+        last = prelude + core * (recurrences - 1) + (depth - prelude) % core
+        gap_LH[depth] = np.sqrt(np.square(a_LHTT[depth] - a_LHTT[last]).sum((1, 2)))
+        if depth >= prelude + core:
+            step_LH[depth] = np.sqrt(np.square(a_LHTT[depth] - a_LHTT[depth - core]).sum((1, 2)))
+    share_LM = np.square(np.linalg.svd(x_TLD.swapaxes(0, 1), compute_uv=False))
+    share_LM /= share_LM.sum(1, keepdims=True)
+    entropy_L = -(share_LM * np.log(np.where(share_LM > 0, share_LM, 1))).sum(1)
+    found = {"attention_step": step_LH, "attention_gap": gap_LH, "residual_entropy": entropy_L}
+    return {name: values[None] for name, values in found.items()}
+
+
 def quantities_of_loop(
     rng: np.random.Generator, num_tokens: int, num_recurrences: int
 ) -> dict[str, np.ndarray]:
@@ -166,8 +187,9 @@ def random_sequences(lengths: list[int], shape: tuple[int, int, int, int], heads
         scores = rng.normal(size=(num_depths, heads, T, T)) * 3
         scores[:, 0, :, 0] += 6  # one head with a sink
         weights = np.exp(np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf))
+        weights /= weights.sum(-1, keepdims=True)
         sequence = quantities_of_states(x, shape)
-        sequence |= quantities_of_attention(weights / weights.sum(-1, keepdims=True))
+        sequence |= quantities_of_attention(weights) | quantities_of_sequence(x, weights, shape)
         sequences.append(sequence | (quantities_of_loop(rng, T, shape[2]) if shape[1] else {}))
         states.append(x)
     return sequences, states
@@ -192,6 +214,7 @@ def write_store(dataset: xr.Dataset, path: Path, units: list[int] | None = None)
     """The Dataset as a store on disk, with only `units` done (all by default)."""
     plan, U = dataset.attrs["plan"], dataset.sizes["unit"]
     rows = {"token": plan["unit_tokens"], "token_state": plan["num_state_rows"]}
+    rows["sequence"] = plan["unit_sequences"]
     create_store(
         path,
         plan=plan,

@@ -31,8 +31,10 @@ ROWS = [[(31 * i + 7 * j) % 256 for j in range(n)] for i, n in enumerate(LENGTHS
 
 
 def sequences(dataset: xr.Dataset, name: str) -> dict[int, np.ndarray]:
-    """A quantity's rows by sequence id, in order of position."""
+    """A quantity's rows by sequence id, in order of position; the one row of a whole sequence's."""
     ids, owners = dataset["sequence_id"].values, dataset["token_sequence"].values
+    if dataset[name].dims[0] == "sequence":
+        owners = np.arange(len(ids))
     return {int(ids[q]): dataset[name].values[owners == q] for q in np.flatnonzero(ids >= 0)}
 
 
@@ -83,10 +85,35 @@ def test_the_store_holds_what_the_authors_code_computed(name):
                 first = slice(d.prelude, d.prelude + d.core)
                 norm[first] = cosine[first] = float("nan")
             wanted_DST |= {f"{kind}_norm": norm, f"{kind}_cosine": cosine}
+    assert_sequence_quantities(dataset, d, a_DSHTT, x_DSTX.double())
     for quantity, values in wanted_DST.items():
         for sequence_id, stored in sequences(dataset, quantity).items():
             wanted = values[:, sequence_id].transpose(0, 1).float().numpy()
             np.testing.assert_allclose(stored, wanted, atol=1e-4, rtol=1e-5, err_msg=quantity)
+
+
+def assert_sequence_quantities(dataset, d, a_DSHTT, x_DSTX) -> None:
+    """Distances between the authors' attention matrices, and between their residuals."""
+    apart_DDSH = torch.stack([(a_DSHTT - a_SHTT).norm(dim=(-2, -1)) for a_SHTT in a_DSHTT])
+    unit_DSTX = x_DSTX / x_DSTX.norm(dim=-1, keepdim=True)
+    share_DSM = torch.linalg.svdvals(x_DSTX).square()
+    share_DSM = share_DSM / share_DSM.sum(-1, keepdim=True)
+    wanted_SD = {
+        "attention_distance": apart_DDSH.mean(-1).permute(2, 0, 1),
+        "residual_similarity": torch.einsum("astx,bstx->sab", unit_DSTX, unit_DSTX) / x_DSTX.shape[2],
+        "residual_entropy": torch.special.entr(share_DSM).sum(-1).T,
+    }
+    if d.core:
+        step, gap = torch.full((2, *a_DSHTT.shape[:3]), float("nan")).double()
+        for depth in range(d.prelude, d.prelude + d.core * d.recurrences):
+            last = d.prelude + d.core * (d.recurrences - 1) + (depth - d.prelude) % d.core
+            gap[depth] = apart_DDSH[depth, last]
+            if depth >= d.prelude + d.core:
+                step[depth] = apart_DDSH[depth, depth - d.core]
+        wanted_SD |= {"attention_step": step.transpose(0, 1), "attention_gap": gap.transpose(0, 1)}
+    for name, values in wanted_SD.items():
+        for sequence_id, (stored,) in sequences(dataset, name).items():
+            np.testing.assert_allclose(stored, values[sequence_id], atol=1e-4, err_msg=name)
 
 
 def test_the_store_holds_what_the_authors_gate_and_head_computed():
@@ -179,7 +206,8 @@ def test_values_do_not_depend_on_units_and_batches(whole, settings):
     for name in (*CAPTURED, "state"):
         wanted = sequences(whole, name)
         for sequence_id, values in sequences(dataset, name).items():
-            assert len(values) == LENGTHS[sequence_id]
+            is_whole = QUANTITIES[name].axes[0] == "sequence"
+            assert len(values) == (1 if is_whole else LENGTHS[sequence_id])
             np.testing.assert_allclose(values, wanted[sequence_id], atol=1e-5, rtol=1e-5, err_msg=name)
 
 
@@ -187,7 +215,9 @@ def test_values_do_not_depend_on_units_and_batches(whole, settings):
 def test_running_the_loop_twice_changes_no_bit(quantities):
     """In bfloat16, where two ways of computing attention would show in the second digit."""
     kept, twice = (
-        looptap.capture(TINY, ROWS, quantities=quantities, dtype="bfloat16", gap_memory_gib=bound)
+        looptap.capture(
+            TINY, ROWS, quantities=quantities, dtype="bfloat16", gap_memory_gib=bound, batch_tokens=64
+        )  # the same batches: without a number, maps would take fewer tokens within less memory
         for bound in (1.0, 0.0)
     )
     methods = [dataset.attrs["plan"]["gap_method"] for dataset in (kept, twice)]
@@ -198,15 +228,15 @@ def test_running_the_loop_twice_changes_no_bit(quantities):
 
 def test_empty_slots_read_as_missing(whole):
     dataset = looptap.capture(TINY, ROWS, quantities=("all",), states=("all",), unit_tokens=40, seed=3)
-    is_empty = dataset["token_sequence"].values < 0
-    assert is_empty.any()
+    empty = {"token": dataset["token_sequence"].values < 0, "sequence": dataset["sequence_id"].values < 0}
+    assert empty["token"].any() and empty["sequence"].any()
     for name in (*CAPTURED, "state"):
-        values = dataset[name].values
+        values, is_empty = dataset[name].values, empty[QUANTITIES[name].axes[0]]
         if name == "lens_token":
             assert (values[is_empty] == -1).all() and (values[~is_empty] >= 0).all()
             continue
         assert np.isnan(values[is_empty]).all()
-        if not name.startswith(("step_", "gap_")):
+        if not name.startswith(("step_", "gap_", "attention_step", "attention_gap")):
             assert np.isfinite(values[~is_empty]).all()
 
 
@@ -374,11 +404,11 @@ def test_a_unit_that_fails_three_times_is_reported_and_the_rest_goes_on(tmp_path
     tries = []
     attention = Plain.attention
 
-    def refuses_19(self, step, q_NHC, k_NKC, v_NKC, lengths, scale):
-        if 19 in lengths:
-            tries.append(lengths)
+    def refuses_19(self, step, q_NHC, k_NKC, v_NKC, batch, scale):
+        if 19 in batch.lengths:
+            tries.append(batch.lengths)
             raise RuntimeError("no kernel for 19 tokens")
-        return attention(self, step, q_NHC, k_NKC, v_NKC, lengths, scale)
+        return attention(self, step, q_NHC, k_NKC, v_NKC, batch, scale)
 
     command = [
         "looptap", "capture", TINY, "--data", str(tmp_path / "data.txt"), "--store", str(tmp_path / "s"),
@@ -431,7 +461,7 @@ def test_the_finished_store_opens_in_plain_xarray(tmp_path):
     U, C, K = 3, 32, dataset.attrs["plan"]["num_state_rows"]
     Q = dataset.attrs["plan"]["unit_sequences"]
     assert dict(dataset.sizes) == {
-        "token": U * C, "sequence": U * Q, "depth": 10, "recurrence": 4, "head": 4, "unit": U,
+        "token": U * C, "sequence": U * Q, "depth": 10, "depth_other": 10, "recurrence": 4, "head": 4, "unit": U,
         "token_state": U * K, "depth_state": 2, "hidden": 32,
     }  # fmt: skip
     for name in CAPTURED:
@@ -442,7 +472,7 @@ def test_the_finished_store_opens_in_plain_xarray(tmp_path):
     assert set(dataset.data_vars) == {*CAPTURED, "state"}
     coordinates = {
         "depth": ("depth", np.int32), "stage": ("depth", np.int8), "layer": ("depth", np.int16),
-        "recurrence": ("depth", np.int16), "token_id": ("token", np.int32),
+        "depth_other": ("depth_other", np.int32), "recurrence": ("depth", np.int16), "token_id": ("token", np.int32),
         "token_position": ("token", np.int32), "token_sequence": ("token", np.int32),
         "sequence_start": ("sequence", np.int64), "sequence_length": ("sequence", np.int32),
         "sequence_id": ("sequence", np.int64), "unit_done": ("unit", np.uint8),

@@ -36,7 +36,7 @@ def oracle(name: str, q: dict[str, np.ndarray]) -> np.ndarray:
     out = np.full(L, np.nan)
     for depth in range(L):
         if name in ("residual_norm", "residual_peak", "update_norm", "step_norm", "step_cosine", "gap_norm",
-                    "gap_cosine"):  # fmt: skip
+                    "gap_cosine", "attention_step", "attention_gap", "residual_entropy"):  # fmt: skip
             out[depth] = q[name][:, depth].mean()
         elif name == "residual_peak_max":
             out[depth] = q["residual_peak"][:, depth].max()

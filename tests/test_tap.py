@@ -29,11 +29,12 @@ def small(recurrences: int = 4, dtype: str = "float32"):
 
 def empty_buffers(model, names, **state) -> Buffers:
     d = model.description
-    sizes = {"depth": d.depth, "recurrence": d.recurrences}
+    sizes = {"depth": d.depth, "depth_other": d.depth, "recurrence": d.recurrences, "head": d.num_heads}
+    sizes |= {"token": N, "sequence": len(LENGTHS)}
     values = {}
     for name in names:
-        _, axis, *heads = QUANTITIES[name].axes
-        shape = (sizes[axis], N, *(d.num_heads for _ in heads))
+        rows, axis, *more = QUANTITIES[name].axes
+        shape = [sizes[axis] for axis in (axis, rows, *more)]
         is_whole = QUANTITIES[name].dtype == "int32"
         values[name] = (
             torch.full(shape, -1, dtype=torch.int32) if is_whole else torch.full(shape, float("nan"))
@@ -43,7 +44,8 @@ def empty_buffers(model, names, **state) -> Buffers:
 
 def last_states(model, names=GROUPS["all"]) -> LastStates:
     measures_attention = any(name.startswith("attention_") for name in names)
-    tap = LastStates(model.description, measures_attention=measures_attention)
+    keeps_patterns = "attention_gap" in names
+    tap = LastStates(model.description, measures_attention=measures_attention, keeps_patterns=keeps_patterns)
     with torch.inference_mode():
         model(BATCH, tap, INITIAL_ND)
     return tap
@@ -63,10 +65,10 @@ class Listening(Plain):
         self.residuals, self.before, self.queries_keys, self.seen = {}, {}, {}, []
         self.loop_states = {}
 
-    def attention(self, step, q_NHC, k_NKC, v_NKC, lengths, scale):
+    def attention(self, step, q_NHC, k_NKC, v_NKC, batch, scale):
         self.queries_keys[step.depth] = (q_NHC.clone(), k_NKC.clone(), v_NKC.clone())
         self.seen += [q_NHC, k_NKC, v_NKC]
-        return super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
+        return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
 
     def residual(self, step, half, x_ND, branch_ND, norms):
         if half == "attention":
@@ -86,6 +88,31 @@ def listen(model) -> Listening:
     with torch.inference_mode():
         model(BATCH, tap, INITIAL_ND)
     return tap
+
+
+def sequence_quantities(d, heard: Listening, values) -> dict[str, torch.Tensor]:
+    """Those of whole sequences, from matrices written out."""
+    wanted = {}
+    for name in GROUPS["distances"]:
+        wanted[name] = torch.full_like(values[name].double(), float("nan"))
+    last = {step.layer: step.depth for step in d.steps() if step.recurrence == d.recurrences - 1}
+    maps = [reference.attention_matrix(*heard.queries_keys[depth][:2], LENGTHS) for depth in range(d.depth)]
+    states = [heard.residuals[depth].double().split(LENGTHS) for depth in range(d.depth)]
+    for step in d.steps():
+        for s in range(len(LENGTHS)):
+            a_HTT, depth = maps[step.depth][s], step.depth
+            if step.recurrence > 0:
+                wanted["attention_step"][depth, s] = (a_HTT - maps[depth - d.core][s]).norm(dim=(1, 2))
+            if step.recurrence >= 0:
+                wanted["attention_gap"][depth, s] = (a_HTT - maps[last[step.layer]][s]).norm(dim=(1, 2))
+            spectrum = torch.linalg.svdvals(states[depth][s]).square()
+            wanted["residual_entropy"][depth, s] = torch.special.entr(spectrum / spectrum.sum()).sum()
+            for other in range(d.depth):
+                apart_HTT = a_HTT - maps[other][s]
+                wanted["attention_distance"][depth, s, other] = apart_HTT.norm(dim=(1, 2)).mean()
+                cosines_T = torch.cosine_similarity(states[depth][s], states[other][s], dim=-1, eps=0.0)
+                wanted["residual_similarity"][depth, s, other] = cosines_T.mean()
+    return wanted
 
 
 def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -117,6 +144,7 @@ def test_every_statistic_is_what_its_definition_says(dtype):
         of_attention = reference.attention(*heard.queries_keys[depth], LENGTHS, sink_tokens=2)
         for name in ("entropy", "peak", "sink", "received"):
             wanted[f"attention_{name}"][depth] = of_attention[name]
+    wanted |= sequence_quantities(d, heard, values)
     end_ND = model.read_out(heard.loop_states[d.recurrences - 1])
     left = torch.ones(N).double()
     for recurrence, state_ND in heard.loop_states.items():
@@ -136,6 +164,8 @@ def test_every_statistic_is_what_its_definition_says(dtype):
             same_share = (value == wanted[name]).double().mean()
             assert same_share > 0.9, "the two runs drift apart, but not to other tokens"
             continue
+        if name == "attention_distance":  # from inner products: its square is what is exact
+            value, wanted[name] = value.double().square(), wanted[name].square()
         torch.testing.assert_close(
             value.double(), wanted[name], atol=tolerance, rtol=tolerance, equal_nan=True,
             msg=lambda m, n=name: f"{n}: {m}",
@@ -153,9 +183,9 @@ def test_undefined_values_stand_exactly_where_the_contract_says():
         for step in steps:
             is_due = (
                 step.recurrence > 0
-                if name.startswith("step_")
+                if name.startswith(("step_", "attention_step"))
                 else step.recurrence >= 0
-                if name.startswith("gap_")
+                if name.startswith(("gap_", "attention_gap"))
                 else True
             )
             assert undefined[step.depth].eq(not is_due).all(), (name, step)
@@ -166,7 +196,8 @@ def test_undefined_values_stand_exactly_where_the_contract_says():
 def test_keeping_states_and_running_twice_agree_to_the_bit(recurrences, dtype):
     """Also where attention is measured, which then rounds otherwise than the plain one."""
     model = small(recurrences, dtype)
-    for names in (GROUPS["all"], GROUPS["gaps"], ("lens_kl", "lens_token"), ("gap_norm", "lens_kl")):
+    some = (("lens_kl", "lens_token"), ("gap_norm", "lens_kl"), ("attention_gap",), ("attention_step",))
+    for names in (GROUPS["all"], GROUPS["gaps"], *some):
         kept = measure(model, names)
         twice = measure(model, names, last=last_states(model, names))
         for name in names:
@@ -180,10 +211,12 @@ def test_the_last_recurrence_is_its_own_fixed_point():
         values = measure(model, **options)
         assert (values["gap_norm"][last] == 0).all()
         assert (values["gap_cosine"][last] == 1).all()
+        assert (values["attention_gap"][last] == 0).all()
         assert (values["lens_kl"][-1] == 0).all() and (values["lens_kl"][0] > 0).all()
         # and the recurrence before it is one step away
         before = [depth - model.description.core for depth in last]
         torch.testing.assert_close(values["gap_norm"][before], values["step_norm"][last])
+        torch.testing.assert_close(values["attention_gap"][before], values["attention_step"][last])
 
 
 @pytest.mark.parametrize("name", GROUPS["all"])
@@ -238,8 +271,8 @@ def test_nothing_kept_shares_memory_with_the_model():
     class Recording(Statistics):
         seen: list
 
-        def attention(self, step, q_NHC, k_NKC, v_NKC, lengths, scale):
-            o_NHC = super().attention(step, q_NHC, k_NKC, v_NKC, lengths, scale)
+        def attention(self, step, q_NHC, k_NKC, v_NKC, batch, scale):
+            o_NHC = super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
             self.seen += [q_NHC, k_NKC, v_NKC, o_NHC]
             return o_NHC
 
@@ -285,7 +318,8 @@ def test_a_feedforward_model_has_neither_steps_nor_gaps():
     with torch.inference_mode():
         model(BATCH, Statistics(model.description, buffers))
     for name, value in buffers.values.items():
-        assert value.isnan().all() if name.startswith(("step_", "gap_")) else value.isfinite().all(), name
+        undefined = ("step_", "gap_", "attention_step", "attention_gap")
+        assert value.isnan().all() if name.startswith(undefined) else value.isfinite().all(), name
 
 
 def test_buffers_are_filled_through_slices():
@@ -296,7 +330,9 @@ def test_buffers_are_filled_through_slices():
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
     for start, end in ((starts[0], starts[2]), (starts[2], starts[4])):
         lengths = LENGTHS[:2] if start == 0 else LENGTHS[2:]
-        part = replace(buffers, values={n: v[:, start:end] for n, v in buffers.values.items()})
+        rows = {"token": slice(start, end), "sequence": slice(0, 2) if start == 0 else slice(2, 4)}
+        here = {n: v[:, rows[QUANTITIES[n].axes[0]]] for n, v in buffers.values.items()}
+        part = replace(buffers, values=here)
         with torch.inference_mode():
             model(
                 Packed(BATCH.token_id_N[start:end], lengths),
@@ -305,7 +341,7 @@ def test_buffers_are_filled_through_slices():
             )
         if start == 0:
             for name, value in buffers.values.items():
-                rest = value[:, end:]
+                rest = value[:, 2 if QUANTITIES[name].axes[0] == "sequence" else end :]
                 assert (rest.isnan() if rest.is_floating_point() else rest == -1).all(), name
     for name, value in whole.items():
         torch.testing.assert_close(buffers.values[name], value, atol=1e-5, rtol=1e-5, equal_nan=True)

@@ -12,7 +12,8 @@ class Quantity:
     """One thing that can be captured.
 
     `axes` are dimensions of the store, `unit` is what an axis label shows, `definition` one line for help and
-    reports. A float is NaN where it is not defined, a whole number -1.
+    reports. A float is NaN where it is not defined, a whole number -1: before `first_recurrence`, which is 0
+    or 1 for what only the core has, and -1 where every block has it.
     """
 
     name: str
@@ -21,10 +22,13 @@ class Quantity:
     unit: str
     definition: str
     dtype: str = "float32"
+    first_recurrence: int = -1
 
 
 _DEPTH = ("token", "depth")
 _HEAD = ("token", "depth", "head")
+_SEQUENCE_HEAD = ("sequence", "depth", "head")
+_PAIRS = ("sequence", "depth", "depth_other")  # xarray takes no dimension twice
 _RECURRENCE = ("token", "recurrence")  # a dimension of its own; on depth, recurrence is a coordinate
 
 QUANTITIES: dict[str, Quantity] = {
@@ -48,6 +52,7 @@ QUANTITIES: dict[str, Quantity] = {
             "residual units",
             "L2 distance of the residual to the same layer's one recurrence earlier; NaN at the first "
             "recurrence and outside the core",
+            first_recurrence=1,
         ),
         Quantity(
             "step_cosine",
@@ -56,6 +61,7 @@ QUANTITIES: dict[str, Quantity] = {
             "cosine",
             "cosine of the residual and the same layer's one recurrence earlier; NaN at the first "
             "recurrence and outside the core",
+            first_recurrence=1,
         ),
         Quantity(
             "gap_norm",
@@ -63,6 +69,7 @@ QUANTITIES: dict[str, Quantity] = {
             "gaps",
             "residual units",
             "L2 distance of the residual to the same layer's after the last recurrence; NaN outside the core",
+            first_recurrence=0,
         ),
         Quantity(
             "gap_cosine",
@@ -70,6 +77,7 @@ QUANTITIES: dict[str, Quantity] = {
             "gaps",
             "cosine",
             "cosine of the residual and the same layer's after the last recurrence; NaN outside the core",
+            first_recurrence=0,
         ),
         Quantity(
             "attention_entropy",
@@ -94,6 +102,46 @@ QUANTITIES: dict[str, Quantity] = {
             "attention",
             "queries",
             "attention the token receives as a key, summed over all queries of its sequence",
+        ),
+        Quantity(
+            "attention_step",
+            _SEQUENCE_HEAD,
+            "distances",
+            "Frobenius norm",
+            "Frobenius distance of the sequence's attention matrix to the same layer's one recurrence "
+            "earlier; NaN at the first recurrence and outside the core",
+            first_recurrence=1,
+        ),
+        Quantity(
+            "attention_gap",
+            _SEQUENCE_HEAD,
+            "distances",
+            "Frobenius norm",
+            "Frobenius distance of the sequence's attention matrix to the same layer's after the last "
+            "recurrence; NaN outside the core",
+            first_recurrence=0,
+        ),
+        Quantity(
+            "attention_distance",
+            _PAIRS,
+            "distances",
+            "Frobenius norm",
+            "Frobenius distance of the attention matrices of two block invocations, mean over heads",
+        ),
+        Quantity(
+            "residual_similarity",
+            _PAIRS,
+            "distances",
+            "cosine",
+            "cosine of the residuals of two block invocations, mean over the sequence's tokens",
+        ),
+        Quantity(
+            "residual_entropy",
+            ("sequence", "depth"),
+            "distances",
+            "nat",
+            "matrix-based entropy of the sequence's residuals: of the eigenvalues of their Gram matrix, "
+            "normalised to trace 1",
         ),
         Quantity(
             "lens_kl",
@@ -133,7 +181,7 @@ QUANTITIES: dict[str, Quantity] = {
 
 GROUPS: dict[str, tuple[str, ...]] = {
     group: tuple(q.name for q in QUANTITIES.values() if q.group == group)
-    for group in ("residual", "steps", "gaps", "attention", "lens", "exit")
+    for group in ("residual", "steps", "gaps", "attention", "distances", "lens", "exit")
 }
 GROUPS["all"] = tuple(name for names in GROUPS.values() for name in names)  # not state, which is large
 
