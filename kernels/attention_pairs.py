@@ -3,7 +3,9 @@
 Two ways, because one does not do. Of a few recurrences of one layer, differences are taken element by element
 (`attention_chain`), and so are right even where a loop has nearly converged. Of all n invocations of a model
 only inner products are affordable, n² of them (`attention_gram`), and of them |A_a − A_b|² = G_aa + G_bb −
-2 G_ab keeps few digits of a distance below a hundredth of the norms (`distance_from_gram`).
+2 G_ab keeps few digits of a small distance (`distance_from_gram`): on a GPU, where probabilities are rounded
+to float16, of one below a hundredth of the norms; on a CPU, where they are float32 and the products float64,
+of one below a millionth.
 
 On a CPU both go past the queries a block at a time, as `attention_blocks.py`; on CUDA they are kernels of
 `gpu/`.
@@ -17,7 +19,9 @@ from torch import Tensor
 from .attention_blocks import QUERIES_PER_BLOCK, runs
 from .library import register
 
-STRIP_BYTES = 32 * 2**20  # of the probabilities of all invocations that exist at a time on a CPU
+STRIP_BYTES = (
+    32 * 2**20
+)  # of the probabilities of all invocations that exist at a time on a CPU, in two dtypes
 
 
 def attention_chain(
@@ -57,8 +61,8 @@ def attention_gram(
 ) -> Tensor:
     """Σ_ij A_a A_b of all pairs of n block invocations, float64 [S, H, n, n]; symmetric to the bit.
 
-    Args: stacked along the first axis; else as for `attention_chain`. A CPU keeps probabilities in float32, a
-        GPU in float16, which is worth a relative error of 5e-4 of √(G_aa G_bb) at the most.
+    Args: stacked along the first axis; else as for `attention_chain`. A CPU multiplies probabilities in
+        float64, a GPU in float16, which is worth a relative error of 5e-4 of √(G_aa G_bb) at the most.
     """
     return _attention_gram(q_nNHC, k_nNKC, lse_nNH, cu_seqlens_S, max_length, scale)
 
@@ -115,7 +119,7 @@ def _attention_gram_cpu(
     gram_SHnn = torch.zeros(len(cu_seqlens_S) - 1, H, n, n, dtype=torch.float64)
     for rows, size, sequences in _numbered_runs(cu_seqlens_S):
         # heads that share keys stay together; as many sequences as fit, and if not one does, fewer heads
-        strip_bytes = 4 * n * min(QUERIES_PER_BLOCK, size) * size * (H // K)
+        strip_bytes = (4 + 8) * n * min(QUERIES_PER_BLOCK, size) * size * (H // K)
         most_keys = max(1, STRIP_BYTES // strip_bytes)
         G, heads = max(1, most_keys // K), min(K, most_keys)
         for first in range(0, len(sequences), G):
@@ -143,7 +147,8 @@ def _gram_of_equal_lengths(
     gram_GHnn = torch.zeros(N // size, H, n, n, dtype=torch.float64)
     for start in range(0, size, QUERIES_PER_BLOCK):
         p_XHBJ = _probabilities(*layers, start, scale)
-        strip_GHnL = p_XHBJ.unflatten(0, (n, -1)).permute(1, 2, 0, 3, 4).flatten(3)
+        # in float64, since distances of a converged loop are what is left when these products cancel
+        strip_GHnL = p_XHBJ.unflatten(0, (n, -1)).permute(1, 2, 0, 3, 4).flatten(3).double()
         gram_GHnn += strip_GHnL @ strip_GHnL.mT
     return gram_GHnn
 

@@ -208,11 +208,15 @@ def _distance_cpu(
 ) -> tuple[Tensor, Tensor]:
     difference_N = row_norm(x_ND.float() - reference_ND.float())
     length_gap_N = norm_N - reference_norm_N
-    numerator_N = (difference_N - length_gap_N) * (difference_N + length_gap_N)
-    cosine_N = 1 - numerator_N / (2 * norm_N * reference_norm_N)
+    # products of two lengths would overflow where the lengths do not
+    below_N, above_N = difference_N - length_gap_N, difference_N + length_gap_N
+    cosine_N = 1 - below_N / (2 * norm_N) * (above_N / reference_norm_N)
     far = (~(difference_N < norm_N / 2)).nonzero().squeeze(1)
-    products = torch.linalg.vecdot(x_ND[far].float(), reference_ND[far].float())
-    cosine_N[far] = products / (norm_N[far] * reference_norm_N[far])
+    unit_FD, reference_FD = (
+        rows_ND[far].float() / lengths_N[far, None]
+        for rows_ND, lengths_N in ((x_ND, norm_N), (reference_ND, reference_norm_N))
+    )
+    cosine_N[far] = torch.linalg.vecdot(unit_FD, reference_FD)
     return difference_N, cosine_N
 
 

@@ -26,6 +26,7 @@ def residual_similarity(x_nND: Tensor, lengths: Sequence[int]) -> Tensor:
     for x_nTD, sum_nn in zip(x_nND.split(list(lengths), 1), sums_Snn, strict=True):
         for piece_nTD in x_nTD.split(tokens, 1) if x_nTD.shape[1] else ():
             unit_TnD = piece_nTD.transpose(0, 1).float()
+            unit_TnD = unit_TnD / unit_TnD.abs().amax(-1, keepdim=True)  # or squares of large ones overflow
             unit_TnD = unit_TnD / torch.linalg.vector_norm(unit_TnD, dim=-1, keepdim=True)
             # a product per token: one sum over all tokens' channels would round near 1 in the sixth digit
             sum_nn += (unit_TnD @ unit_TnD.mT).sum(0, dtype=torch.float64)
