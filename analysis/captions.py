@@ -112,6 +112,17 @@ def _settling(each: Findings) -> str:
     return f"{text}; {on} at or below {SETTLED_ENTROPY:g} nat."
 
 
+def _attention_distances(each: Findings) -> str:
+    parts = []
+    for name in ("attention_step", "attention_gap"):
+        value_RL = _core(each, name)
+        if value_RL is not None and len(value_RL) > 1:
+            worst_R = value_RL.max(axis=1)  # the last gap is 0 by its definition
+            course = _course(worst_R[:-1] if name == "attention_gap" and len(worst_R) > 2 else worst_R, "")
+            parts.append(f"the largest {_name(name)} of a layer {course}")
+    return f"In {each.label} {', '.join(parts)}." if parts else ""
+
+
 def _stages(each: Findings) -> str:
     parts = []
     for name, what in (
@@ -255,6 +266,11 @@ _CAPTIONS: dict[str, tuple[str, Callable[[Findings], str]]] = {
         "How far one recurrence moves each layer's residual, over the residual's norm, and the cosine of the "
         "residuals before and after.",
         _steps,
+    ),
+    "attention_distances": (
+        "Frobenius distance of each layer's attention matrix to its own one recurrence earlier, and to its "
+        "own after the last recurrence, mean over heads.",
+        _attention_distances,
     ),
     "distance_to_the_fixed_point": (
         "Distance of each layer's residual to its own after the last recurrence, the approximate fixed "

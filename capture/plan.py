@@ -79,19 +79,28 @@ class Plan:
         """
         d = self.description
         batch = self._longest_batch * (8 * d.width + 4 * d.mlp_width) * self._itemsize
-        batch += self._longest_batch * self._map_bytes
+        batch += self._longest_batch * (self._map_bytes + self._before_bytes)
         if self.gap_method == "keep states":
             batch += self.kept_bytes
         elif self.gap_method == "run twice":
             batch += self.kept_bytes // d.recurrences
         weights = self.source.num_parameters * self._itemsize
-        return _RUNTIME_BYTES + weights + 2 * self.disk_bytes // self.slots.num_units + batch
+        return _RUNTIME_BYTES + weights + 2 * self._unit_bytes + batch
 
     @cached_property
     def disk_bytes(self) -> int:
-        """Bytes of all units' arrays before compression, which statistics shrink a little by."""
-        specs = self.arrays().values()
-        return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs)
+        """Bytes of all units' arrays before compression, which statistics shrink a little by; of slots for
+        sequences only the filled ones, since the others shrink to nothing.
+        """
+        empty = self.slots.num_units * self.slots.unit_sequences - self.slots.num_sequences
+        return sum(
+            _num_bytes(spec, spec.shape[0] - (empty if spec.dimensions[0] == "sequence" else 0))
+            for spec in self.arrays().values()
+        )
+
+    @property
+    def _unit_bytes(self) -> int:
+        return sum(_num_bytes(spec, spec.unit_rows) for spec in self.arrays().values())
 
     @property
     def batch_tokens(self) -> int:
@@ -117,6 +126,14 @@ class Plan:
         """Of one token in one attention pattern: its queries, its keys, the row's sum."""
         d = self.description
         return (d.num_heads + d.num_kv_heads) * d.head_width * self._itemsize + 4 * d.num_heads
+
+    @property
+    def _before_bytes(self) -> int:
+        """Of one token: what the recurrence before left, which steps are measured from."""
+        d = self.description
+        states = d.width * self._itemsize if any(name in GROUPS["steps"] for name in self.quantities) else 0
+        patterns = self._pattern_bytes if "attention_step" in self.quantities else 0
+        return d.core * (states + patterns)
 
     @property
     def _map_bytes(self) -> int:
@@ -227,6 +244,10 @@ def make_plan(settings: CaptureSettings, source: ModelSource | None = None) -> P
         tokenizer={"name": tokenizer.name, "sha256": tokenizer.sha256} if tokenizer else {},
         initial_states=_states_file(settings, dataset, source.description),
     )
+
+
+def _num_bytes(spec: ArraySpec, rows: int) -> int:
+    return rows * math.prod(spec.shape[1:]) * np.dtype(spec.dtype).itemsize
 
 
 def absent_quantities(description: Description) -> dict[str, str]:

@@ -41,8 +41,9 @@ def print_plan(plan: Plan) -> None:
     table.add_row("disk", f"up to {to_size(plan.disk_bytes)} in {plan.settings.store}")
     gaps = {
         None: "",
-        "keep states": f"; keeps {to_size(plan.kept_bytes)} of loop states until the last recurrence",
-        "run twice": f"; runs the loop twice, for its states would take {to_size(plan.kept_bytes)}",
+        "keep states": f"; keeps {to_size(plan.kept_bytes)} until the last recurrence",
+        "run twice": f"; runs the loop twice, for keeping what it leaves would take "
+        f"{to_size(plan.kept_bytes)}",
     }[plan.gap_method]
     table.add_row("memory", f"about {to_size(plan.memory_bytes)}{gaps}")
     console.print(table)

@@ -36,7 +36,8 @@ class CaptureSettings:
         "exit",
     )
     """Names of quantities, or the groups residual, steps, gaps, attention, distances, lens, exit, all; with
-    spaces or commas. A group leaves out what the model does not have."""
+    spaces or commas. A group leaves out what the model does not have. distances compares whole sequences and
+    costs most."""
     states: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SELECTION [SELECTION ...]")] = ()
     """Keep residuals too: all, or STAGE[LAYERS]@RECURRENCES such as core[-1]@0,1,last and core[all]@last."""
     tokens: Annotated[str, tyro.conf.arg(metavar="SELECTION")] = "all"
@@ -65,7 +66,7 @@ class CaptureSettings:
     """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""
     gap_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 2.0
     """Memory that kept states may take for the gaps and the lens, GiB; past it the loop is run twice instead.
-    Maps of all pairs of blocks keep as much, and take fewer tokens at once past it."""
+    Maps of all pairs of blocks may take as much again, and past it fewer tokens run at once."""
 
     def check(self) -> None:
         """Raises ValueError for a number out of its range.

@@ -240,6 +240,12 @@ def test_similarity_matches_reference(lengths, D, dtype, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("factor", [1e19, 1e-25])
+def test_similarity_of_residuals_whose_squares_leave_float32(factor):
+    x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(residual_similarity(x * factor, [7]), residual_similarity(x, [7]))
+
+
 def test_similarity_of_opposite_zero_and_no_residuals():
     x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
     x = torch.cat([x, -x * 3, x])

@@ -461,8 +461,8 @@ def test_the_finished_store_opens_in_plain_xarray(tmp_path):
     U, C, K = 3, 32, dataset.attrs["plan"]["num_state_rows"]
     Q = dataset.attrs["plan"]["unit_sequences"]
     assert dict(dataset.sizes) == {
-        "token": U * C, "sequence": U * Q, "depth": 10, "depth_other": 10, "recurrence": 4, "head": 4, "unit": U,
-        "token_state": U * K, "depth_state": 2, "hidden": 32,
+        "token": U * C, "sequence": U * Q, "depth": 10, "depth_other": 10, "recurrence": 4, "head": 4,
+        "unit": U, "token_state": U * K, "depth_state": 2, "hidden": 32,
     }  # fmt: skip
     for name in CAPTURED:
         assert dataset[name].dims == QUANTITIES[name].axes
@@ -472,7 +472,8 @@ def test_the_finished_store_opens_in_plain_xarray(tmp_path):
     assert set(dataset.data_vars) == {*CAPTURED, "state"}
     coordinates = {
         "depth": ("depth", np.int32), "stage": ("depth", np.int8), "layer": ("depth", np.int16),
-        "depth_other": ("depth_other", np.int32), "recurrence": ("depth", np.int16), "token_id": ("token", np.int32),
+        "depth_other": ("depth_other", np.int32), "recurrence": ("depth", np.int16),
+        "token_id": ("token", np.int32),
         "token_position": ("token", np.int32), "token_sequence": ("token", np.int32),
         "sequence_start": ("sequence", np.int64), "sequence_length": ("sequence", np.int32),
         "sequence_id": ("sequence", np.int64), "unit_done": ("unit", np.uint8),

@@ -236,3 +236,10 @@ def test_heavy_modules_stay_out(code, heavy, tmp_path):
 
 def test_a_heavy_module_is_seen(tmp_path):
     assert loaded_by("import zarr", {"torch", "zarr"}, cwd=tmp_path) == {"zarr"}
+
+
+def test_models_and_kernels_load_torch_alone(tmp_path):
+    """They run where nothing else of ours is installed; Triton is loaded by the first launch on a GPU."""
+    code = "import looptap.capture.tap, looptap.capture.models.load, looptap.kernels.attention_pairs"
+    others = {"triton", "zarr", "xarray", "ray", "tyro", "rich", "pyarrow", "huggingface_hub", "tokenizers"}
+    assert loaded_by(code, others | {"torch"}, cwd=tmp_path) == {"torch"}

@@ -86,6 +86,25 @@ def test_attention_rows_and_columns_add_up():
     assert (row0[0] == 0).all() and (row0[1] == 1).all()
 
 
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (6, 2), (8, 1)])
+def test_columns_from_rows_that_are_known(lengths, H, K):
+    q, k, v = random_qkv(lengths, H, K, 16, scale=2.0)  # scores up to some 20
+    _, statistics = attention_with_statistics(q, k, v, *packing(lengths), 0.25, columns=False)
+    assert statistics.received_NH.numel() == 0
+    got = attention_columns(q, k, statistics.lse_NH, *packing(lengths), 0.25)
+    wanted = reference.attention(q, k, v, lengths)["received"]
+    torch.testing.assert_close(got.double(), wanted, rtol=5e-6, atol=1e-9)
+
+
+def test_log_sum_exp():
+    lengths = (70, 3)
+    q, k, v = random_qkv(lengths, 4, 2, 16, scale=3.0)
+    _, statistics = attention_with_statistics(q, k, v, *packing(lengths), 0.25)
+    wanted = reference.attention_lse(q, k, lengths, 0.25)
+    torch.testing.assert_close(statistics.lse_NH.double(), wanted, rtol=0, atol=2e-5)
+
+
 def test_attention_in_bfloat16_errs_no_more_than_its_inputs():
     """Statistics of bf16 queries and keys are float32 of the exact softmax, not of a rounded matrix."""
     lengths = (150,)
@@ -123,6 +142,17 @@ def test_cosine_near_one(apart):
     wanted = 1 - torch.cosine_similarity(x.double(), y.double(), dim=-1)
     got = 1 - distance(x, y, row_norm(x), row_norm(y)).cosine_N.double()
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=6e-8)  # 2⁻²⁴: the cosine itself is float32
+
+
+def test_cosine_of_rows_whose_squares_overflow_together():
+    """Norms near 1.5e19: their product is beyond float32, they are not."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 64, generator=generator) * 2e18
+    for apart in (0.01, 0.2, 0.45):
+        y = x + apart * torch.randn(8, 64, generator=generator) * 2e18
+        wanted = torch.cosine_similarity(x.double(), y.double(), dim=-1)
+        got = distance(x, y, row_norm(x), row_norm(y)).cosine_N.double()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=5e-7)
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])

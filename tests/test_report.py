@@ -33,6 +33,7 @@ NAMES = (
     "distance_to_the_fixed_point",
     "trajectory",
     "attention_settling",
+    "attention_distances",
     "stages_by_depth",
     "stages_by_recurrence",
     "stages_by_layer",
@@ -209,6 +210,7 @@ def test_small_and_large_loops_make_a_page(tmp_path, shape):
         figure = draw([found])
         if figure is not None:
             figure.chart().to_dict()  # checked against the Vega-Lite schema
+            assert caption(figure.name, [found])
     assert page_of(tmp_path, dataset).json(**{"class": "spec"})
 
 

@@ -26,9 +26,8 @@ class Packed:
     lengths: tuple[int, ...]  # tokens of each sequence; they add up to N
     given_position_N: InitVar[Tensor | None] = None  # positions other than 0, 1, 2, ... of each sequence
     position_N: Tensor = field(init=False)  # int64, what the rotary angles of every token follow
-    cu_seqlens_S: Tensor = field(
-        init=False
-    )  # int32 [S + 1], where each sequence begins and the last one ends
+    # int32 [S + 1], where each sequence begins and the last one ends
+    cu_seqlens_S: Tensor = field(init=False)
 
     def __post_init__(self, given_position_N: Tensor | None) -> None:
         # made here and not when asked for: torch.compile takes them for inputs of its graph
@@ -66,14 +65,7 @@ class Plain:
         """Adds a branch to the stream; after half "mlp" the result is the residual that DESIGN calls
         recorded.
         """
-        return residual_norm(
-            x_ND,
-            branch_ND,
-            eps=norms.eps,
-            branch_weight_D=norms.branch_weight_D,
-            stream_weight_D=norms.stream_weight_D,
-            next_weight_D=norms.next_weight_D,
-        )
+        return residual_norm(x_ND, branch_ND, **vars(norms))
 
     def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
         """Called with what enters the next recurrence, after the rule that ends this one."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..store.commit import Attempt, Store
 from ..store.layout import create_store
 from ..store.lock import driver_lock
+from ..store.quantities import QUANTITIES
 from ..units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from ..versions import versions
 from .errors import WatchError
@@ -87,8 +88,7 @@ def _write_unit(
             non_finite[name] = _count_non_finite(due)
         else:
             values = np.concatenate([sequence[name] for sequence in sequences])
-            # steps begin at the second recurrence, gaps at the first; -1 stands for outside the core
-            first = 1 if name.startswith("step_") else 0 if name.startswith("gap_") else -1
+            first = QUANTITIES[name].first_recurrence
             depths = [step.depth for step in structure.steps() if step.recurrence >= first]
             non_finite[name] = _count_non_finite(values[:, depths])
         attempt.write(name, values)
