@@ -1,13 +1,13 @@
 """The chain kernel, on a GPU or in the interpreter, against float64."""
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 
 from looptap.kernels.gpu import attention_chain as module
 from looptap.kernels.gpu.settings import Settings
 from looptap.tests.kernels.patterns import Guards, Patterns
+from looptap.tests.kernels.properties import given, settings
+from looptap.tests.kernels.properties import strategies as st
 
 DISTANCE = 1e-3  # relative, down to a relative distance of 1e-3
 RECEIVED = 5e-6  # relative, for scores up to 30
@@ -203,8 +203,8 @@ def test_numbers_of_recurrences_that_are_refused(R, device):
         patterns.chain(module.attention_chain, [0, 0])
 
 
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
-@hypothesis.given(
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
     size=st.floats(0.1, 4.0),

@@ -1,7 +1,5 @@
 """The Gram kernels, on a GPU or in the interpreter, against float64."""
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 import triton
@@ -12,6 +10,8 @@ from looptap.kernels.attention_pairs import distance_from_gram
 from looptap.kernels.gpu import attention_gram as module
 from looptap.kernels.gpu.settings import Settings
 from looptap.tests.kernels.patterns import Guards, Patterns
+from looptap.tests.kernels.properties import given, settings
+from looptap.tests.kernels.properties import strategies as st
 
 GRAM = 5e-4  # of √(G_aa G_bb)
 
@@ -210,8 +210,8 @@ def test_places_in_the_triangle(device):
     assert torch.equal(torch.stack([row, column], 1).long(), wanted)
 
 
-@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
-@hypothesis.given(
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     n=st.integers(1, 6),
     size=st.floats(0.1, 4.0),

@@ -4,13 +4,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from looptap.kernels.gpu import attention as kernel
 from looptap.kernels.gpu import tiles
 from looptap.kernels.gpu.settings import read_table
 from looptap.tests.kernels.packed import Packed, cut, guarded, make_packed, poisoned
+from looptap.tests.kernels.properties import given, settings
+from looptap.tests.kernels.properties import strategies as st
 
 # numpy's, of rows behind a sequence's end
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

@@ -6,13 +6,13 @@ from itertools import chain, combinations, product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from looptap.kernels import reference
 from looptap.kernels import residual_norm as cpu
 from looptap.kernels.gpu import residual_norm as kernel
 from looptap.kernels.gpu.settings import find_settings
+from looptap.tests.kernels.properties import given, settings
+from looptap.tests.kernels.properties import strategies as st
 
 # numpy's, of what the interpreter computes behind a mask or of rows of zeros
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore:Mismatch dtype")
