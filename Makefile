@@ -1,5 +1,6 @@
 # Each target sets up what it needs: an environment in $(VENV), installed again when pyproject.toml changes.
 VENV ?= .venv
+VENV_36 ?= .venv-3.6
 # a name on PATH may be a shim that does not run, so each is tried
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
@@ -7,38 +8,70 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would collide
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint kernels kernels-3.6 kernels-table gpu tune clean
 
 help:  ## list the targets
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  ## ' '/^[a-z0-9.-]+:.*  ## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed  ## capture a small looped model and write a report; no download after set-up
 	$(VENV)/bin/looptap demo
 
 test: lint  ## lint, type-check and test
 	$(VENV)/bin/python -m pytest
+	$(call interpret,$(VENV))
 
 lint: $(VENV)/.installed-test  ## ruff and pyright
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+kernels: $(VENV)/.installed-test  ## the kernels alone: compiled for GPUs that are not there, and interpreted
+	$(call compile,$(VENV))
+	$(call interpret,$(VENV))
+
+kernels-3.6: $(VENV_36)/.installed-3.6  ## the same with Triton 3.6, in an environment of its own
+	$(call compile,$(VENV_36))
+	$(call interpret,$(VENV_36))
+
+kernels-table: $(VENV)/.installed-test $(VENV_36)/.installed-3.6  ## rewrite what the kernels take, for both Tritons
+	$(VENV)/bin/python -m looptap.benchmarks.resources --write
+	$(VENV_36)/bin/python -m looptap.benchmarks.resources --write
+
+gpu: build/path/looptap  ## check and measure the kernels on the GPU at hand, with its own python3
+	PYTHONPATH=build/path python3 -u -m looptap.benchmarks.gpu $(ARGS)
+
+tune: build/path/looptap  ## find the fastest settings for the GPU at hand and write them into the table
+	PYTHONPATH=build/path python3 -u -m looptap.benchmarks.tune $(ARGS)
+
 clean:  ## remove .venv, the demo and every cache
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.6 demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml
-	$(call install,.)
+	$(call install,$(VENV),'.')
 
 $(VENV)/.installed-test: pyproject.toml
-	$(call install,.[test])
+	$(call install,$(VENV),'.[test]')
+
+# Triton 3.6's interpreter cannot count to a tensor that NumPy 2.4 refuses as an integer
+$(VENV_36)/.installed-3.6: pyproject.toml
+	$(call install,$(VENV_36),'.[test]' 'triton==3.6.0' 'numpy<2.4')
+
+# looptap can be imported from here by a Python that it is not installed in
+build/path/looptap:
+	mkdir -p $(@D)
+	ln -sfn ../.. $@
+
+# each has a process of its own, as a kernel is either compiled or interpreted
+compile = $(1)/bin/python -m pytest tests/test_kernels_compiled.py tests/test_kernels_compiled_bytes.py
+interpret = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest tests/kernels
 
 # pip comes last into a new environment: one without it was cut off, and is made again over what is there
 define install
-	@test -x $(VENV)/bin/pip || test -n "$(PYTHON)" || \
+	@test -x $(1)/bin/pip || test -n "$(PYTHON)" || \
 		{ echo "no Python 3.11 or 3.12 with ensurepip was found; give one: make PYTHON=/path/to/python" >&2; exit 2; }
-	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	@echo "installing looptap into $(VENV); the first time this takes some minutes"
-	$(VENV)/bin/python -m pip install --quiet --editable '$(1)'
-	@touch $(VENV)/.installed $@
+	@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+	@echo "installing looptap into $(1); the first time this takes some minutes"
+	$(1)/bin/python -m pip install --quiet --editable $(2)
+	@touch $(1)/.installed $@
 endef

@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.extras import SubcommandApp
 
 from .benchmarks.capture import CaptureBench
+from .benchmarks.kernels import KernelsBench
 from .benchmarks.load import LoadBench
 from .benchmarks.watch import WatchBench
 from .capture.settings import CaptureSettings, InspectSettings
@@ -171,6 +172,15 @@ def bench_capture(settings: OmitArgPrefixes[CaptureBench]) -> int:
     from .benchmarks import capture as benchmark
 
     benchmark.bench_capture(settings)
+    return 0
+
+
+@bench.command(name="kernels")
+def bench_kernels(settings: OmitArgPrefixes[KernelsBench]) -> int:
+    """Measure every kernel beside what a user would call instead, on a GPU if there is one."""
+    from .benchmarks import kernels as benchmark
+
+    benchmark.bench_kernels(settings)
     return 0
 
 

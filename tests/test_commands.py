@@ -254,7 +254,7 @@ HELP = [
         [name]
         for name in ("capture", "status", "verify", "info", "analyze", "report", "inspect", "demo", "bench")
     ),
-    *(["bench", name] for name in ("capture", "load", "watch")),
+    *(["bench", name] for name in ("capture", "kernels", "load", "watch")),
 ]
 
 

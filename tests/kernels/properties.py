@@ -1,5 +1,5 @@
-"""hypothesis where it is installed. A machine with a GPU may lack it: property tests then say so and skip, and
-all others run. `make test` installs it.
+"""hypothesis where it is installed. A machine with a GPU may lack it: property tests then say so and skip,
+and all others run. `make test` installs it.
 """
 
 from typing import Any
