@@ -177,7 +177,7 @@ def bench_capture(settings: OmitArgPrefixes[CaptureBench]) -> int:
 
 @bench.command(name="kernels")
 def bench_kernels(settings: OmitArgPrefixes[KernelsBench]) -> int:
-    """Measure every kernel beside what a user would call instead, on a GPU if there is one."""
+    """Measure every kernel beside what a user would call instead."""
     from .benchmarks import kernels as benchmark
 
     benchmark.bench_kernels(settings)

@@ -40,7 +40,7 @@ def list_candidates(entry: Entry, target: str) -> list[Settings]:
     if entry.kernel == "residual_norm":
         grid = [Settings(rows=rows, num_warps=warps) for rows, warps in product((1, 2, 4, 8), (2, 4, 8, 16))]
     else:
-        has_descriptors = entry.kernel in ("attention", "attention_with_statistics")
+        has_descriptors = entry.kernel in ("attention", "attention_with_statistics", "attention_columns")
         described = (False, True) if has_descriptors and target in ("sm_90", "sm_100") else (False,)
         sizes = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), described)
         grid = [
