@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -280,13 +279,12 @@ def test_a_stopped_run_leaves_whole_files_alone(hub, environment, capture, tmp_p
     hub.stalls = {"model-2-of-3.safetensors": 200_000}
     command = [sys.executable, "-m", "looptap", "capture", ID, "--data", "ids.npy", "--store", "run.zarr"]
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+        command, cwd=tmp_path, env=environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "120"},
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
         assert hub.stalled.wait(60)
         process.send_signal(stop)
-        begun_s = time.monotonic()
-        stderr = process.communicate(timeout=60)[1]
-    assert time.monotonic() - begun_s < 5  # the library's own wait for its server is 10 s
+        stderr = process.communicate(timeout=60)[1]  # half of what the library would wait for its server
     assert process.returncode == (130 if stop == signal.SIGINT else -stop)
     assert "Traceback" not in stderr and not (tmp_path / "run.zarr").exists()
     hub.requests.clear()
