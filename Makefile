@@ -1,6 +1,8 @@
 # Each target sets up what it needs: an environment in $(VENV), installed again when pyproject.toml changes.
 VENV ?= .venv
 VENV_36 ?= .venv-3.6
+# the machine's own, which has a torch for its GPU
+GPU_PYTHON ?= python3
 # a name on PATH may be a shim that does not run, so each is tried
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
@@ -38,10 +40,12 @@ kernels-table: $(VENV)/.installed-test $(VENV_36)/.installed-3.6  ## rewrite wha
 	$(VENV_36)/bin/python -m looptap.benchmarks.resources --write
 
 gpu: build/path/looptap  ## check and measure the kernels on the GPU at hand, with its own python3
-	PYTHONPATH=build/path python3 -u -m looptap.benchmarks.gpu $(ARGS)
+	$(need_gpu_python)
+	PYTHONPATH=build/path $(GPU_PYTHON) -u -m looptap.benchmarks.gpu $(ARGS)
 
 tune: build/path/looptap  ## find the fastest settings for the GPU at hand and write them into the table
-	PYTHONPATH=build/path python3 -u -m looptap.benchmarks.tune $(ARGS)
+	$(need_gpu_python)
+	PYTHONPATH=build/path $(GPU_PYTHON) -u -m looptap.benchmarks.tune $(ARGS)
 
 clean:  ## remove .venv, the demo and every cache
 	rm -rf .venv .venv-3.6 demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -61,6 +65,10 @@ $(VENV_36)/.installed-3.6: pyproject.toml
 build/path/looptap:
 	mkdir -p $(@D)
 	ln -sfn ../.. $@
+
+need_gpu_python = @$(GPU_PYTHON) -c 'import torch, triton, numpy, pytest, safetensors' 2>/dev/null || { \
+	echo "$(GPU_PYTHON) lacks one of torch, triton, numpy, pytest and safetensors;" \
+		"give another: make $@ GPU_PYTHON=/path/to/python" >&2; exit 2; }
 
 # each has a process of its own, as a kernel is either compiled or interpreted
 compile = $(1)/bin/python -m pytest tests/test_kernels_compiled.py tests/test_kernels_compiled_bytes.py

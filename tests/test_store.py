@@ -427,7 +427,7 @@ def test_plan_differences(tmp_path):
 
 
 def test_resolve_quantities():
-    assert len(QUANTITIES) == 16
+    assert len(QUANTITIES) == 21
     assert resolve_quantities(["attention_peak", "steps", "step_norm"]) == (
         "step_norm",
         "step_cosine",
