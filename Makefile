@@ -1,6 +1,9 @@
 # Each target sets up what it needs: an environment in $(VENV), installed again when pyproject.toml changes.
 VENV ?= .venv
 VENV_36 ?= .venv-3.6
+# for environments that have no looptap; the newest zarr needs a newer Python than the oldest does
+PYTHON_311 ?= python3.11
+PYTHON_312 ?= python3.12
 # the machine's own, which has a torch for its GPU
 GPU_PYTHON ?= python3
 # a name on PATH may be a shim that does not run, so each is tried
@@ -10,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would collide
-.PHONY: help demo test lint kernels kernels-3.6 kernels-table gpu tune clean
+.PHONY: help demo test lint kernels kernels-3.6 kernels-table interop gpu tune clean
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z0-9.-]+:.*  ## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +41,12 @@ kernels-3.6: $(VENV_36)/.installed-3.6  ## the same with Triton 3.6, in an envir
 kernels-table: $(VENV)/.installed-test $(VENV_36)/.installed-3.6  ## rewrite what the kernels take, for both Tritons
 	$(VENV)/bin/python -m looptap.benchmarks.resources --write
 	$(VENV_36)/bin/python -m looptap.benchmarks.resources --write
+
+interop: $(VENV)/.installed-test  ## read stores without looptap: zarr 3.1 and the newest, zarrs, tensorstore, xarray, dask
+	rm -rf build/stores && mkdir -p build/stores
+	$(VENV)/bin/python -m looptap.tests.state_stores build/stores
+	$(call read_plainly,$(PYTHON_311),build/zarr-3.1,zarr==3.1.6)
+	$(call read_plainly,$(PYTHON_312),build/zarr-new,zarr>=3.4)
 
 gpu: build/path/looptap  ## check and measure the kernels on the GPU at hand, with its own python3
 	$(need_gpu_python)
@@ -73,6 +82,15 @@ need_gpu_python = @$(GPU_PYTHON) -c 'import torch, triton, numpy, pytest, safete
 # each has a process of its own, as a kernel is either compiled or interpreted
 compile = $(1)/bin/python -m pytest tests/test_kernels_compiled.py tests/test_kernels_compiled_bytes.py
 interpret = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest tests/kernels
+
+# in a bare environment of its own; the libraries are those that the test environment has or newer
+define read_plainly
+	@$(1) -c '' 2>/dev/null || { echo "$(1) does not run; give another: make interop PYTHON_312=/path/to/python" >&2; exit 2; }
+	@test -x $(2)/bin/pip || $(1) -m venv $(2)
+	@$(2)/bin/python -m pip install --quiet '$(3)' zarrs tensorstore xarray dask
+	@for store in build/stores/*.zarr; do echo "$(2): $$store"; \
+		$(2)/bin/python -I tests/plain_readers.py $$store $${store%.zarr}.npz || exit 1; done
+endef
 
 # pip comes last into a new environment: one without it was cut off, and is made again over what is there
 define install

@@ -5,16 +5,18 @@ dataset = looptap.capture("random:(0,12x32,0)I", ["Once upon a time"])  # in mem
 with looptap.watch(module, "layers.*") as watched:  # any torch.nn.Module, as it is
     module(token_ids)
 dataset = looptap.open("run.zarr")  # what `looptap capture` wrote, lazily
+for rows in looptap.batches("run.zarr", depths=[12], seed=0): ...  # its states in random order, for training
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["WatchError", "capture", "load_model", "open", "watch"]
+__all__ = ["WatchError", "batches", "capture", "load_model", "open", "watch"]
 
 if TYPE_CHECKING:
     from .capture.memory import capture
     from .capture.models.load import load_model
+    from .capture.store.batches import make_batches as batches
     from .capture.store.reader import open_store as open
     from .capture.watch.context import watch
     from .capture.watch.errors import WatchError
@@ -30,6 +32,10 @@ def __getattr__(name: str) -> Any:
         from .capture.store.reader import open_store
 
         return open_store
+    if name == "batches":
+        from .capture.store.batches import make_batches
+
+        return make_batches
     if name == "watch":
         from .capture.watch.context import watch
 

@@ -6,21 +6,23 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from tyro.extras import SubcommandApp
 
 from .benchmarks.capture import CaptureBench
 from .benchmarks.kernels import KernelsBench
 from .benchmarks.load import LoadBench
+from .benchmarks.store import StoreBench
 from .benchmarks.watch import WatchBench
 from .capture.settings import CaptureSettings, InspectSettings
 
 app = SubcommandApp()
 bench = SubcommandApp()
 
-StorePath = Annotated[Path, Positional, arg(metavar="STORE", help="A store made by looptap capture.")]
+# text, as a URL does not survive a Path
+StorePath = Annotated[str, Positional, arg(metavar="STORE", help="A store made by looptap capture.")]
 StorePaths = Annotated[
-    tuple[Path, ...], Positional, arg(metavar="STORE", help="Stores, drawn side by side in this order.")
+    tuple[str, ...], Positional, arg(metavar="STORE", help="Stores, drawn side by side in this order.")
 ]
 
 
@@ -47,14 +49,23 @@ def status(store: StorePath) -> int:
 
 
 @app.command
-def verify(store: StorePath) -> int:
+def verify(store: StorePath, repair: Annotated[bool, FlagCreatePairsOff] = False) -> int:
     """Compare every file of a store with the checksum taken when it was written.
 
     Exit code 1 if a file is not what was committed, or if units are missing.
+
+    Args:
+        repair: Void units that are not as they were written, so that the capture's command runs them again,
+            and remove what killed attempts left.
     """
-    from .capture.show import print_verified
+    from .capture.show import print_repaired, print_verified
+    from .capture.store.repair import repair_store
     from .capture.store.verify import verify_store
 
+    if repair:
+        repaired = repair_store(store)
+        print_repaired(repaired)
+        return 1 if repaired.irreparable or repaired.units_missing else 0
     found = verify_store(store)
     print_verified(found)
     return 0 if found.ok and not found.units_missing else 1
@@ -75,8 +86,8 @@ def info(
     """
     from .capture.show import print_model, print_store
 
-    if (Path(target) / ".looptap").is_dir():
-        print_store(Path(target))
+    if target.startswith("s3://") or (Path(target) / ".looptap").is_dir():
+        print_store(target)
     else:
         from .capture.models.load import find_model
 
@@ -190,6 +201,15 @@ def bench_load(settings: OmitArgPrefixes[LoadBench]) -> int:
     from .benchmarks import load as benchmark
 
     benchmark.bench_load(settings)
+    return 0
+
+
+@bench.command(name="store")
+def bench_store(settings: OmitArgPrefixes[StoreBench]) -> int:
+    """Measure the store's goals beside the disk and the libraries that read and write Zarr."""
+    from .benchmarks import store as benchmark
+
+    benchmark.bench_store(settings)
     return 0
 
 

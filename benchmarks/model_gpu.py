@@ -15,6 +15,7 @@ from torch import Tensor
 from ..capture.models.model import LoopedModel
 from ..capture.models.random import parse_random
 from ..capture.models.tap import Half, HalfNorms, Packed, Plain
+from ..capture.states import StatesInMemory
 from ..capture.tap import Buffers, Statistics
 from ..kernels.residual_norm import Residual, rms_norm
 from .kernels_gpu import Found, OrNaN, make_rows
@@ -70,17 +71,14 @@ def bench_model(timer: Timer, sizes: ModelSizes) -> Found:
         shapes = {name: (d.depth, N, H) if name.startswith("attention_") else (d.depth, N) for name in names}
         shapes |= {name: (d.depth, S, H) for name in names if name == "attention_step"}
         values = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
-        kept = (
-            torch.empty(d.depth, N, d.width, dtype=sizes.dtype, device=device),
-            torch.arange(N, device=device),
-        )
-        buffers = Buffers(values, *kept) if states else Buffers(values)
+        state_LND = torch.empty(d.depth, N, d.width, dtype=sizes.dtype, device=device)
         depths = range(d.depth) if states else ()
 
         def run(i: int) -> None:
+            buffers = Buffers(values, StatesInMemory(state_LND) if states else None)
             model(batch, Statistics(d, buffers, state_depths=depths))
-            if buffers.state is not None:
-                host.copy_(buffers.state, non_blocking=True)
+            if states:
+                host.copy_(state_LND, non_blocking=True)
 
         return run
 

@@ -21,9 +21,11 @@ from .initial_states import StatesFile, check_start, open_states
 from .models.description import Description
 from .models.load import ModelSource, find_model
 from .selection import select_depths, select_halves, select_tokens
-from .settings import CaptureSettings
+from .settings import RUN_SETTINGS, CaptureSettings
+from .states import num_buffers
 from .store.layout import ArraySpec, Coordinate
 from .store.quantities import GROUPS, QUANTITIES, resolve_quantities
+from .store.shard import buffer_rows
 from .units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from .versions import versions
 
@@ -74,8 +76,8 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """An estimate of the peak: runtime, weights, one unit's results twice (as measured and as written),
-        one batch.
+        """An estimate of the peak: runtime, weights, one unit's statistics twice (as measured and as
+        written), the ring that states go through, one batch.
         """
         d = self.description
         batch = self._longest_batch * (8 * d.width + 4 * d.mlp_width) * self._itemsize
@@ -85,7 +87,7 @@ class Plan:
         elif self.gap_method == "run twice":
             batch += self.kept_bytes // d.recurrences
         weights = self.source.num_parameters * self._itemsize
-        return _RUNTIME_BYTES + weights + 2 * self._unit_bytes + batch
+        return _RUNTIME_BYTES + weights + 2 * self._statistics_bytes + self._ring_bytes + batch
 
     @cached_property
     def disk_bytes(self) -> int:
@@ -99,8 +101,20 @@ class Plan:
         )
 
     @property
-    def _unit_bytes(self) -> int:
-        return sum(_num_bytes(spec, spec.unit_rows) for spec in self.arrays().values())
+    def _statistics_bytes(self) -> int:
+        """Of one unit."""
+        specs = self.arrays().items()
+        return sum(_num_bytes(spec, spec.unit_rows) for name, spec in specs if name != "state")
+
+    @property
+    def _ring_bytes(self) -> int:
+        if "state" not in self.quantities:
+            return 0
+        state = self.arrays()["state"]
+        assert state.shards is not None
+        itemsize = np.dtype(state.dtype).itemsize
+        rows = buffer_rows(state.chunks, state.shards, itemsize)
+        return num_buffers(len(self.state_depths)) * rows * self.description.width * itemsize
 
     @property
     def batch_tokens(self) -> int:
@@ -162,7 +176,7 @@ class Plan:
             "hidden": d.width,
             "depth_state": len(self.state_depths),
         }
-        return array_specs(self.quantities, self.slots, sizes, self.dtype)
+        return array_specs(self.quantities, self.slots, sizes, self.dtype, self.settings.state_codec)
 
     def coordinates(self) -> dict[str, Coordinate]:
         """All that is known of every slot before the capture."""
@@ -174,7 +188,8 @@ class Plan:
     def document(self) -> dict[str, Any]:
         """The plan as the store records it; `hash` is over everything but `versions` and `created`."""
         settings = asdict(self.settings)
-        for name in ("model", "data", "store"):  # paths of one machine; what they hold is recorded instead
+        # paths of one machine, whose contents are recorded instead, and what belongs to one run
+        for name in ("model", "data", "store", *RUN_SETTINGS):
             del settings[name]
         settings |= {"quantities": list(self.quantities)}
         settings |= {name: list(settings[name]) for name in ("states", "zero")}
@@ -238,7 +253,7 @@ def make_plan(settings: CaptureSettings, source: ModelSource | None = None) -> P
         dataset=dataset,
         quantities=quantities,
         state_depths=state_depths,
-        device=resolve_device(settings.device),
+        device=resolve_device(settings.device, is_here=settings.engine != "ray"),
         dtype=source.resolve_dtype(settings.dtype),
         slots=Slots(rows, units, unit_tokens, kept),
         tokenizer={"name": tokenizer.name, "sha256": tokenizer.sha256} if tokenizer else {},
@@ -261,9 +276,11 @@ def absent_quantities(description: Description) -> dict[str, str]:
     return absent
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, is_here: bool = True) -> str:
     """The device that "auto" stands for here.
 
+    Args:
+        is_here: the model will run on this machine, so a GPU must be here.
     Raises:
         PlanError: a GPU is asked for and torch sees none of that number.
     """
@@ -277,7 +294,7 @@ def resolve_device(device: str) -> str:
         wanted = None
     if wanted is None or wanted.type not in ("cpu", "cuda"):
         raise PlanError(f"device {device!r} is not known; use cpu, cuda or cuda:NUMBER")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+    if is_here and wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise PlanError(f"device {device} is not there; torch sees {torch.cuda.device_count()} GPUs")
     return device
 

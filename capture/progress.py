@@ -3,19 +3,24 @@
 All of it goes to stderr; what a command was asked to show (`show.py`) goes to stdout.
 """
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from signal import SIGINT, SIGTERM
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from .engine import UnitDone, UnitFailed
+from .engines.events import Event, SlowUnit, UnitDone, UnitFailed, WorkerJoined, WorkerLost, WorkerRefused
 from .plan import Plan
-from .run import Outcome, prepare_store, run_capture
+from .run import Outcome, RunBegan, run_capture
 from .show import make_console, to_size
 
 console = make_console(stderr=True)
+LINE_S = 10.0  # between lines where there is no bar
 
 
 def print_plan(plan: Plan) -> None:
@@ -49,42 +54,140 @@ def print_plan(plan: Plan) -> None:
     console.print(table)
 
 
+class UnitBar:
+    """Counts what ends: one bar on a terminal, a line now and then elsewhere.
+
+    Rates are over this run alone.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None, facts="", left="")
+        self._began_s = self._said_s = time.monotonic()
+        self._num_units = self._num_before = self._num_done = self._num_said = 0
+        self._num_tokens = self._num_bytes = self._num_failed = self._num_workers = 0
+
+    def __call__(self, event: RunBegan | Event) -> None:
+        match event:
+            case RunBegan():
+                self._began_s = self._said_s = time.monotonic()
+                self._num_units, self._num_before = event.num_units, event.num_done
+                self._num_done = self._num_said = event.num_done
+            case UnitDone():
+                self._num_done += 1
+                self._num_tokens += event.receipt.num_tokens
+                self._num_bytes += event.receipt.num_bytes
+            case UnitFailed():
+                self._num_failed += 1
+                console.print(f"unit {event.unit} failed three times:\n{event.error}")
+            case WorkerJoined() | WorkerLost():
+                if self._num_done == self._num_before:
+                    self._began_s = time.monotonic()  # models are loaded
+                self._num_workers = event.num_workers
+        if (line := _to_line(event)) is not None:
+            console.print(line)
+        self._show()
+
+    def _show(self) -> None:
+        facts = ", ".join(self._facts())
+        self._progress.update(
+            self._task, total=self._num_units, completed=self._num_done, facts=facts, left=self._left()
+        )
+        now_s = time.monotonic()
+        num_new = self._num_done - self._num_said
+        is_due = 10 * num_new >= self._num_units or (num_new and now_s - self._said_s >= LINE_S)
+        if is_due and not console.is_terminal:
+            self._said_s, self._num_said = now_s, self._num_done
+            console.print(f"{self._num_done} of {self._num_units} units, {facts}, {self._left()} left")
+
+    def _facts(self) -> list[str]:
+        """Few enough characters for 80 columns, bar and all."""
+        rate = self._num_tokens / max(1e-9, time.monotonic() - self._began_s)
+        facts = [
+            f"{_short(self._num_tokens)} tokens",
+            f"{_short(rate)} tokens/s",
+            f"{_short(self._num_bytes, ' ')}B",
+        ]
+        if self._num_workers > 1:
+            facts.append(f"{self._num_workers} workers")
+        if self._num_failed:
+            facts.append(f"{self._num_failed} failed")
+        return facts
+
+    def _left(self) -> str:
+        num_done = self._num_done - self._num_before
+        if not num_done:
+            return "-:--:--"
+        seconds = (time.monotonic() - self._began_s) / num_done
+        return str(timedelta(seconds=round(seconds * (self._num_units - self._num_done - self._num_failed))))
+
+
 @contextmanager
-def unit_bar(plan: Plan, num_done: int) -> Iterator["UnitBar"]:
-    """A bar on a terminal; nothing elsewhere."""
+def unit_bar() -> Iterator[UnitBar]:
+    """Shows a run while it goes on."""
     columns = (
-        TextColumn("capture"),
-        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("units"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("capture", total=plan.slots.num_units, completed=num_done, rate="")
-        yield UnitBar(progress, task)
+        yield UnitBar(progress)
 
 
-class UnitBar:
-    """Counts what ends; its rate is over this run alone."""
+def _to_line(event: RunBegan | Event) -> str | None:
+    match event:
+        case WorkerLost(worker=worker, where=where, why=why, unit=unit):
+            during = "" if unit is None else f" in unit {unit}"
+            return f"worker {worker} ({where}) is lost{during}: {why}; its units go to others"
+        case WorkerRefused(worker=worker, why=why):
+            return f"worker {worker} could not be started: {why}"
+        case SlowUnit(unit=unit, where=where, seconds=seconds, median_s=median_s):
+            return f"unit {unit} takes {seconds:.0f} s on {where}; units take {median_s:.1f} s"
+    return None
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
-        self._started_s = time.perf_counter()
-        self._num_tokens = 0
 
-    def __call__(self, event: UnitDone | UnitFailed) -> None:
-        if isinstance(event, UnitFailed):
-            console.print(f"unit {event.unit} failed three times:\n{event.error}")
-            return
-        self._num_tokens += event.entry["num_tokens"]
-        rate = self._num_tokens / (time.perf_counter() - self._started_s)
-        self._progress.update(self._task, advance=1, rate=f"{rate:.0f} tokens/s")
+def _short(number: float, space: str = "") -> str:
+    """Three digits and a prefix: 12.3k."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g}{space}{prefix}"
+        number /= 1000
+    return f"{number:.4g}{space}T"
+
+
+class Halt:
+    """What Ctrl-C does while a command captures: once, units in flight are finished and none is begun; twice,
+    it stops at once. SIGTERM is a Ctrl-C, as jobs are told with it that their time is over.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    def __enter__(self) -> "Halt":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (SIGINT, SIGTERM)}
+        else:  # only the main thread may, and it gets the signals
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+        # from a thread: whoever was interrupted may hold the console's lock
+        text = "finishing the units in flight; Ctrl-C again stops at once"
+        threading.Thread(target=console.print, args=(text,)).start()
 
 
 def print_outcome(outcome: Outcome, seconds: float) -> None:
     """One line of result, one for anything that is not as it should be."""
-    done = outcome.num_units - len(outcome.failures)
+    done = outcome.num_units - len(outcome.failures) - outcome.num_left
     before = f", {outcome.num_resumed} of them before" if outcome.num_resumed else ""
     console.print(
         f"{done} of {outcome.num_units} units are in {outcome.path}{before}; this run took {seconds:.1f} s"
@@ -100,11 +203,16 @@ def print_outcome(outcome: Outcome, seconds: float) -> None:
 
 
 def run_with_progress(plan: Plan) -> Outcome:
-    """A capture as a person watches it: the plan, the bar, the outcome."""
+    """A capture as a person watches it: the plan, the bar, the outcome.
+
+    Raises:
+        KeyboardInterrupt: it was told to stop, and units are left.
+    """
     print_plan(plan)
-    num_done = len(prepare_store(plan).done())
     started_s = time.perf_counter()
-    with unit_bar(plan, num_done) as bar:
-        outcome = run_capture(plan, bar)
+    with Halt() as halt, unit_bar() as bar:
+        outcome = run_capture(plan, bar, lambda: not halt.is_asked)
     print_outcome(outcome, time.perf_counter() - started_s)
+    if outcome.num_left:
+        raise KeyboardInterrupt
     return outcome

@@ -1,32 +1,48 @@
 """A whole capture: plan, store, engine, progress, end. Running it again goes on where it stopped."""
 
-import shutil
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine import UnitDone, UnitFailed, run_local
+from .engines.drive import POLL_S
+from .engines.engine import open_engine
+from .engines.events import Event, UnitDone, UnitFailed
 from .plan import Plan, PlanError
 from .store.commit import Store
+from .store.errors import StoreLockedError
 from .store.layout import create_store, plan_differences, store_exists
 from .store.lock import driver_lock
+from .store.place import open_place
+
+
+@dataclass(frozen=True)
+class RunBegan:
+    """The store is there, and so is what the engine needs."""
+
+    num_units: int
+    num_done: int
+    """Before this run."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
 
-    path: Path
+    path: str | Path
     num_units: int
     num_resumed: int
     """Units that were there before this run."""
     failures: tuple[UnitFailed, ...]
+    num_left: int
+    """Units that were not begun, as the run was told to stop."""
     num_non_finite: int
     """Values of this run's units that are infinite or undefined where a number is due."""
 
     @property
     def complete(self) -> bool:
-        return not self.failures
+        return not self.failures and not self.num_left
 
 
 def prepare_store(plan: Plan) -> Store:
@@ -53,47 +69,73 @@ def prepare_store(plan: Plan) -> Store:
     return Store.open(path)
 
 
-def run_capture(plan: Plan, on_event: Callable[[UnitDone | UnitFailed], None] = lambda _: None) -> Outcome:
+def run_capture(
+    plan: Plan,
+    on_event: Callable[[RunBegan | Event], None] = lambda _: None,
+    goes_on: Callable[[], bool] = lambda: True,
+) -> Outcome:
     """Captures what is not yet in the store.
 
     Args:
-        on_event: told of every unit that ends.
+        on_event: told that the run began, of every unit that ends, and of workers that come and go.
+        goes_on: asked all the time; after False, units in flight are finished and none is begun.
     Raises:
-        as `prepare_store`; StoreLockedError: another run writes this store; StoreFullError: the disk filled
-        up.
+        as `prepare_store` and `open_engine`; StoreLockedError: another run writes this store; StoreFullError:
+        the disk filled up; NoWorkersError: no worker is left.
     """
-    store = prepare_store(plan)
     failures: list[UnitFailed] = []
     num_non_finite = 0
-    with driver_lock(store.path):
+    with ExitStack() as stack:
+        path = plan.settings.store
+        has_work = not store_exists(path) or bool(Store.open(path).todo())
+        engine = stack.enter_context(open_engine(plan)) if has_work else None
+        store = prepare_store(plan)
+        lock = stack.enter_context(driver_lock(path))
         todo = store.todo()
         store.clean_staging()
-        if todo:
-            for event in run_local(plan.source, store, todo, plan.initial_states):
+        on_event(RunBegan(store.num_units, store.num_units - len(todo)))
+        if todo and engine is not None:
+            for event in engine.run(store, todo, _watching(lambda: lock.held, store, goes_on)):
                 if isinstance(event, UnitFailed):
                     failures.append(event)
-                else:
-                    num_non_finite += sum(event.entry["non_finite"].values())
+                elif isinstance(event, UnitDone):
+                    num_non_finite += event.receipt.num_non_finite
                 on_event(event)
-        if not failures:
+        if not (left := store.todo()):
             store.finish()
     return Outcome(
-        path=store.path,
-        num_units=plan.slots.num_units,
-        num_resumed=plan.slots.num_units - len(todo),
+        path=path,
+        num_units=store.num_units,
+        num_resumed=store.num_units - len(todo),
         failures=tuple(failures),
+        num_left=len(set(left) - {failure.unit for failure in failures}),
         num_non_finite=num_non_finite,
     )
+
+
+def _watching(is_held: Callable[[], bool], store: Store, goes_on: Callable[[], bool]) -> Callable[[], bool]:
+    """`goes_on`, and the end of a run that is no longer the one that drives."""
+    looked_s = time.monotonic()
+
+    def ask() -> bool:
+        nonlocal looked_s
+        if time.monotonic() - looked_s >= POLL_S:
+            looked_s = time.monotonic()
+            if not is_held():
+                raise StoreLockedError(
+                    f"another run has taken {store} over, as this one gave no sign of life for too "
+                    "long; it stops, and what it committed stays"
+                )
+        return goes_on()
+
+    return ask
 
 
 def _check_disk(plan: Plan, num_todo: int) -> None:
     """Refuses before work begins; the estimate is of uncompressed arrays and so on the safe side."""
     needed = plan.disk_bytes // plan.slots.num_units * num_todo
-    parent = next(
-        p for p in [plan.settings.store.absolute(), *plan.settings.store.absolute().parents] if p.exists()
-    )
-    free = shutil.disk_usage(parent).free
-    if needed > free:
+    free = open_place(plan.settings.store).free_bytes()
+    if free is not None and needed > free:
         raise PlanError(
             f"{plan.settings.store} needs up to {needed / 2**20:,.1f} MiB and its disk has "
             f"{free / 2**20:,.1f} MiB free; choose fewer quantities, states or rows, or another disk"

@@ -8,6 +8,9 @@ import tyro
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+# who does the work and how, which may differ each time that a capture is gone on with
+RUN_SETTINGS = ("engine", "workers", "ray_address", "unit_limit_s", "worker_wait_s")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
@@ -18,8 +21,8 @@ class CaptureSettings:
     such as random:(0,12x32,0)I,norm=pre."""
     data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """.jsonl (with --field), .txt (a document a line), token ids as .npy [S, T] or .safetensors."""
-    store: Annotated[Path, tyro.conf.arg(metavar="PATH")]
-    """Directory of the Zarr store to write or to go on with."""
+    store: Annotated[str | Path, tyro.conf.arg(metavar="PATH")]
+    """Directory of the Zarr store to write or to go on with, or s3://bucket/prefix."""
     field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
     """Field of each .jsonl line that holds the text."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="ROWS")] = None
@@ -40,6 +43,9 @@ class CaptureSettings:
     costs most."""
     states: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SELECTION [SELECTION ...]")] = ()
     """Keep residuals too: all, or STAGE[LAYERS]@RECURRENCES such as core[-1]@0,1,last and core[all]@last."""
+    state_codec: Literal["none", "lossless"] = "none"
+    """How states are stored: bare, which is quickest to write and read, or losslessly compressed by about a
+    fifth, for slow disks and networks."""
     tokens: Annotated[str, tyro.conf.arg(metavar="SELECTION")] = "all"
     """Whose states are kept: all, last (of each sequence), every:8 (positions), sample:0.05 (a share)."""
     sink_tokens: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 1
@@ -67,13 +73,24 @@ class CaptureSettings:
     gap_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 2.0
     """Memory that kept states may take for the gaps and the lens, GiB; past it the loop is run twice instead.
     Maps of all pairs of blocks may take as much again, and past it fewer tokens run at once."""
+    engine: Literal["local", "ray"] = "local"
+    """Where workers run: on this machine, or in a Ray cluster, one on each GPU (on CPUs one on each node)."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="NUMBER")] = None
+    """Most workers. With the local engine so many processes, a GPU each or a share of the cores; if not given
+    one in this process. With Ray as many as there is room for, if not given."""
+    ray_address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Of the Ray cluster; RAY_ADDRESS if not given, and without either a cluster on this machine alone."""
+    unit_limit_s: Annotated[float | None, tyro.conf.arg(metavar="SECONDS")] = None
+    """A worker whose unit takes longer, in seconds, is killed; needs workers that are not in this process."""
+    worker_wait_s: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0
+    """How long, in seconds, to wait for a worker while a cluster has room for none."""
 
     def check(self) -> None:
         """Raises ValueError for a number out of its range.
 
         Called by the plan: raised while the command line is parsed, the message would be buried in another.
         """
-        for name in ("limit", "recurrences", "unit_tokens", "batch_tokens", "sink_tokens"):
+        for name in ("limit", "recurrences", "unit_tokens", "batch_tokens", "sink_tokens", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -81,6 +98,14 @@ class CaptureSettings:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not 0 <= self.gap_memory_gib < float("inf"):
             raise ValueError(f"gap_memory_gib must be a number from 0, got {self.gap_memory_gib}")
+        for name in ("unit_limit_s", "worker_wait_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0 seconds, got {value}")
+        if self.engine != "ray" and self.ray_address is not None:
+            raise ValueError(f"ray_address {self.ray_address} is for --engine ray, which was not given")
+        if self.engine == "local" and self.workers is None and self.unit_limit_s is not None:
+            raise ValueError("unit_limit_s needs workers that can be killed: give --workers 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

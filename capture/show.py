@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .inspect import Inspection
     from .models.description import Description
     from .models.load import ModelSource
+    from .store.repair import Repair
     from .store.verify import Report
 
 
@@ -26,7 +27,7 @@ def make_console(stderr: bool) -> Console:
 console = make_console(stderr=False)
 
 
-def print_status(path: Path, status: dict[str, Any]) -> None:
+def print_status(path: str | Path, status: dict[str, Any]) -> None:
     """What `store_status` found."""
     done, total = status["units_done"], status["units_total"]
     table = Table.grid(padding=(0, 2))
@@ -62,11 +63,41 @@ def print_verified(report: "Report") -> None:
     if missing:
         console.print(f"  {missing} units are missing; the capture's command continues it")
     console.print(
-        "every committed file is as it was written" if report.ok else f"{len(report.problems)} problems"
+        "every committed file is as it was written"
+        if report.ok
+        else f"{len(report.problems)} problems; looptap verify --repair makes their units to do again"
     )
 
 
-def print_store(path: Path) -> None:
+def print_repaired(repair: "Repair") -> None:
+    """What `repair_store` did, and what is left to do."""
+    console.print(f"{repair.path}: {len(repair.problems)} problems")
+    for problem in repair.problems:
+        console.print(f"  {problem}", style="red")
+    for file in repair.files_restored:
+        console.print(f"  {file} was written again from its copy")
+    if repair.files_removed:
+        console.print(f"  {repair.files_removed} files of no committed unit were removed")
+    if repair.units_voided:
+        shown = ", ".join(map(str, repair.units_voided[:10])) + (", …" if repair.units_voided[10:] else "")
+        console.print(f"  {len(repair.units_voided)} units are to do again: {shown}")
+    if repair.irreparable:
+        console.print(
+            f"  {len(repair.irreparable)} files were written when the store was made and cannot be made "
+            "from it: copy them from a backup, or capture into another store",
+            style="red",
+        )
+    if repair.units_missing:
+        console.print(
+            f"{len(repair.units_missing)} units are missing; finish with the capture's own command: "
+            f"looptap capture MODEL --data FILE --store {repair.path} and the settings it had "
+            f"(looptap info {repair.path})"
+        )
+    elif not repair.irreparable:
+        console.print("every unit is there and as it was written")
+
+
+def print_store(path: str | Path) -> None:
     """The plan that a store was made from."""
     from .store.commit import Store
 

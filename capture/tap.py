@@ -9,6 +9,7 @@ is in `distances.py`.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,17 +25,28 @@ from .models.tap import Half, HalfNorms, Packed, Plain
 from .store.quantities import QUANTITIES
 
 
+class StateSink(Protocol):
+    """Where kept residuals go."""
+
+    def add(self, index: int, kept_KD: Tensor) -> None:
+        """Take the next K rows of the index-th kept depth; depths take turns, rows of each come in order.
+
+        They may be the model's own tensor: to be copied before this returns, or on a GPU in stream order.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Buffers:
     """Where statistics of some packed tokens go: a slice of a unit's.
 
     `values` holds by quantity [depth, N], [depth, N, H], [recurrence, N], or of S sequences [depth, S],
-    [depth, S, H], [depth, S, depth]; `state` is [depth_state, kept tokens, D] in the model's dtype.
+    [depth, S, H], [depth, S, depth]; `states` gets the kept tokens' residuals in the model's dtype.
     """
 
     values: dict[str, Tensor]
-    state: Tensor | None = None
-    state_rows: Tensor | None = None  # which of the N tokens are kept, int64
+    states: StateSink | None = None
+    state_rows: Tensor | None = None  # which of the N tokens are kept, int64; None: all
 
 
 class LastStates(Plain):
@@ -162,9 +174,10 @@ class Statistics(Plain):
             result = super().residual(step, half, x_ND, branch_ND, norms)
         self._block_input = None
         state_ND = result.residual_ND
-        if self._out.state is not None and step.depth in self._state_index:
-            assert self._out.state_rows is not None
-            self._out.state[self._state_index[step.depth]] = state_ND[self._out.state_rows]
+        if self._out.states is not None and step.depth in self._state_index:
+            rows = self._out.state_rows
+            kept_KD = state_ND if rows is None else state_ND[rows]
+            self._out.states.add(self._state_index[step.depth], kept_KD)
         assert self._batch is not None, "a block attends before it leaves its residual"
         self._residual_distances.add(step, state_ND, self._batch)
         if step.depth == self._last_depth:

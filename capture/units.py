@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from .models.description import STAGES, Step
-from .store.layout import ArraySpec, Coordinate
+from .store.layout import ArraySpec, Codec, Coordinate
 from .store.quantities import QUANTITIES
 
 DEFAULT_UNIT_TOKENS = 4096
@@ -150,7 +150,11 @@ def depth_coordinates(
 
 
 def array_specs(
-    quantities: Sequence[str], slots: Slots, sizes: Mapping[str, int], state_dtype: str
+    quantities: Sequence[str],
+    slots: Slots,
+    sizes: Mapping[str, int],
+    state_dtype: str,
+    state_codec: Codec = "none",
 ) -> dict[str, ArraySpec]:
     """The arrays that units fill.
 
@@ -158,6 +162,7 @@ def array_specs(
         quantities: their names, in the store's order.
         sizes: of every axis but the first: depth, depth_other, recurrence, head, hidden, depth_state.
         state_dtype: the model's: float32, bfloat16 (kept as its bits) or float16.
+        state_codec: "none" or "lossless".
     """
     specs = {}
     for name in quantities:
@@ -173,5 +178,6 @@ def array_specs(
                 dtype = "uint16"
                 attributes |= {"bits_of": "bfloat16", "how_to_read": "array.view(ml_dtypes.bfloat16)"}
         shape = (slots.num_units * unit_rows, *(sizes[axis] for axis in dimensions[1:]))
-        specs[name] = ArraySpec(dimensions, shape, unit_rows, dtype, attributes, compressed=name != "state")
+        codec = state_codec if name == "state" else "zstd"
+        specs[name] = ArraySpec(dimensions, shape, unit_rows, dtype, attributes, codec)
     return specs

@@ -18,9 +18,11 @@ from .models.load import ModelSource
 from .models.model import PLAIN
 from .models.tap import Packed, Plain
 from .selection import select_halves
+from .states import StatesInMemory, StateStream, make_ring
 from .store.commit import Attempt, Store
 from .store.quantities import QUANTITIES
-from .tap import Buffers, LastStates, Statistics
+from .store.ring import Ring
+from .tap import Buffers, LastStates, StateSink, Statistics
 from .versions import versions
 
 
@@ -53,7 +55,8 @@ class Worker:
         self._source = source
         self._initial_states = initial_states
         self._zeroed = select_halves(self._settings["zero"], source.description)
-        self._group = zarr.open_group(str(store.path), mode="r")
+        self._group = store.group()
+        self._ring: Ring | None = None  # made for the first unit, and used for all
         has_states = "state" in self._settings["quantities"]
         self._state_depths: list[int] = (
             np.asarray(self._array("state_depth")[:]).tolist() if has_states else []
@@ -72,24 +75,41 @@ class Worker:
         started_s = time.perf_counter()
         sequences = self._sequences(unit)
         num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
-        buffers = self._measure(unit, sequences)
+        stream = self._open_stream(attempt)
+        try:
+            values = self._measure(unit, sequences, stream)
+            non_finite = _count_non_finite(values, num_tokens, len(sequences), self._source.description)
+            if stream is not None and (count := stream.finish()):
+                non_finite["state"] = count
+        finally:
+            if stream is not None:
+                stream.release()
         receipt = {
             "num_sequences": len(sequences),
             "num_tokens": num_tokens,
-            "non_finite": _count_non_finite(buffers, num_tokens, len(sequences), self._source.description),
+            "non_finite": non_finite,
             "model_seconds": time.perf_counter() - started_s,
             "versions": versions(),
         }
-        for name in list(buffers.values):
-            attempt.write(name, buffers.values.pop(name).movedim(0, 1).contiguous().cpu().numpy())
-        if buffers.state is not None:
-            attempt.write("state", _to_stored(buffers.state.movedim(0, 1).contiguous().cpu()))
+        for name in list(values):
+            attempt.write(name, values.pop(name).movedim(0, 1).contiguous().cpu().numpy())
         receipt["seconds"] = time.perf_counter() - started_s
         return attempt.commit(receipt)
 
-    def measure(self, unit: int) -> Buffers:
-        """Runs one unit and returns what was measured, without touching the store; for benchmarks."""
-        return self._measure(unit, self._sequences(unit))
+    def measure(self, unit: int) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Runs one unit and returns what was measured and the states, without touching the store; for
+        benchmarks.
+        """
+        sequences, states = self._sequences(unit), None
+        if self._state_depths:
+            shape = (
+                len(self._state_depths),
+                len(self._state_slots(unit, sequences)),
+                self._source.description.width,
+            )
+            states = StatesInMemory(torch.empty(shape, dtype=self.model.dtype, device=self.model.device))
+        values = self._measure(unit, sequences, states)
+        return values, None if states is None else states.state_LKD
 
     @torch.inference_mode()
     def forward(self, unit: int, tap: Plain = PLAIN) -> Tensor:
@@ -111,8 +131,16 @@ class Worker:
             if length
         ]
 
+    def _open_stream(self, attempt: Attempt) -> StateStream | None:
+        if not self._state_depths:
+            return None
+        if self._ring is None:
+            self._ring = make_ring(self._store.arrays["state"], self.model.device)
+        writer = attempt.open_writer("state", ring=self._ring)
+        return StateStream(writer, self.model.dtype, self.model.device)
+
     @torch.inference_mode()
-    def _measure(self, unit: int, sequences: list[_Sequence]) -> Buffers:
+    def _measure(self, unit: int, sequences: list[_Sequence], states: StateSink | None) -> dict[str, Tensor]:
         d, device = self._source.description, self.model.device
         sizes = {
             "token": self._plan["unit_tokens"],
@@ -125,11 +153,8 @@ class Worker:
         values = {
             name: _undefined(name, sizes, device) for name in self._settings["quantities"] if name != "state"
         }
-        state, state_slots = None, np.empty(0, np.int64)
-        if self._state_depths:
-            state_slots = self._state_slots(unit, sequences)
-            shape = (len(self._state_depths), len(state_slots), d.width)
-            state = torch.empty(shape, dtype=self.model.dtype, device=device)
+        keeps_some = states is not None and self._plan["num_state_rows"] is not None
+        state_slots = self._state_slots(unit, sequences) if keeps_some else np.empty(0, np.int64)
         first_sequence = 0
         for batch in _batches(sequences, self._settings["batch_tokens"]):
             start, end = batch[0].start, batch[-1].start + len(batch[-1].token_ids)
@@ -138,13 +163,13 @@ class Worker:
                 "sequence": slice(first_sequence, first_sequence + len(batch)),
             }
             first_sequence += len(batch)
-            part = Buffers({name: value[:, rows[QUANTITIES[name].axes[0]]] for name, value in values.items()})
-            if state is not None:
+            part = {name: value[:, rows[QUANTITIES[name].axes[0]]] for name, value in values.items()}
+            kept = None
+            if keeps_some:
                 first, last = np.searchsorted(state_slots, [start, end])
                 kept = torch.from_numpy(state_slots[first:last] - start).to(device)
-                part = Buffers(part.values, state[:, first:last], kept)
-            self._measure_batch(batch, part)
-        return Buffers(values, state)
+            self._measure_batch(batch, Buffers(part, states, kept))
+        return values
 
     def _measure_batch(self, batch: list[_Sequence], buffers: Buffers) -> None:
         d = self._source.description
@@ -221,11 +246,11 @@ def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Se
 
 
 def _count_non_finite(
-    buffers: Buffers, num_tokens: int, num_sequences: int, description: Description
+    values: dict[str, Tensor], num_tokens: int, num_sequences: int, description: Description
 ) -> dict[str, int]:
     """Infinite or undefined values where a number is due, by quantity."""
     counts = {}
-    for name, value in buffers.values.items():
+    for name, value in values.items():
         if not value.is_floating_point():
             continue
         quantity = QUANTITIES[name]
@@ -234,11 +259,4 @@ def _count_non_finite(
             due = [s.depth for s in description.steps() if s.recurrence >= quantity.first_recurrence]
             filled = filled[due]
         counts[name] = int((~filled.isfinite()).sum())
-    if buffers.state is not None:
-        counts["state"] = int((~buffers.state.isfinite()).sum())
     return {name: count for name, count in counts.items() if count}
-
-
-def _to_stored(state: Tensor) -> np.ndarray:
-    """NumPy has no bfloat16: its bits go as uint16."""
-    return state.view(torch.uint16).numpy() if state.dtype == torch.bfloat16 else state.numpy()

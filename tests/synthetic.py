@@ -99,7 +99,7 @@ def make_dataset(
         "num_units": U, "unit_tokens": C, "unit_sequences": Q, "num_state_rows": Q,
         "num_sequences": len(sequences), "num_tokens": sum(map(sum, lengths)), "versions": {},
     }  # fmt: skip
-    attributes = {"looptap_format": 1, "plan": plan, "units_done": len(units), "units_total": U}
+    attributes = {"looptap_format": 2, "plan": plan, "units_done": len(units), "units_total": U}
     return xr.Dataset(variables, coords, attributes)
 
 
@@ -226,7 +226,7 @@ def write_store(dataset: xr.Dataset, path: Path, units: list[int] | None = None)
         arrays={
             str(name): ArraySpec(
                 dimensions=tuple(map(str, v.dims)), shape=v.shape, unit_rows=rows[str(v.dims[0])],
-                dtype=str(v.dtype), attributes={}, compressed=name != "state",
+                dtype=str(v.dtype), attributes={}, codec="none" if name == "state" else "zstd",
             )
             for name, v in dataset.data_vars.items()
         },

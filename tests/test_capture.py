@@ -12,6 +12,7 @@ import xarray as xr
 from safetensors.torch import load_file, save_file
 
 import looptap
+from looptap.capture.engines.events import UnitDone
 from looptap.capture.models.initial_state import draw_initial_state
 from looptap.capture.models.load import find_model, load_model
 from looptap.capture.models.tap import Packed, Plain
@@ -381,14 +382,16 @@ def test_non_finite_values_are_counted_and_stop_nothing(tmp_path):
     )  # fmt: skip
     events = []
     outcome = run_capture(make_plan(settings), events.append)
-    assert outcome.complete and len(events) == 3
+    receipts = [event.receipt for event in events if isinstance(event, UnitDone)]
+    assert outcome.complete and len(receipts) == 3
     dataset = looptap.open(tmp_path / "s")
     broken = {name: int((~np.isfinite(dataset[name].values)).sum()) for name in dataset.data_vars}
     assert broken["residual_norm"] == 3 * 24, "every token at depths 2, 3 and 4"
     assert np.isfinite(dataset["residual_norm"].values[:, :2]).all()
     assert outcome.num_non_finite == sum(broken.values())
     assert store_status(tmp_path / "s")["num_non_finite"] == sum(broken.values())
-    per_unit = [event.entry["non_finite"] for event in events]
+    assert outcome.num_non_finite == sum(receipt.num_non_finite for receipt in receipts)
+    per_unit = [entry["non_finite"] for entry in Store.open(tmp_path / "s").entries()]
     assert {name: sum(unit.get(name, 0) for unit in per_unit) for name in broken} == broken
     assert verify_store(tmp_path / "s").ok
 
@@ -484,7 +487,7 @@ def test_the_finished_store_opens_in_plain_xarray(tmp_path):
     assert dataset["stage"].attrs["flag_meanings"] == "prelude core coda"
     assert "depth" in dataset.indexes
     assert dataset["unit_done"].values.tolist() == [1, 1, 1]
-    assert dataset.attrs["looptap_format"] == 1
+    assert dataset.attrs["looptap_format"] == 2
     last = dataset["residual_norm"].sel(depth=dataset["recurrence"] == 3).mean(skipna=True)
     assert np.isfinite(float(last))
 

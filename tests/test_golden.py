@@ -6,6 +6,7 @@ import torch
 from looptap.capture.models.exit_gate import exit_probability
 from looptap.capture.models.load import load_model
 from looptap.capture.models.tap import Packed
+from looptap.capture.states import StatesInMemory
 from looptap.capture.tap import Buffers, Statistics
 from looptap.tests.golden_files import GOLDEN, NAMES, PADDED, RAVEN, batch_of, stored
 from looptap.tests.oracle import Listening, Straight
@@ -150,7 +151,7 @@ def test_statistics_from_the_stored_tensors(name):
         n: torch.full((d.depth, N), float("nan")) for n in ("residual_norm", "residual_peak", "update_norm")
     }
     state = torch.full((d.depth, N, d.width), float("nan"))
-    tap = Statistics(d, Buffers(values, state, torch.arange(N)), state_depths=range(d.depth))
+    tap = Statistics(d, Buffers(values, StatesInMemory(state)), state_depths=range(d.depth))
     with torch.inference_mode():
         model(batch, tap, initial_ND)
     after = torch.empty(0)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ NUM_KILLS = 20
 UNIT_TOKENS = 48
 # a drawn initial state, gaps, attention and kept states: everything that a unit can hold
 MODEL = "random:(0,2x3,0)I,width=32,heads=2"
-OPTIONS = ["--unit-tokens", str(UNIT_TOKENS), "--states", "core[all]@last", "--tokens", "last"]
+OPTIONS = ["--states", "core[all]@last", "--tokens", "last"]
 
 
 def write_ids(directory: Path, num_units: int) -> Path:
@@ -33,8 +34,11 @@ def write_ids(directory: Path, num_units: int) -> Path:
     return path
 
 
-def start(ids_path: Path, store_path: Path) -> subprocess.Popen:
-    command = ["capture", MODEL, "--data", str(ids_path), "--store", str(store_path), *OPTIONS]
+def start(
+    ids_path: Path, store_path: Path, *options: str, unit_tokens: int = UNIT_TOKENS
+) -> subprocess.Popen:
+    command = ["capture", MODEL, "--data", str(ids_path), "--store", str(store_path), *OPTIONS, *options]
+    command += ["--unit-tokens", str(unit_tokens)]
     # two captures run beside each other here; lines are looked for whole
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
     return subprocess.Popen(
@@ -43,6 +47,7 @@ def start(ids_path: Path, store_path: Path) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        process_group=0,
         # a shell's background jobs, and so perhaps this test, are started with Ctrl-C ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -132,20 +137,51 @@ def calm_store(tmp_path_factory) -> Path:
     return path
 
 
-def test_ctrl_c(tmp_path, calm_store):
+STOPS = [("SIGINT", []), ("SIGTERM", []), ("SIGINT", ["--workers", "2"])]
+
+
+@pytest.mark.parametrize(("name", "options"), STOPS, ids=["ctrl-c", "terminated", "ctrl-c with workers"])
+def test_a_stop_finishes_what_is_in_flight(tmp_path, calm_store, name, options):
+    """Sent to every process of the group, as a terminal does."""
     path, ids_path = tmp_path / "run.zarr", calm_store.with_name("ids.npy")
-    capture = start(ids_path, path)
+    capture = start(ids_path, path, *options)
     wait_for_units(capture, path, 3)
-    capture.send_signal(signal.SIGINT)
+    os.killpg(capture.pid, signal.Signals[name])
     said, _ = capture.communicate()
     assert capture.returncode == 130, said
+    assert "finishing the units in flight; Ctrl-C again stops at once" in said
     assert "s; what is committed is safe, the same command continues" in said and "Traceback" not in said
-    before = num_committed(path)
-    assert 3 <= before < 40
-    assert not any((path / ".looptap" / "staging").iterdir())  # it tidied up, and let the lock go
+    assert "is lost" not in said, "a worker did not outlive the signal"
+    store = Store.open(path)
+    done = set(store.done())
+    assert 3 <= len(done) < 40 and f"{len(done)} of 40 units are in {path}; this run took" in said
+    begun = {int(item.name.split(".")[0]) for item in store.attempts_dir.iterdir()}
+    assert begun == done, "a unit that was begun was not finished"
+    assert not any(store.staging_dir.iterdir())
     assert not (path / ".looptap" / "driver.lock").exists()
-    assert f"40 of 40 units are in {path}, {before} of them before" in finish(start(ids_path, path))
+    assert f"40 of 40 units are in {path}, {len(done)} of them before" in finish(start(ids_path, path))
     check_equal(path, calm_store)
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["", "workers"])
+def test_ctrl_c_twice_stops_at_once(tmp_path, options):
+    """In the middle of a unit that would take minutes."""
+    np.save(tmp_path / "ids.npy", np.zeros((2, 65_536), np.int32))
+    path = tmp_path / "run.zarr"
+    capture = start(tmp_path / "ids.npy", path, *options, unit_tokens=65_536)
+    attempts_dir = path / ".looptap" / "attempts"
+    while capture.poll() is None and not (attempts_dir.exists() and os.listdir(attempts_dir)):
+        time.sleep(0.01)
+    os.killpg(capture.pid, signal.SIGINT)
+    assert capture.stdout is not None
+    lines = [capture.stdout.readline()]
+    while lines[-1] and "finishing the units in flight" not in lines[-1]:
+        lines.append(capture.stdout.readline())
+    capture.send_signal(signal.SIGINT)
+    said, _ = capture.communicate()
+    assert capture.returncode == 130, "".join(lines) + said
+    assert "what is committed is safe" in said and "Traceback" not in said
+    assert num_committed(path) == 0 and not (path / ".looptap" / "driver.lock").exists()
 
 
 def test_what_the_dead_left_is_in_nobodys_way(tmp_path, calm_store):
@@ -160,8 +196,8 @@ def test_what_the_dead_left_is_in_nobodys_way(tmp_path, calm_store):
     for name, array in store.arrays.items():
         shape = (1, *array["shape"][1:])
         orphan.write(name, np.full(shape, 7, array["data_type"]))
-        if name.startswith("attention"):
-            os.link(orphan.staging_dir / name, path / name / "c.39.0.0")
+    for staged in (store.staging_dir / "39.1").glob("attention*"):
+        os.link(staged, path / unquote(staged.name))
     assert len(verify_store(path).uncommitted) >= 4
     finish(start(ids_path, path))
     check_equal(path, calm_store)

@@ -67,10 +67,20 @@ def make_store(path: Path, unit_tokens: int, num_units: int = 3) -> Store:
             rows,
             "uint16",
             {"bits_of": "bfloat16"},
-            compressed=False,
+            "none",
         ),
         "state_wide": ArraySpec(
-            ("token", "depth_state", "hidden"), (U * C, 2, HIDDEN), C, "float32", {}, False
+            ("token", "depth_state", "hidden"), (U * C, 2, HIDDEN), C, "float32", {}, "none"
+        ),
+        # two files a unit where that goes
+        "state_split": ArraySpec(
+            ("token", "depth_state", "hidden"),
+            (U * C, 2, HIDDEN),
+            C,
+            "float32",
+            {},
+            "lossless",
+            C if C % 2 else C // 2,
         ),
     }
     create_store(path, plan=plan, coordinates=coordinates, arrays=arrays)
@@ -86,11 +96,14 @@ def unit_values(store: Store, unit: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(unit)
     values = {}
     for name, array in store.arrays.items():
-        rows, *rest = array["chunk_grid"]["configuration"]["chunk_shape"]
-        rows = max(1, rows - 7 * unit)
-        values[name] = generator.standard_normal((rows, *rest)).astype(np.float32)
+        rows = max(1, store.unit_rows(name) - 7 * unit)
+        values[name] = generator.standard_normal((rows, *array["shape"][1:])).astype(np.float32)
     values["state"] = (values["state"].view(np.uint32) >> 16).astype(np.uint16)
     return values
+
+
+def all_keys(store: Store, unit: int) -> list[str]:
+    return [key for name in store.arrays for key in store.shard_keys(name, unit)]
 
 
 def run_unit(store: Store, unit: int) -> dict:
@@ -102,11 +115,21 @@ def run_unit(store: Store, unit: int) -> dict:
         )
 
 
+def stream_states(store: Store, unit: int) -> None:
+    """As a worker hands states over, chunk by chunk; the error of a writing thread comes up in this one."""
+    with store.begin(unit) as attempt:
+        writer = attempt.open_writer("state_wide")
+        for depth in range(writer.num_depths):
+            for place in range(store.unit_rows("state_wide") // writer.buffer_rows):
+                writer.put(place, depth, writer.take(), writer.buffer_rows)
+        writer.close()
+
+
 def expected(store: Store, units: list[int]) -> dict[str, np.ndarray]:
     """The whole arrays, by numpy alone."""
     whole = {}
     for name, array in store.arrays.items():
-        rows = array["chunk_grid"]["configuration"]["chunk_shape"][0]
+        rows = store.unit_rows(name)
         fill = BFLOAT16_NAN if name == "state" else np.nan
         whole[name] = np.full(array["shape"], fill, array["data_type"])
         for unit in units:
@@ -159,7 +182,7 @@ def test_plain_readers_read_what_was_written(tmp_path, unit_tokens):
     assert seen["coords"] == sorted(
         ["depth", "stage", "token_id", "token_sequence", "sequence_length", "sequence_id", "unit_done"]
     )
-    assert seen["attrs"] == {"looptap_format": 1, "plan": store.plan}
+    assert seen["attrs"] == {"looptap_format": 2, "plan": store.plan}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +201,9 @@ def test_one_file_a_unit_and_array(tmp_path):
         assert files == sorted([key.format(unit) for unit in range(3)] + ["zarr.json"])
     chunks = zarr.open_array(store.path, path="state_wide", mode="r")
     assert (chunks.shards, chunks.chunks) == ((700, 2, HIDDEN), (350, 1, HIDDEN))
+    files = sorted(p.name for p in (store.path / "state_split").iterdir())
+    assert files == [f"c.{shard}.0.0" for shard in range(6)] + ["zarr.json"]
+    assert store.shard_keys("state_split", 1) == ["state_split/c.2.0.0", "state_split/c.3.0.0"]
 
 
 def test_a_unit_of_nothing_has_its_files(tmp_path):
@@ -193,16 +219,21 @@ def test_a_unit_of_nothing_has_its_files(tmp_path):
 
 
 def test_holes_take_no_space(tmp_path):
-    """A tail of whole inner chunks is left out of the shard, not stored as fill."""
+    """A tail of whole inner chunks is a hole in the shard's file, not stored as fill."""
     store = make_store(tmp_path / "run.zarr", 1024)
     with store.begin(0) as attempt:
         for name, rows in unit_values(store, 0).items():
             attempt.write(name, rows[:100])
         entry = attempt.commit({"num_sequences": 1, "num_tokens": 100, "seconds": 0.0, "non_finite": {}})
     chunk_bytes = 512 * HIDDEN * 4
-    assert (
-        2 * chunk_bytes < entry["shards"]["state_wide"]["bytes"] < 2 * chunk_bytes + 200
-    )  # one of two per depth
+    (shard,) = entry["shards"]["state_wide"]  # one chunk of two per depth, and the index
+    assert [piece[:2] for piece in shard["pieces"]] == [
+        [0, chunk_bytes],
+        [2 * chunk_bytes, chunk_bytes],
+        [4 * chunk_bytes, shard["bytes"] - 4 * chunk_bytes],
+    ]
+    used = (store.path / shard["file"]).stat().st_blocks * 512
+    assert used <= 2 * chunk_bytes + 4096 < 4 * chunk_bytes
 
 
 def test_open_store_decodes_and_masks(tmp_path):
@@ -278,8 +309,8 @@ def test_reading_one_unit_touches_no_other(tmp_path):
     store = make_store(tmp_path / "run.zarr", 700)
     for unit in range(3):
         run_unit(store, unit)
-    for name, array in store.arrays.items():
-        (store.path / name / ("c.2" + ".0" * (len(array["shape"]) - 1))).write_bytes(b"broken")
+    for key in all_keys(store, 2):
+        (store.path / key).write_bytes(b"broken")
     units = iter_units(store.path)
     assert (next(units).attrs["unit"], next(units).attrs["unit"]) == (0, 1)
 
@@ -302,6 +333,9 @@ def test_finish(tmp_path):
     table = pyarrow.parquet.read_table(closed / "summary.parquet").to_pydict()
     assert table["unit"] == [0, 1, 2] and table["num_non_finite"] == [0, 1, 2]
     assert [json.loads(text) for text in table["entry"]] == list(store.entries())
+    assert table["num_bytes"] == [
+        sum((store.path / key).stat().st_size for key in all_keys(store, unit)) for unit in range(3)
+    ]
     assert not any((closed / "staging").iterdir()) and verify_store(store.path).ok
     (store.path / "residual_norm" / "c.1.0").unlink()
     closed.joinpath("complete").unlink()
@@ -318,7 +352,8 @@ def test_status(tmp_path):
     status = store_status(store.path)
     assert (status["units_done"], status["units_total"], status["attempts"]) == (2, 3, 3)
     assert (status["num_tokens"], status["num_sequences"], status["seconds"]) == (20, 4, 1.0)
-    assert status["num_bytes"] == sum(s["bytes"] for entry in entries for s in entry["shards"].values())
+    shards = [s for entry in entries for shards in entry["shards"].values() for s in shards]
+    assert status["num_bytes"] == sum(shard["bytes"] for shard in shards)
     assert status["num_bytes"] == sum(
         p.stat().st_size for name in store.arrays for p in (store.path / name).glob("c.*")
     )
@@ -333,11 +368,13 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("file", ["residual_norm/c.1.0", "state/c.1.0.0", "token_id/c.0", "state/zarr.json"])
+@pytest.mark.parametrize(
+    "file", ["residual_norm/c.1.0", "state/c.1.0.0", "state_split/c.3.0.0", "token_id/c.0", "state/zarr.json"]
+)
 @pytest.mark.parametrize(
     "damage, what",
     [
-        (flip, "crc32c is"),
+        (flip, "crc32c"),
         (lambda path: os.truncate(path, path.stat().st_size - 1), "bytes,"),
         (Path.unlink, "is missing"),
     ],
@@ -351,7 +388,7 @@ def test_verify_finds_damage(tmp_path, file, damage, what):
     damage(store.path / file)
     (problem,) = verify_store(store.path).problems
     assert problem.file == file and what in problem.what
-    assert problem.unit == (1 if "c.1" in file else None)
+    assert problem.unit == (1 if "c.1" in file or "c.3" in file else None)
 
 
 def test_verify_finds_a_damaged_ledger_and_mask(tmp_path):
@@ -364,10 +401,25 @@ def test_verify_finds_a_damaged_ledger_and_mask(tmp_path):
     assert [str(p) for p in verify_store(store.path).problems] == [
         "unit_done: marks 0 units, the ledger has 3"
     ]
+    (store.path / ".looptap" / "summary.parquet").unlink()
+    assert [p.file for p in verify_store(store.path).problems] == ["unit_done", ".looptap/summary.parquet"]
     entry = store.ledger_dir / "1.json"
-    entry.write_bytes(entry.read_bytes()[:-20])
-    (problem,) = verify_store(store.path).problems
-    assert problem.unit == 1 and "cannot be read" in problem.what
+    whole = entry.read_bytes()
+    # cut short; true JSON of the wrong unit; one number changed, which nothing else would tell
+    other = (store.ledger_dir / "0.json").read_bytes()
+    changed = whole.replace(b'"num_tokens": 10,', b'"num_tokens": 11,')
+    for damaged in (whole[:-20], other, changed, b"[]"):
+        assert damaged != whole
+        entry.write_bytes(damaged)
+        (problem,) = verify_store(store.path).problems
+        assert problem.unit == 1 and "cannot be read" in problem.what
+    entry.write_bytes(whole)
+    (store.ledger_dir / "7.json").write_bytes(other)
+    (store.ledger_dir / "notes.txt").write_bytes(b"")
+    assert store.done() == [0, 1, 2] and [p.file for p in verify_store(store.path).problems] == [
+        ".looptap/ledger/7.json",
+        ".looptap/ledger/notes.txt",
+    ]
 
 
 def test_create_store_leaves_other_things_alone(tmp_path):
@@ -410,9 +462,9 @@ def test_opening_what_is_no_store(tmp_path):
     zarr.create_group(tmp_path / "other.zarr")
     with pytest.raises(StoreError, match="is a Zarr group, not a looptap store"):
         open_store(tmp_path / "other.zarr")
-    zarr.create_group(tmp_path / "newer.zarr", attributes={"looptap_format": 2})
+    zarr.create_group(tmp_path / "newer.zarr", attributes={"looptap_format": 3})
     with pytest.raises(
-        StoreError, match="is a store of format 2, this looptap reads format 1: upgrade looptap"
+        StoreError, match="is a store of format 3, this looptap reads format 2: upgrade looptap"
     ):
         verify_store(tmp_path / "newer.zarr")
 
@@ -460,7 +512,7 @@ def test_a_write_must_fit_its_array(tmp_path):
         ):
             attempt.write("residual_norm", rows)
     with pytest.raises(
-        ValueError, match="cannot be committed without attention_entropy, residual_norm, state"
+        ValueError, match="cannot be committed without attention_entropy, residual_norm, state, state_split"
     ):
         attempt.commit({})
     assert store.todo() == [0, 1, 2]
@@ -486,11 +538,12 @@ from looptap.capture.store.errors import StoreFullError
 t = runpy.run_path(sys.argv[1])
 store = t["Store"].open(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    t["run_unit"](store, 1)
-except StoreFullError as error:
-    assert error.__cause__.errno == errno.EFBIG
-    print(error)
+for step in (t["run_unit"], t["stream_states"]):
+    try:
+        step(store, 1)
+    except StoreFullError as error:
+        assert error.__cause__.errno == errno.EFBIG
+        print(error)
 """
 
 
@@ -500,7 +553,7 @@ def test_file_size_limit_is_a_full_disk(tmp_path):
     run_unit(store, 0)
     command = [sys.executable, "-c", FILE_SIZE_LIMIT, __file__, str(store.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "no room left to write unit 1" in done.stdout
+    assert done.stdout.count("no room left to write unit 1") == 2
     assert store.done() == [0] and not any(store.staging_dir.iterdir())
     assert verify_store(store.path).uncommitted == []
     run_unit(store, 1)

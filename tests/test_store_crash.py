@@ -14,51 +14,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
-import zarr
 
-from looptap.capture.store import commit, disk, lock
-from looptap.capture.store.commit import Attempt, Store
+from looptap.capture.store import directory, disk, lock
+from looptap.capture.store.attempt import Attempt
+from looptap.capture.store.commit import Store
 from looptap.capture.store.errors import StoreExistsError, StoreLockedError, UnitTakenError
-from looptap.capture.store.layout import ArraySpec, create_store, store_exists
+from looptap.capture.store.layout import create_store
 from looptap.capture.store.lock import driver_lock, lock_holder
-from looptap.capture.store.verify import verify_store
-
-ROWS, DEPTHS = 64, 3
-
-
-def open_or_create(path: Path, num_units: int) -> Store:
-    plan = {"num_units": num_units, "unit_tokens": ROWS, "unit_sequences": 1}
-    coordinates = {"token_id": (("token",), np.arange(num_units * ROWS, dtype=np.int32), {})}
-    shape = (num_units * ROWS, DEPTHS)
-    arrays = {
-        "residual_norm": ArraySpec(("token", "depth"), shape, ROWS, "float32", {}),
-        "gap_norm": ArraySpec(("token", "depth"), shape, ROWS, "float32", {}),
-        "state": ArraySpec(("token", "depth", "hidden"), (*shape, 8), ROWS, "float32", {}, compressed=False),
-    }
-    if not store_exists(path):
-        create_store(path, plan=plan, coordinates=coordinates, arrays=arrays)
-    return Store.open(path)
-
-
-def write_unit(attempt: Attempt, salt: int = 0) -> Attempt:
-    """Stage a unit: random values, ragged. Another salt gives another content, of the same unit."""
-    generator = np.random.default_rng([attempt.unit, salt])
-    for name, array in attempt.store.arrays.items():
-        rows = ROWS - attempt.unit % 7
-        attempt.write(name, generator.standard_normal((rows, *array["shape"][1:])).astype(np.float32))
-    return attempt
-
-
-RECEIPT = {"num_sequences": 1, "num_tokens": ROWS, "seconds": 0.0, "non_finite": {}}
-
-
-def content(store: Store) -> dict[str, np.ndarray]:
-    return {name: zarr.open_array(store.path, path=name, mode="r")[...] for name in store.arrays}
+from looptap.capture.store.verify import store_status, verify_store
+from looptap.tests.small_stores import RECEIPT, Killed, Turns, content, open_or_create, write_unit
 
 
 def check_whole(store: Store, calm: Store) -> None:
@@ -170,15 +140,15 @@ def test_killed_while_finishing(tmp_path):
     for unit in range(3):
         write_unit(store.begin(unit)).commit(RECEIPT)
     for stop in range(4):
-        steps = iter(range(stop))
+        steps, really = iter(range(stop)), disk.replace
 
-        def replace(path: Path, data: bytes, steps=steps) -> None:
+        def replace(path: Path, data: bytes, steps=steps, really=really) -> None:
             if next(steps, None) is None:
                 raise KeyboardInterrupt
-            disk.replace(path, data)
+            really(path, data)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(commit, "replace", replace)
+            patch.setattr(disk, "replace", replace)
             if stop < 3:
                 with pytest.raises(KeyboardInterrupt):
                     store.finish()
@@ -202,38 +172,36 @@ def test_a_late_attempt_is_refused(tmp_path):
     assert store.entry(1) == entry and verify_store(store.path).ok and store.todo() == [0]
 
 
-class Killed(BaseException):
-    """Ends an attempt as a kill does: nothing catches it, nothing is cleaned up."""
-
-
 @pytest.mark.parametrize("dies", [True, False])
-@pytest.mark.parametrize("placed", range(4))
+@pytest.mark.parametrize("placed", range(5))
 def test_an_entry_that_came_too_late(tmp_path, monkeypatch, placed, dies):
     """An attempt pauses before its ledger entry and enters it when a later one has `placed` so many files."""
     store = open_or_create(tmp_path / "run.zarr", 2)
     late = write_unit(store.begin(1), salt=1)
-    newer_entries, newer_calls = [], iter(range(100))
+    newer_entries, newer_calls, really = [], iter(range(100)), disk.publish
 
     def publish(source: Path, target: Path) -> None:
-        if source.parent != late.staging_dir:
+        if source.parent != late.draft.path:
             if next(newer_calls) == placed:
-                disk.publish(late.staging_dir / "entry.json", store.ledger_dir / "1.json")
-            return disk.publish(source, target)
+                really(
+                    late.draft.path / quote(".looptap/ledger/1.json", safe=""), store.ledger_dir / "1.json"
+                )
+            return really(source, target)
         if target.parent != store.ledger_dir:
-            return disk.publish(source, target)
+            return really(source, target)
         with suppress(UnitTakenError):
             newer_entries.append(write_unit(store.begin(1), salt=2).commit(RECEIPT))
         if dies:
             raise Killed
 
-    monkeypatch.setattr(commit, "publish", publish)
-    if placed == 0:  # nothing was replaced: the entry is true and stays
-        with pytest.raises(Killed) if dies else nullcontext():
-            late.commit(RECEIPT)
-        assert store.entry(1)["attempt"] == 1 and newer_entries == []
+    monkeypatch.setattr(disk, "publish", publish)
+    with pytest.raises(Killed if dies else UnitTakenError):
+        late.commit(RECEIPT)
+    if placed == 0:  # nothing was replaced: the entry is true, but who made it cannot know
+        assert newer_entries == [] and (store.entry(1) is not None) == dies
+        if not dies:
+            write_unit(store.begin(1), salt=3).commit(RECEIPT)
     else:
-        with pytest.raises(Killed if dies else UnitTakenError):
-            late.commit(RECEIPT)
         assert newer_entries == [store.entry(1)] and store.entry(1)["attempt"] == 2
     report = verify_store(store.path)
     assert report.ok and report.uncommitted == [], report
@@ -243,81 +211,33 @@ def no_links(source: Path, target: Path) -> None:
     raise OSError(errno.EPERM, "Operation not permitted")
 
 
-class Turns:
-    """Two attempts in two threads, one running at a time; at every `gate` chance says who goes on or dies."""
-
-    def __init__(self, seed: int, kill: bool):
-        self.random = random.Random(seed)
-        self.alive, self.changed = ["a", "b"], threading.Condition()
-        self.turn, victim = self.random.choice("ab"), self.random.choice("ab")
-        self.gates_left = {name: self.random.randrange(8) if kill and name == victim else 99 for name in "ab"}
-
-    def gate(self) -> None:
-        me = threading.current_thread().name
-        if me not in self.gates_left:
-            return
-        self._next()
-        self._await(me)
-        self.gates_left[me] -= 1
-        if self.gates_left[me] < 0:
-            raise Killed
-
-    def run(self, attempt: Callable[[], None]) -> None:
-        me = threading.current_thread().name
-        self._await(me)
-        try:
-            attempt()
-        except (UnitTakenError, Killed):
-            pass
-        finally:
-            self.alive.remove(me)
-            self._next()
-
-    def _next(self) -> None:
-        with self.changed:
-            self.turn = self.random.choice(self.alive) if self.alive else ""
-            self.changed.notify_all()
-
-    def _await(self, me: str) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.turn == me, timeout=60)
-
-
 @pytest.mark.parametrize("links", [True, False])  # without: as vfat and some network mounts
 @pytest.mark.parametrize("kill", [False, True])
 def test_two_attempts_interleaved(tmp_path, monkeypatch, links, kill):
     """100 units, each by two attempts of different content that take turns at every publish and sync."""
-    store, turns = open_or_create(tmp_path / "run.zarr", 100), None
-
-    def gated(function: Callable) -> Callable:
-        def call(*arguments):
-            turns.gate()
-            return function(*arguments)
-
-        return call
+    store = open_or_create(tmp_path / "run.zarr", 100)
 
     def attempt() -> None:
         name = threading.current_thread().name
         begun = write_unit(store.begin(unit), salt=ord(name))
         committed.append((name, begun.commit(RECEIPT)))
 
-    monkeypatch.setattr(commit, "publish", gated(disk.publish))
-    monkeypatch.setattr(commit, "sync", gated(disk.sync))
+    steps = [(module, step) for module in (disk, directory) for step in ("publish", "sync", "identity")]
+    steps = [(module, step, getattr(module, step)) for module, step in steps if hasattr(module, step)]
+    if links:  # without, a name that is free when looked at may be taken when the file is renamed to it
+        steps.append((os, "rename", os.rename))
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     outcomes = []
     for unit in range(store.num_units):
         turns, committed = Turns(unit, kill), []
-        threads = [threading.Thread(target=turns.run, args=[attempt], name=name) for name in "ab"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for module, step, function in steps:
+            monkeypatch.setattr(module, step, turns.gated(function))
+        turns.run(attempt)
         entry = store.entry(unit)
         assert len(committed) <= 1 and (not committed or committed[0][1] == entry), (unit, committed, entry)
         if entry:
-            for shard in entry["shards"].values():
-                assert disk.checksum(store.path / shard["file"]) == shard["crc32c"], (unit, entry)
+            assert unit not in {problem.unit for problem in verify_store(store.path).problems}, entry
         outcomes.append((len(committed), entry and entry["attempt"]))
     # (who came back from commit, whose entry there is): either attempt wins, by turns; killed, also neither
     assert ({(1, 2), (0, None), (0, 2)} if kill else {(1, 1), (1, 2)}) <= set(outcomes), Counter(outcomes)
@@ -325,6 +245,104 @@ def test_two_attempts_interleaved(tmp_path, monkeypatch, links, kill):
         write_unit(store.begin(unit)).commit(RECEIPT)
     store.finish()
     assert verify_store(store.path).ok
+
+
+def test_two_attempts_killed_at_the_worst_moment(tmp_path, monkeypatch):
+    """The later one after it replaced a file, the earlier after its entry, before it could see the other."""
+    store = open_or_create(tmp_path / "run.zarr", 2)
+    late = write_unit(store.begin(1), salt=1)
+    write_unit(store.begin(0)).commit(RECEIPT)
+    really = disk.publish
+
+    def publish(source: Path, target: Path) -> None:
+        if source.parent == late.draft.path and target.parent == store.ledger_dir:
+            newer = write_unit(store.begin(1), salt=2)
+            newer.draft.sync()
+            newer._put(store.shard_keys("state", 1)[1])
+            really(source, target)
+            raise Killed
+        really(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(disk, "publish", publish)
+        late.commit(RECEIPT)
+    (problem,) = verify_store(store.path).problems
+    assert problem.file == "state/c.3.0.0" and store.todo() == []
+    store.clean_staging()  # as the next driver does
+    assert store.todo() == [1] and verify_store(store.path).ok
+    write_unit(store.begin(1)).commit(RECEIPT)
+    store.finish()
+    assert verify_store(store.path).ok
+
+
+def test_a_file_that_was_taken_away_by_mistake_goes_back(tmp_path):
+    """A late attempt was killed with a committed unit's file in its hands."""
+    store = open_or_create(tmp_path / "run.zarr", 2)
+    late = store.begin(1)
+    write_unit(store.begin(1)).commit(RECEIPT)
+    key = store.shard_keys("state", 1)[0]
+    os.rename(store.path / key, late.draft.path / f"aside.{quote(key, safe='')}")
+    assert [problem.what for problem in verify_store(store.path).problems] == ["is missing"]
+    store.clean_staging()
+    assert verify_store(store.path).ok and store.done() == [1] and not any(store.staging_dir.iterdir())
+
+
+@pytest.mark.parametrize("error", [errno.EEXIST, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("step", ["link", "rename"])
+def test_a_lost_reply_is_success(tmp_path, monkeypatch, step, error):
+    """A network file system does what it was asked, and says that it did not, or that it was there before."""
+    store, really, num_lost = open_or_create(tmp_path / "run.zarr", 2), getattr(os, step), []
+
+    def lossy(source: Path, target: Path) -> None:
+        really(source, target)
+        if str(target).startswith(str(store.path)):
+            num_lost.append(target)
+            raise OSError(error, os.strerror(error), str(target))
+
+    if step == "rename":
+        monkeypatch.setattr(os, "link", no_links)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, lossy)
+        entry = write_unit(store.begin(1)).commit(RECEIPT)
+    assert len(num_lost) == 5 and entry["attempt"] == 1  # four files and the entry
+    assert store.done() == [1] and verify_store(store.path).ok
+
+
+@pytest.mark.parametrize("failing", range(5))
+@pytest.mark.parametrize("links", [True, False])
+def test_a_disk_that_fails_while_publishing(tmp_path, monkeypatch, links, failing):
+    """An error that is true: nothing of the unit stays, and the next attempt goes well."""
+    store, calls = open_or_create(tmp_path / "run.zarr", 2), iter(range(100))
+    step = "link" if links else "rename"
+    really = getattr(os, step)
+
+    def fail(source: Path, target: Path) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        really(source, target)
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(os, step, fail)
+        write_unit(store.begin(1)).commit(RECEIPT)
+    report = verify_store(store.path)
+    assert store.todo() == [0, 1] and report.ok and report.uncommitted == []
+    assert not any(store.staging_dir.iterdir())
+    write_unit(store.begin(1)).commit(RECEIPT)
+    assert verify_store(store.path).ok and store.done() == [1]
+
+
+def test_names_of_deleted_open_files_are_no_files(tmp_path):
+    """A network file system renames what is deleted while it is open to .nfs and a number."""
+    store = open_or_create(tmp_path / "run.zarr", 2)
+    for folder in (".looptap/ledger", ".looptap/attempts", "state"):
+        (store.path / folder / ".nfs0000000000000001").write_bytes(b"x")
+    for unit in range(2):
+        write_unit(store.begin(unit)).commit(RECEIPT)
+    store.finish()
+    report = verify_store(store.path)
+    assert report.ok and report.uncommitted == [] and store_status(store.path)["attempts"] == 2
 
 
 def test_a_driver_keeps_others_out(tmp_path):

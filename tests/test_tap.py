@@ -10,6 +10,7 @@ import torch
 from looptap.capture.models.load import find_model, load_model
 from looptap.capture.models.tap import Packed, Plain
 from looptap.capture.selection import select_depths
+from looptap.capture.states import StatesInMemory
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
 from looptap.capture.tap import Buffers, LastStates, Statistics
 from looptap.kernels import reference
@@ -256,7 +257,7 @@ def test_states_are_the_very_residuals(states, rows, dtype):
     depths = select_depths(states, d)
     kept = torch.full((len(depths), len(ROWS[rows]), d.width), float("nan"), dtype=model.dtype)
     rows_kept = torch.tensor(ROWS[rows], dtype=torch.int64)
-    buffers = empty_buffers(model, ("residual_norm",), state=kept, state_rows=rows_kept)
+    buffers = empty_buffers(model, ("residual_norm",), states=StatesInMemory(kept), state_rows=rows_kept)
     with torch.inference_mode():
         model(BATCH, Statistics(d, buffers, state_depths=depths), INITIAL_ND)
     for index, depth in enumerate(depths):
@@ -282,7 +283,7 @@ def test_nothing_kept_shares_memory_with_the_model():
             return result
 
     state = torch.zeros(d.depth, N, d.width)
-    buffers = empty_buffers(model, GROUPS["all"], state=state, state_rows=torch.arange(N))
+    buffers = empty_buffers(model, GROUPS["all"], states=StatesInMemory(state))
     places = {name: value.data_ptr() for name, value in buffers.values.items()}
     tap = Recording(d, buffers, state_depths=range(d.depth), model=model)
     tap.seen = []

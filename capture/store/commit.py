@@ -1,53 +1,107 @@
-"""Writing a store unit by unit: a unit is wholly there or not there, whatever is killed and whenever.
+"""A store being written unit by unit: a unit is wholly there or not there, whatever is killed and whenever.
 
-What an attempt at a unit writes stays in `staging/` until all of it is synced; then its files are linked to
-their final names, and one exclusive ledger entry, `ledger/<u>.json`, is the commit. Units without an entry
-are to do. Attempts are numbered: one that sees a later one stops, and one that went on regardless (a paused
-process, a machine thought lost) finds its names taken, or its files not the ones in place, and withdraws
-its entry.
+What an attempt at a unit writes (`attempt.py`) gets its final names only when all of it is safe, and one
+exclusive ledger entry, `.looptap/ledger/<u>.json`, is the commit. Units without an entry are to do.
 """
 
-import datetime
 import json
 import math
-import os
-import platform
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import google_crc32c
 import numpy as np
 import zarr
 
-from .disk import full_disk_named, identity, publish, replace, sync, write_new
-from .encode import encode, unit_shape
+from .attempt import Attempt
+from .directory import LocalPlace
+from .encode import encode, file_shape
 from .errors import StoreError, UnitTakenError
 from .layout import read_group, unit_arrays
+from .place import Place, open_place
+
+__all__ = ["Attempt", "Store"]
+
+LEDGER, ATTEMPTS = ".looptap/ledger", ".looptap/attempts"
+COMPLETE, SUMMARY = ".looptap/complete", ".looptap/summary.parquet"
 
 
 class Store:
     """A store being written. Many processes may write units of it; one of them drives (`lock.py`)."""
 
-    def __init__(self, path: Path, group: dict[str, Any]):
-        self.path = path
+    def __init__(self, place: Place, group: dict[str, Any]):
+        self.place = place
         self.plan: dict[str, Any] = group["attributes"]["plan"]
         self.num_units: int = self.plan["num_units"]
+        self.metadata: dict[str, dict[str, Any]] = group["consolidated_metadata"]["metadata"]
         self.arrays = unit_arrays(group)
-        self.ledger_dir = path / ".looptap" / "ledger"
-        self.attempts_dir = path / ".looptap" / "attempts"
-        self.staging_dir = path / ".looptap" / "staging"
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
-        """Raises StoreMissingError or StoreError where there is no store of this format."""
-        return cls(Path(path), read_group(path))
+        """Open a local directory or s3://bucket/prefix.
+
+        Raises:
+            StoreMissingError, StoreError: there is no store of this format.
+        """
+        place = open_place(path)
+        return cls(place, read_group(place))
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+    @property
+    def path(self) -> Path:
+        """The directory of a local store; raises StoreError for another."""
+        if not isinstance(self.place, LocalPlace):
+            raise StoreError(f"{self.place} is not a local directory")
+        return self.place.path
+
+    @property
+    def ledger_dir(self) -> Path:
+        """Of a local store."""
+        return self.path / LEDGER
+
+    @property
+    def attempts_dir(self) -> Path:
+        """Of a local store."""
+        return self.path / ATTEMPTS
+
+    @property
+    def staging_dir(self) -> Path:
+        """Of a local store."""
+        return self.path / ".looptap" / "staging"
+
+    def zarr_store(self) -> Any:
+        """What xarray.open_zarr and zarr-python open to read it."""
+        return self.place.zarr_store()
+
+    def group(self) -> zarr.Group:
+        """The store as zarr-python reads it."""
+        return zarr.open_group(self.zarr_store(), mode="r", use_consolidated=True)
+
+    def unit_rows(self, name: str) -> int:
+        """Rows of an array's axis 0 that one unit owns."""
+        return self.arrays[name]["shape"][0] // self.num_units
+
+    def shard_keys(self, name: str, unit: int) -> list[str]:
+        """The files that hold one unit's rows of an array, in the order of rows."""
+        shard_rows, *_ = shape = file_shape(self.arrays[name])
+        k = self.unit_rows(name) // shard_rows
+        return [f"{name}/c.{i}" + ".0" * (len(shape) - 1) for i in range(unit * k, (unit + 1) * k)]
+
+    @cached_property
+    def unit_bytes(self) -> int:
+        """What one unit takes before compression."""
+        arrays = self.arrays.values()
+        sizes = (math.prod(array["shape"]) * np.dtype(array["data_type"]).itemsize for array in arrays)
+        return sum(sizes) // self.num_units
 
     def done(self) -> list[int]:
         """Units that are committed, in order."""
-        return sorted(int(entry.name[:-5]) for entry in os.scandir(self.ledger_dir) if entry.name[0] != ".")
+        stems = (name[:-5] for name in self.place.names(LEDGER) if name.endswith(".json"))
+        return sorted(unit for unit in map(int, filter(str.isdecimal, stems)) if unit < self.num_units)
 
     def todo(self) -> list[int]:
         """Units that are not committed, in order. Lists one directory and reads nothing else."""
@@ -55,18 +109,26 @@ class Store:
         return [unit for unit in range(self.num_units) if unit not in done]
 
     def entry(self, unit: int) -> dict[str, Any] | None:
-        """A unit's ledger entry; None while it is not committed."""
+        """A unit's ledger entry; None while it is not committed.
+
+        Raises:
+            StoreError: it is damaged.
+        """
         try:
-            return json.loads((self.ledger_dir / f"{unit}.json").read_bytes())
+            return json.loads(self.place.read(entry_key(unit)))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise StoreError(
+                f"{self}/{entry_key(unit)} cannot be read ({error}): run `looptap verify --repair {self}`"
+            ) from error
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """The ledger entries of all committed units, in order."""
         for unit in self.done():
             yield cast(dict[str, Any], self.entry(unit))
 
-    def begin(self, unit: int) -> "Attempt":
+    def begin(self, unit: int) -> Attempt:
         """Start an attempt at a unit, numbered above all before it.
 
         Raises:
@@ -74,24 +136,25 @@ class Store:
         """
         if not 0 <= unit < self.num_units:
             raise ValueError(f"unit {unit} is not in the plan: it has units 0 to {self.num_units - 1}")
-        if (self.ledger_dir / f"{unit}.json").exists():
-            raise UnitTakenError(f"unit {unit} of {self.path} is committed: nothing is left to do for it")
+        if self.place.exists(entry_key(unit)):
+            raise UnitTakenError(f"unit {unit} of {self} is committed: nothing is left to do for it")
         number = 1
         with self.full_disk_named(unit):
             while True:
                 try:
                     # numbers have no gaps, so the first free one is above all others
-                    write_new(self.attempts_dir / f"{unit}.{number}", b"")
+                    self.place.create(attempt_key(unit, number), b"")
                     break
                 except FileExistsError:
                     number += 1
-            sync([self.attempts_dir])
             return Attempt(self, unit, number)
 
     def clean_staging(self) -> None:
         """Remove what killed attempts left. For the driver alone, while no worker runs."""
-        for entry in os.scandir(self.staging_dir):
-            shutil.rmtree(entry.path, ignore_errors=True)
+        from .repair import void_doubtful
+
+        self.place.clean_drafts()
+        void_doubtful(self)
 
     def finish(self) -> None:
         """Close a store whose units are all committed: check sizes, write `unit_done` and the summary.
@@ -101,179 +164,47 @@ class Store:
         Raises:
             StoreError: units are missing, or a file has not the size its ledger entry says.
         """
-        complete_path = self.path / ".looptap" / "complete"
-        if complete_path.exists():
-            return
         if todo := self.todo():
-            raise StoreError(f"{self.path} lacks {len(todo)} of {self.num_units} units: capture again")
+            raise StoreError(f"{self} lacks {len(todo)} of {self.num_units} units: capture again")
+        if self.place.exists(COMPLETE):
+            return
+        sizes = {name: self.place.sizes(name) for name in self.arrays}
         for entry in self.entries():
-            for name, shard in entry["shards"].items():
-                shard_path = self.path / shard["file"]
-                size = shard_path.stat().st_size if shard_path.exists() else None
-                if size != shard["bytes"]:
-                    raise StoreError(
-                        f"{shard_path} should hold {shard['bytes']} bytes of {name}, unit {entry['unit']}, "
-                        f"but {'is missing' if size is None else f'holds {size}'}: "
-                        f"run `looptap verify {self.path}`"
-                    )
-        with full_disk_named(self.path, "the summary", 1024 * self.num_units):
+            for name, shards in entry["shards"].items():
+                for shard in shards:
+                    size = sizes[name].get(shard["file"].partition("/")[2])
+                    if size != shard["bytes"]:
+                        raise StoreError(
+                            f"{self}/{shard['file']} should hold {shard['bytes']} bytes of {name}, unit "
+                            f"{entry['unit']}, but {'is missing' if size is None else f'holds {size}'}: "
+                            f"run `looptap verify {self}`"
+                        )
+        with self.place.full_disk_named("the summary", 1024 * self.num_units):
             self._write_unit_done()
-            replace(self.path / ".looptap" / "summary.parquet", _to_parquet(self.entries()))
-            replace(complete_path, b"")
+            self.place.replace(SUMMARY, _to_parquet(self.entries()))
+            self.place.replace(COMPLETE, b"")
         self.clean_staging()
 
     def full_disk_named(self, unit: int) -> AbstractContextManager[None]:
         """Reports a full disk as StoreFullError, with what one unit takes before compression."""
-        sizes = (math.prod(unit_shape(a)) * np.dtype(a["data_type"]).itemsize for a in self.arrays.values())
-        return full_disk_named(self.path, f"unit {unit}", sum(sizes))
+        return self.place.full_disk_named(f"unit {unit}", self.unit_bytes)
 
     def _write_unit_done(self) -> None:
-        metadata = json.loads((self.path / "unit_done" / "zarr.json").read_bytes())
-        (num_rows,) = unit_shape(metadata)
+        metadata = json.loads(self.place.read("unit_done/zarr.json"))
+        (num_rows,) = file_shape(metadata)
         for index, first in enumerate(range(0, self.num_units, num_rows)):
             done = np.ones(min(num_rows, self.num_units - first), np.uint8)
-            replace(self.path / "unit_done" / f"c.{index}", encode(metadata, done).tobytes())
+            self.place.replace(f"unit_done/c.{index}", encode(metadata, done).tobytes())
 
 
-class Attempt:
-    """One attempt at a unit: `write` every array of the store once, then `commit`.
+def entry_key(unit: int) -> str:
+    """Of a unit's ledger entry."""
+    return f"{LEDGER}/{unit}.json"
 
-    As a context manager it cleans up after itself if the body raises.
-    """
 
-    def __init__(self, store: Store, unit: int, number: int):
-        self.store, self.unit, self.number = store, unit, number
-        self.staging_dir = store.staging_dir / f"{unit}.{number}"
-        self.staging_dir.mkdir()
-        self._shards: dict[str, dict[str, Any]] = {}
-        self._published: dict[Path, tuple[int, int, int] | None] = {}
-
-    def __enter__(self) -> "Attempt":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.discard()
-
-    def write(self, name: str, rows: np.ndarray) -> None:
-        """Stage the unit's rows of one array.
-
-        Args:
-            rows: axis 0 up to the array's rows per unit, the rest is filled (NaN); other axes and dtype are
-                the array's.
-        """
-        array = self.store.arrays[name]
-        shape, dtype = unit_shape(array), np.dtype(array["data_type"])
-        if rows.dtype != dtype or rows.shape[1:] != shape[1:] or len(rows) > shape[0]:
-            raise ValueError(
-                f"{name} takes up to {shape[0]} rows of {dtype} {list(shape[1:])} a unit, "
-                f"not {rows.dtype} {list(rows.shape)}"
-            )
-        data = encode(array, rows)
-        with self.store.full_disk_named(self.unit):
-            write_new(self.staging_dir / name, data.data)
-        file = f"{name}/c.{self.unit}" + ".0" * (len(shape) - 1)
-        self._shards[name] = {"file": file, "bytes": len(data), "crc32c": f"{google_crc32c.value(data):08x}"}
-
-    def commit(self, receipt: dict[str, Any]) -> dict[str, Any]:
-        """Publish the unit: afterwards it is done, for good.
-
-        Args:
-            receipt: what the worker knows, as JSON: num_sequences, num_tokens, seconds, non_finite (quantity
-                -> count), versions; anything more is kept too.
-        Returns:
-            the ledger entry: the receipt with unit, attempt, shards, host, pid and time of commit.
-        Raises:
-            UnitTakenError: the unit is committed, or a later attempt at it has begun.
-            StoreFullError: no room. Nothing of this attempt stays in either case.
-        """
-        if missing := set(self.store.arrays) - set(self._shards):
-            raise ValueError(f"unit {self.unit} cannot be committed without {', '.join(sorted(missing))}")
-        try:
-            with self.store.full_disk_named(self.unit):
-                entry = self._publish(receipt)
-        except OSError:
-            self._withdraw()
-            raise
-        self.discard()
-        return entry
-
-    def fail(self, error: str) -> None:
-        """Give the attempt up and keep the reason, for `status`."""
-        self.discard()
-        note = {"unit": self.unit, "attempt": self.number, "error": error}
-        note |= {"host": platform.node(), "time": _now()}
-        replace(self.store.attempts_dir / f"{self.unit}.{self.number}", json.dumps(note).encode())
-
-    def discard(self) -> None:
-        """Remove what was staged."""
-        shutil.rmtree(self.staging_dir, ignore_errors=True)
-
-    def _publish(self, receipt: dict[str, Any]) -> dict[str, Any]:
-        entry = {
-            **receipt,
-            "unit": self.unit,
-            "attempt": self.number,
-            "shards": self._shards,
-            "host": platform.node(),
-            "pid": os.getpid(),
-            "committed": _now(),
-            "versions": {**receipt.get("versions", {}), "zarr": zarr.__version__, "numpy": np.__version__},
-        }
-        entry_path, ledger_path = self.staging_dir / "entry.json", self.store.ledger_dir / f"{self.unit}.json"
-        write_new(entry_path, json.dumps(entry).encode())
-        sync(self.staging_dir.iterdir())
-        self._fence()
-        for name, shard in self._shards.items():
-            self._put(self.staging_dir / name, self.store.path / shard["file"])
-        sync(self.store.path / name for name in self._shards)
-        self._require_ours()
-        self._put(entry_path, ledger_path)  # the commit
-        sync([self.store.ledger_dir])
-        self._require_ours()
-        return entry
-
-    def _fence(self) -> None:
-        """Stop if a later attempt has begun, or one was committed before any file of ours was in place.
-
-        An entry that appears once one is in place vouches for files that are not: it is an earlier attempt's,
-        that was paused. It is replaced, and that attempt finds out by `_require_ours`.
-        """
-        later = self.store.attempts_dir / f"{self.unit}.{self.number + 1}"
-        committed = self.store.ledger_dir / f"{self.unit}.json"
-        if later.exists() or (not self._published and committed.exists()):
-            raise self._taken()
-
-    def _put(self, source: Path, target: Path) -> None:
-        """Give a staged file its final name; what an earlier, uncommitted attempt left there is removed."""
-        ours = identity(source)  # before publishing: without hard links the staged name goes away
-        for _ in range(3):
-            try:
-                publish(source, target)
-            except FileExistsError:
-                if identity(target) != ours:  # equal: it was linked, and only the answer got lost
-                    self._fence()
-                    target.unlink(missing_ok=True)
-                    continue
-            self._published[target] = ours
-            return
-        raise self._taken()  # somebody else is publishing this unit right now
-
-    def _require_ours(self) -> None:
-        if any(identity(path) != ours for path, ours in self._published.items()):
-            raise self._taken()
-
-    def _taken(self) -> UnitTakenError:
-        entry = self.store.entry(self.unit)
-        what = f"was committed by attempt {entry['attempt']}" if entry else "has a later attempt"
-        return UnitTakenError(f"unit {self.unit} of {self.store.path} {what}: attempt {self.number} stops")
-
-    def _withdraw(self) -> None:
-        """Take back what was published, the ledger entry first."""
-        for path, ours in reversed(self._published.items()):
-            if identity(path) == ours:
-                path.unlink()
-        self.discard()
+def attempt_key(unit: int, number: int) -> str:
+    """Of the file that says an attempt has begun, and, if it failed, why."""
+    return f"{ATTEMPTS}/{unit}.{number}"
 
 
 def _to_parquet(entries: Iterable[dict[str, Any]]) -> bytes:
@@ -289,7 +220,7 @@ def _to_parquet(entries: Iterable[dict[str, Any]]) -> bytes:
                 "num_sequences": entry["num_sequences"],
                 "num_tokens": entry["num_tokens"],
                 "seconds": entry["seconds"],
-                "num_bytes": sum(shard["bytes"] for shard in entry["shards"].values()),
+                "num_bytes": entry_bytes(entry),
                 "num_non_finite": sum(entry["non_finite"].values()),
                 "host": entry["host"],
                 "committed": entry["committed"],
@@ -303,5 +234,6 @@ def _to_parquet(entries: Iterable[dict[str, Any]]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+def entry_bytes(entry: dict[str, Any]) -> int:
+    """What a unit takes in the store, by its ledger entry."""
+    return sum(shard["bytes"] for shards in entry["shards"].values() for shard in shards)

@@ -15,11 +15,13 @@ import google_crc32c
 
 from .errors import StoreFullError
 
+Identity = tuple[int, int, int]
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # EFBIG: a file size limit of the shell or the file system
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without hard links answer
 
 
-def write_new(path: Path, data: bytes | memoryview) -> None:
+def write_new(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Write a file that must not exist yet. Not synced: `sync` follows, for many files at once."""
     view = memoryview(data)
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -55,24 +57,36 @@ def publish(source: Path, target: Path) -> None:
     """Give a finished file its final name, unless something has that name.
 
     A hard link fails where the name is taken. File systems without hard links get a rename, which does not:
-    there the name is looked at just before, and callers compare identities afterwards.
+    there the name is looked at just before, and callers compare identities afterwards. A network file system
+    may report an error of what it has done, because the answer got lost: the file's own state is believed.
 
     Raises:
         FileExistsError: the name is taken.
     """
+    num_links, ours = os.stat(source).st_nlink, identity(source)
     try:
         os.link(source, target)
     except FileExistsError:
         raise
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno in _NO_LINKS:
+            _rename_new(source, target)
+        elif identity(target) != ours and os.stat(source).st_nlink <= num_links:
             raise
-        if target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    ours = identity(source)
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    try:
         os.rename(source, target)
+    except OSError:
+        if identity(target) != ours:
+            raise
 
 
-def identity(path: Path) -> tuple[int, int, int] | None:
+def identity(path: Path) -> Identity | None:
     """What tells a file from others, whatever it is renamed to; None where there is none."""
     try:
         status = os.stat(path)

@@ -13,24 +13,26 @@ so the consolidated metadata written here is never stale.
 """
 
 import json
-import os
-import shutil
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
-from zarr.codecs import ZstdCodec
+from zarr.codecs import BloscCodec, ZstdCodec
 
-from .disk import checksum, full_disk_named, sync, sync_tree, write_new
+from .disk import checksum, write_new
 from .errors import StoreError, StoreExistsError, StoreMissingError
-from .lock import machine, process_start
+from .place import Place, open_place
 
-FORMAT = 1
+FORMAT = 2
 BFLOAT16_NAN = 0x7FC0
 _COORDINATE_ROWS = 1 << 18  # 1 to 2 MiB a chunk
+_SHARD_BYTES = 512 << 20
+
+Codec = Literal["zstd", "none", "lossless"]
 
 Coordinate = tuple[tuple[str, ...], np.ndarray, dict[str, Any]]
 
@@ -39,9 +41,10 @@ Coordinate = tuple[tuple[str, ...], np.ndarray, dict[str, Any]]
 class ArraySpec:
     """One quantity's array.
 
-    `unit_rows` is how many rows of axis 0 one unit owns. Compressed arrays (statistics) are one zstd chunk a
-    unit. Others (states) are one shard a unit, inside which each chunk holds up to 512 rows of one depth
-    (axis 1), bare. bfloat16 is kept as uint16 with the attribute bits_of="bfloat16".
+    `unit_rows` is how many rows of axis 0 one unit owns. With codec "zstd" (statistics) they are one chunk.
+    Otherwise (states) they are one or more whole shards of `shard_rows` rows, inside which each chunk holds
+    up to 512 rows of one depth (axis 1): bare with "none", by blosc lz4 with bits shuffled with "lossless".
+    bfloat16 is kept as uint16 with the attribute bits_of="bfloat16".
     """
 
     dimensions: tuple[str, ...]
@@ -49,7 +52,38 @@ class ArraySpec:
     unit_rows: int
     dtype: str
     attributes: dict[str, Any]
-    compressed: bool = True
+    codec: Codec = "zstd"
+    shard_rows: int | None = None
+    """Rows of one shard; by default as many of the unit's as keep it within 512 MiB."""
+
+    def __post_init__(self) -> None:
+        if self.shard_rows is not None and (self.codec == "zstd" or self.unit_rows % self.shard_rows):
+            raise ValueError(
+                f"shards of {self.shard_rows} rows do not make up a unit of {self.unit_rows} rows with codec "
+                f"{self.codec}: give a divisor of it, and codec none or lossless"
+            )
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Shape of what is read at once."""
+        if self.codec == "zstd":
+            return (self.unit_rows, *self.shape[1:])
+        rows = inner_rows(self.shard_rows or self.unit_rows)
+        return (rows, *(1 for _ in self.shape[1:2]), *self.shape[2:])
+
+    @property
+    def shards(self) -> tuple[int, ...] | None:
+        """Shape of one file that holds many chunks; None where a file is one chunk."""
+        if self.codec == "zstd":
+            return None
+        rows, row_bytes = self.shard_rows, math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+        if rows is None:
+            inner = self.chunks[0]
+            sizes = (
+                n * inner for n in range(self.unit_rows // inner, 0, -1) if self.unit_rows % (n * inner) == 0
+            )
+            rows = next((size for size in sizes if size * row_bytes <= _SHARD_BYTES), inner)
+        return (rows, *self.shape[1:])
 
 
 def create_store(
@@ -69,9 +103,9 @@ def create_store(
         StoreExistsError: something is at the path; nothing was written.
         StoreFullError: no room for the coordinates.
     """
-    path = Path(path)
+    place = open_place(path)
     if store_exists(path):
-        raise StoreExistsError(f"{path} holds a store: open it to go on with it, or choose another path")
+        raise StoreExistsError(f"{place} holds a store: open it to go on with it, or choose another path")
     for name, spec in arrays.items():
         if spec.shape[0] != plan["num_units"] * spec.unit_rows:
             raise ValueError(
@@ -79,20 +113,8 @@ def create_store(
                 f"make {plan['num_units'] * spec.unit_rows}"
             )
     num_bytes = sum(values.nbytes for _, values, _ in coordinates.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new_path = _new_path(path)
-    with full_disk_named(path.parent, "the coordinates of a new store", num_bytes):
-        try:
-            _fill(new_path, plan, coordinates, arrays)
-            try:
-                os.rename(new_path, path)
-            except OSError as error:
-                if store_exists(path):
-                    raise StoreExistsError(f"{path} was made by another process just now: open it") from error
-                raise
-            sync([path.parent])
-        finally:
-            shutil.rmtree(new_path, ignore_errors=True)
+    with place.full_disk_named("the coordinates of a new store", num_bytes):
+        place.make(lambda root: _fill(root, plan, coordinates, arrays))
 
 
 def store_exists(path: str | Path) -> bool:
@@ -101,43 +123,42 @@ def store_exists(path: str | Path) -> bool:
     Raises:
         StoreExistsError: something else is there; the message says what.
     """
-    path = Path(path)
-    if not path.exists() and not path.is_symlink():
-        return False
-    if not path.is_dir():
-        raise StoreExistsError(f"{path} is a file, not a store: choose another path")
-    names = sorted(entry.name for entry in os.scandir(path))
-    if not names:
-        return False
+    place = open_place(path)
+    names = sorted(place.names(""))
     if ".looptap" in names and "zarr.json" in names:
         return True
+    if not names or place.holds_leftovers_only():
+        return False
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise StoreExistsError(f"{path} is not a looptap store, it holds {shown}: choose another path")
+    raise StoreExistsError(f"{place} is not a looptap store, it holds {shown}: choose another path")
 
 
-def read_group(path: str | Path) -> dict[str, Any]:
+def read_group(place: Place) -> dict[str, Any]:
     """The group's zarr.json of a store of this format.
 
     Raises:
         StoreMissingError: nothing is there.
         StoreError: what is there is not a store, or a store of another format.
     """
-    path = Path(path)
-    if not path.exists():
-        raise StoreMissingError(f"{path} does not exist: give the path of a store made by a capture")
     try:
-        group = json.loads((path / "zarr.json").read_bytes())
+        group = json.loads(place.read("zarr.json"))
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"{path} is not a looptap store: it has no zarr.json") from None
+        if not place.exists("") or place.holds_leftovers_only():
+            raise StoreMissingError(
+                f"{place} does not exist: give the path of a store made by a capture"
+            ) from None
+        raise StoreError(f"{place} is not a looptap store: it has no zarr.json") from None
     except ValueError as error:
-        raise StoreError(f"{path}/zarr.json cannot be read ({error}): restore it, or capture again") from None
+        raise StoreError(
+            f"{place}/zarr.json cannot be read ({error}): restore it, or capture again"
+        ) from None
     attributes = group.get("attributes") if isinstance(group, dict) else None
     number = attributes.get("looptap_format") if isinstance(attributes, dict) else None
     if number is None:
-        raise StoreError(f"{path} is a Zarr group, not a looptap store: it has no attribute looptap_format")
+        raise StoreError(f"{place} is a Zarr group, not a looptap store: it has no attribute looptap_format")
     if number != FORMAT:
         raise StoreError(
-            f"{path} is a store of format {number}, this looptap reads format {FORMAT}: "
+            f"{place} is a store of format {number}, this looptap reads format {FORMAT}: "
             f"{'upgrade looptap' if number > FORMAT else 'capture again'}"
         )
     return group
@@ -165,7 +186,7 @@ def plan_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str
 
 
 def inner_rows(unit_rows: int) -> int:
-    """Rows of an uncompressed array's inner chunk: the most, up to 512, that divide a unit.
+    """Rows of a shard's inner chunk: the most, up to 512, that divide a unit.
 
     A unit whose divisors are all small (a prime number of rows) is one chunk: tiny ones cost more than large.
     """
@@ -176,8 +197,6 @@ def inner_rows(unit_rows: int) -> int:
 def _fill(
     root: Path, plan: dict[str, Any], coordinates: Mapping[str, Coordinate], arrays: Mapping[str, ArraySpec]
 ) -> None:
-    for folder in ("ledger", "attempts", "staging"):
-        (root / ".looptap" / folder).mkdir(parents=True)
     coordinates = dict(coordinates)
     coordinates["unit_done"] = (
         ("unit",),
@@ -202,11 +221,11 @@ def _fill(
     }
     (root / "zarr.json").unlink(missing_ok=True)
     write_new(root / "zarr.json", json.dumps(group).encode())
+    (root / ".looptap").mkdir()
     write_new(root / ".looptap" / "plan.json", json.dumps(plan, indent=1).encode())
-    planned = [p for p in root.rglob("*") if p.is_file() and p.parent.name != "unit_done"]
+    planned = [p for p in root.rglob("*") if p.is_file() and not p.match("unit_done/c.*")]
     files = {str(p.relative_to(root)): {"bytes": p.stat().st_size, "crc32c": checksum(p)} for p in planned}
     write_new(root / ".looptap" / "files.json", json.dumps(files).encode())
-    sync_tree(root)
 
 
 def _write_coordinate(
@@ -231,16 +250,15 @@ def _write_coordinate(
 
 
 def _make_array(root: Path, name: str, spec: ArraySpec, attributes: dict[str, Any]) -> None:
-    unit = (spec.unit_rows, *spec.shape[1:])
-    inner = (inner_rows(spec.unit_rows), *(1 for _ in spec.shape[1:2]), *spec.shape[2:])
+    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=np.dtype(spec.dtype).itemsize)
     zarr.create_array(
         str(root),
         name=name,
         shape=spec.shape,
         dtype=spec.dtype,
-        chunks=unit if spec.compressed else inner,
-        shards=None if spec.compressed else unit,
-        compressors=[ZstdCodec(level=1)] if spec.compressed else None,
+        chunks=spec.chunks,
+        shards=spec.shards,
+        compressors={"zstd": [ZstdCodec(level=1)], "lossless": [blosc], "none": None}[spec.codec],
         fill_value=_fill_value(np.dtype(spec.dtype), spec.attributes),
         attributes={**spec.attributes, **attributes},
         dimension_names=spec.dimensions,
@@ -262,15 +280,3 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for name, part in value.items():
         flat |= _flatten(part, f"{prefix}.{name}".strip("."))
     return flat
-
-
-def _new_path(path: Path) -> Path:
-    """A name beside the store to build it under; leftovers of killed builders are removed on the way."""
-    prefix = f".{path.name}.new-{machine()}-"
-    for left in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
-        pid, _, start = left.name.removeprefix(prefix).partition("-")
-        if str(process_start(int(pid))) != start:
-            shutil.rmtree(left)
-    new_path = path.parent / f"{prefix}{os.getpid()}-{process_start(os.getpid())}"
-    shutil.rmtree(new_path, ignore_errors=True)
-    return new_path

@@ -12,14 +12,18 @@ import platform
 import secrets
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import google_crc32c
-
+from .directory import LocalPlace
 from .disk import write_new
 from .errors import StoreError, StoreLockedError
+from .place import open_place
+from .process import machine, process_start
+
+if TYPE_CHECKING:
+    from .object_lock import ObjectLock
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
@@ -52,17 +56,51 @@ class DriverLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            os.utime(self._descriptor)
+            with suppress(OSError):  # a server that is away for a moment
+                os.utime(self._descriptor)
 
 
 @contextmanager
-def driver_lock(path: str | Path) -> Iterator[DriverLock]:
+def driver_lock(path: str | Path) -> Iterator["DriverLock | ObjectLock"]:
     """Hold the store's driver lock.
 
     Raises:
         StoreLockedError: another driver is at work; the message names its host and process.
+        StoreError: the place cannot keep drivers apart.
     """
-    lock_path = Path(path) / ".looptap" / "driver.lock"
+    place = open_place(path)
+    if isinstance(place, LocalPlace):
+        lock = _acquire(place.path / ".looptap" / "driver.lock")
+    else:
+        from .object_lock import ObjectLock
+
+        lock = ObjectLock.acquire(place)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def lock_holder(path: str | Path) -> dict[str, Any] | None:
+    """Who drives the store now (host, pid, silent_s), or None if nobody alive does."""
+    place = open_place(path)
+    if isinstance(place, LocalPlace):
+        return _holder(place.path / ".looptap" / "driver.lock")
+    from .object_lock import object_lock_holder
+
+    return object_lock_holder(place)
+
+
+def locked(store: str, holder: dict[str, Any]) -> StoreLockedError:
+    """The error of who comes second."""
+    return StoreLockedError(
+        f"{store} is being written by process {holder['pid']} on {holder['host']} "
+        f"(last sign of life {holder['silent_s']:.0f} s ago): wait for it or stop it; "
+        f"its lock lapses after {STALE_S:.0f} s without a sign of life"
+    )
+
+
+def _acquire(lock_path: Path) -> DriverLock:
     mine = {
         "host": platform.node(),
         "pid": os.getpid(),
@@ -73,26 +111,16 @@ def driver_lock(path: str | Path) -> Iterator[DriverLock]:
     write_new(new_path, json.dumps(mine).encode())
     try:
         with _guard(lock_path):
-            holder = lock_holder(path)
+            holder = _holder(lock_path)
             if holder is not None:
-                raise StoreLockedError(
-                    f"{path} is being written by process {holder['pid']} on {holder['host']} "
-                    f"(last sign of life {holder['silent_s']:.0f} s ago): wait for it or stop it; "
-                    f"its lock lapses after {STALE_S:.0f} s without a sign of life"
-                )
+                raise locked(str(lock_path.parent.parent), holder)
             os.replace(new_path, lock_path)
     finally:
         new_path.unlink(missing_ok=True)
-    lock = DriverLock(lock_path)
-    try:
-        yield lock
-    finally:
-        lock.release()
+    return DriverLock(lock_path)
 
 
-def lock_holder(path: str | Path) -> dict[str, Any] | None:
-    """Who drives the store now (host, pid, silent_s), or None if nobody alive does."""
-    lock_path = Path(path) / ".looptap" / "driver.lock"
+def _holder(lock_path: Path) -> dict[str, Any] | None:
     try:
         holder = json.loads(lock_path.read_bytes())
         beat_s = lock_path.stat().st_mtime
@@ -102,41 +130,6 @@ def lock_holder(path: str | Path) -> dict[str, Any] | None:
     if holder["machine"] == machine():
         return holder if process_start(holder["pid"]) == holder["process_start"] else None
     return holder if holder["silent_s"] < STALE_S else None
-
-
-def machine() -> str:
-    """Tells where a process number means something: host, boot and process namespace, as eight hex digits."""
-    parts = [platform.node()]
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        try:
-            parts.append(os.readlink(path) if path.endswith("ns/pid") else Path(path).read_text().strip())
-        except OSError:  # not Linux
-            parts.append("")
-    return f"{google_crc32c.value(' '.join(parts).encode()):08x}"
-
-
-def process_start(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since boot; None if there is no such live process.
-
-    Number and start together name a process for good, the number alone is used again. Where /proc is missing
-    the start is 0 for any live process.
-    """
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return 0
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
-    if fields[0] in "ZX":  # killed, and only not yet collected by its parent
-        return None
-    return int(fields[19])
 
 
 @contextmanager

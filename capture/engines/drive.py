@@ -1,0 +1,97 @@
+"""Carries the scheduler's decisions out on a pool of workers, and tells whoever watches what happened."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from .events import Done, Event, Give, Kill, Report, Start, UnitDone, UnitFailed
+from .scheduler import Limits, Scheduler
+from .work import Receipt
+
+POLL_S = 1.0  # at least so often the run looks at its lock, its members, and whether it is to stop
+
+
+class Pool(Protocol):
+    """Workers somewhere. Leaving it as a context manager ends all that are left."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def num_places(self) -> int:
+        """Workers that there is room for now, those that run included."""
+        ...
+
+    def start(self, worker: int) -> None: ...
+
+    def give(self, worker: int, unit: int) -> None: ...
+
+    def kill(self, worker: int) -> None:
+        """Ends it; nothing more has to be heard of it."""
+        ...
+
+    def drain(self) -> None:
+        """Workers give back what they have not begun."""
+        ...
+
+    def poll(self, timeout_s: float) -> Iterable[Report]:
+        """What happened, waiting for something to happen; of one worker in the order it did."""
+        ...
+
+
+def run_on(
+    pool: Pool,
+    units: Iterable[int],
+    *,
+    committed: Callable[[int], Receipt | None],
+    goes_on: Callable[[], bool] = lambda: True,
+    limits: Limits | None = None,
+    wanted: int | None = None,
+) -> Iterator[Event]:
+    """Works through units until every one is done or failed, or `goes_on` says to stop.
+
+    Args:
+        pool: entered already.
+        committed: looks into the ledger.
+        goes_on: asked about once a second; after False, units under way are finished and none is begun.
+            What it raises ends the run.
+        wanted: most workers.
+    Raises:
+        NoWorkersError: no worker is left and none can come.
+    """
+    scheduler = Scheduler(units, limits, wanted)
+    is_draining, looked_s, num_places = False, float("-inf"), 0
+    heard: list[Report] = []  # by ourselves, from the ledger
+    while True:
+        now_s = time.monotonic()
+        if now_s - looked_s >= POLL_S:
+            looked_s, num_places = now_s, pool.num_places()
+        if not is_draining and not goes_on():
+            is_draining = True
+            scheduler.drain()
+            pool.drain()
+        for report in heard:
+            scheduler.take(report, now_s)
+        heard = []
+        for command in scheduler.tick(now_s, num_places):
+            match command:
+                case Start():
+                    pool.start(command.worker)
+                case Kill():
+                    pool.kill(command.worker)
+                case Give():
+                    receipt = committed(command.unit) if command.again else None
+                    if receipt is None:
+                        pool.give(command.worker, command.unit)
+                    else:
+                        heard.append(Done(command.worker, command.unit, receipt))
+                case UnitFailed():
+                    receipt = committed(command.unit)
+                    yield command if receipt is None else UnitDone(command.unit, receipt)
+                case _:
+                    yield command
+        if scheduler.has_ended:
+            return
+        if not heard:
+            for report in pool.poll(POLL_S):
+                scheduler.take(report, time.monotonic())

@@ -1,0 +1,132 @@
+"""Workers in processes of this machine: one for each GPU, or several that share the CPU's cores.
+
+They are told and tell through pipes, so that a death is noticed as the end of its pipe, at once and after
+everything it had said before.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from ..store.errors import StoreFullError
+from .events import Died, Done, NotStarted, Placed, Raised, Ready, Report, Returned
+from .work import Receipt, Recipe
+
+
+class Processes:
+    """A pool of `num_workers` processes.
+
+    Args:
+        recipe: what each of them builds; it travels by pickle.
+        gpus: one for each worker, as CUDA_VISIBLE_DEVICES names them; None for workers on the CPU, which
+            share its cores.
+    """
+
+    def __init__(self, recipe: Recipe, num_workers: int, gpus: list[str] | None = None):
+        self._recipe, self._num_workers, self._gpus = recipe, num_workers, gpus
+        self._children: dict[int, tuple[subprocess.Popen[bytes], Connection]] = {}
+        self._gpu_of: dict[int, str] = {}
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in list(self._children):
+            self.kill(worker)
+
+    def num_places(self) -> int:
+        return self._num_workers
+
+    def start(self, worker: int) -> None:
+        ours, theirs = Pipe()
+        # it imports what we import, from where we do; -P leaves the directory that it stands in out of it
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        if self._gpus is not None:
+            self._gpu_of[worker] = next(gpu for gpu in self._gpus if gpu not in self._gpu_of.values())
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpu_of[worker]
+        with theirs:
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", f"{__package__}.child", str(theirs.fileno()), str(os.getpid())],
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # a terminal's Ctrl-C is for the driver
+                stdin=subprocess.DEVNULL,
+            )
+        self._children[worker] = child, ours
+        self._tell(worker, (self._recipe, self._num_threads()))
+
+    def give(self, worker: int, unit: int) -> None:
+        self._tell(worker, unit)
+
+    def drain(self) -> None:
+        for worker in self._children:
+            self._tell(worker, None)
+
+    def kill(self, worker: int) -> None:
+        child, pipe = self._children.pop(worker)
+        self._gpu_of.pop(worker, None)
+        child.kill()
+        child.wait()
+        pipe.close()
+
+    def poll(self, timeout_s: float) -> Iterable[Report]:
+        """Raises StoreFullError: no unit can be committed any more."""
+        of_pipe = {pipe: worker for worker, (_, pipe) in self._children.items()}
+        if not of_pipe:
+            time.sleep(timeout_s)  # wait() of nothing returns at once
+        reports: list[Report] = []
+        for pipe in wait(list(of_pipe), timeout_s):
+            assert isinstance(pipe, Connection)
+            reports += self._heard(of_pipe[pipe], pipe)
+        return reports
+
+    def _heard(self, worker: int, pipe: Connection) -> Iterator[Report]:
+        try:
+            while pipe.poll():
+                report = _report(worker, *pipe.recv())
+                yield report
+                if isinstance(report, NotStarted):
+                    return self.kill(worker)  # its GPU is free for the next
+        except (EOFError, ConnectionError):
+            child, _ = self._children[worker]
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(5)
+            self.kill(worker)
+            yield Died(worker, f"exit {child.returncode}")
+
+    def _tell(self, worker: int, order: Any) -> None:
+        with suppress(ConnectionError):  # it is dead, which the next poll finds
+            self._children[worker][1].send(order)
+
+    def _num_threads(self) -> int | None:
+        """Of torch in each worker; None where the environment says, or GPUs do the work."""
+        if self._gpus is not None or "OMP_NUM_THREADS" in os.environ:
+            return None
+        return max(1, len(os.sched_getaffinity(0)) // self._num_workers)
+
+
+def _report(worker: int, what: str, detail: Any) -> Report:
+    match what:
+        case "placed":
+            return Placed(worker, detail)
+        case "ready":
+            return Ready(worker)
+        case "not started":
+            return NotStarted(worker, detail)
+        case "done":
+            unit, receipt = detail
+            assert isinstance(receipt, Receipt)
+            return Done(worker, unit, receipt)
+        case "returned":
+            return Returned(worker, detail)
+        case "raised":
+            return Raised(worker, *detail)
+        case "full":
+            raise StoreFullError(detail)
+    raise AssertionError(what)

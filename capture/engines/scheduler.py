@@ -1,0 +1,321 @@
+"""Which worker does which unit, and what happens when one fails: the rules, and nothing else.
+
+It knows no processes, no Ray, no store, and no clock: reports and the time come in, commands and events come
+out in the order in which they are to be carried out. The ledger stays the truth; that a unit was done by a
+worker thought lost is found out by whoever carries out `Give` (`drive.py`), and told here as `Done`.
+
+- A unit that raises `MAX_TRIES` times has failed. A worker's death is none of the unit's tries, but one that
+  was running on `MAX_TRIES` workers as they died has failed too: it is what kills them.
+- A worker holds two units, so that it never waits for the next; towards the end one, so that none of them
+  waits behind another while a worker is free.
+- A worker that does not answer is set aside: soon its units go to others and another worker is started in its
+  place, later it is killed. If it answers in between it gets units again. Its late commits are fenced off by
+  the store's attempts.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median
+
+from .events import (
+    Available,
+    Command,
+    Died,
+    Done,
+    Event,
+    Give,
+    Kill,
+    NotStarted,
+    NoWorkersError,
+    Placed,
+    Raised,
+    Ready,
+    Report,
+    Returned,
+    SlowUnit,
+    Start,
+    Unavailable,
+    UnitDone,
+    UnitFailed,
+    WorkerJoined,
+    WorkerLost,
+    WorkerRefused,
+)
+
+MAX_TRIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How patient a run is."""
+
+    depth: int = 2
+    """Units that a worker holds, the one it runs among them."""
+    reissue_s: float = 2.5
+    """A worker has not answered for so long: its units go to others."""
+    lost_s: float = 30.0
+    """A worker has not answered for so long: it is killed."""
+    retry_s: float = 60.0
+    """Wait before workers are started again after several in a row could not be."""
+    no_worker_s: float = 600.0
+    """Wait for a worker while there is none."""
+    slow_ratio: float = 10.0
+    """A unit that takes so many times the median is reported,"""
+    slow_s: float = 1.0
+    """and at least so long."""
+    unit_limit_s: float | None = None
+    """A worker whose unit takes longer is killed."""
+
+
+@dataclass
+class _Worker:
+    where: str = "not placed"
+    is_placed: bool = False
+    is_ready: bool = False
+    units: list[int] = field(default_factory=list)  # the first is the one it runs
+    began_s: float = 0.0
+    slow_said: bool = False
+    silent_since_s: float | None = None
+    unanswered: list[int] = field(default_factory=list)  # nothing will be heard of them
+    is_given_up: bool = False  # silent for long enough that its units were taken from it
+    suspect: int | None = None  # what it ran then
+
+
+class Scheduler:
+    """Args:
+    units: what is to be done, in this order.
+    wanted: most workers; None for as many as there is room for.
+    """
+
+    def __init__(self, units: Iterable[int], limits: Limits | None = None, wanted: int | None = None):
+        self._limits = limits or Limits()
+        self._wanted = wanted
+        self._todo = deque(units)
+        self._open = set(self._todo)
+        self._given: set[int] = set()
+        self._errors: Counter[int] = Counter()
+        self._deaths: Counter[int] = Counter()
+        self._workers: dict[int, _Worker] = {}
+        self._num_numbered = 0
+        self._out: list[Command | Event] = []
+        self._seconds: deque[float] = deque(maxlen=101)  # of the last units
+        self._num_refused = 0  # since one was ready
+        self._num_stillborn = 0  # the same, of those that died before they were
+        self._last_refusal = ""
+        self._refused_s = 0.0
+        self._alone_since_s: float | None = None
+        self._is_draining = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing is to do, or nothing may begin and nothing is under way."""
+        return not self._open or (self._is_draining and not self.num_in_flight)
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(len(worker.units) for worker in self._workers.values())
+
+    @property
+    def num_open(self) -> int:
+        """Units that are neither done nor failed."""
+        return len(self._open)
+
+    def units_of(self, worker: int) -> list[int]:
+        """What a worker holds; the first is the one it runs."""
+        return list(self._workers[worker].units) if worker in self._workers else []
+
+    def drain(self) -> None:
+        """Let no unit and no worker begin any more."""
+        self._is_draining = True
+
+    def take(self, report: Report, now_s: float) -> None:
+        """What a worker, or the pool about it, says. A word of a worker that is gone changes nothing, except
+        that a unit is done.
+        """
+        if isinstance(report, Done):
+            self._done(report, now_s)
+        elif (worker := self._workers.get(report.worker)) is not None:
+            match report:
+                case Placed():
+                    worker.is_placed, worker.where = True, report.where
+                case Ready():
+                    worker.is_ready, self._num_refused, self._num_stillborn = True, 0, 0
+                    self._out.append(WorkerJoined(report.worker, worker.where, self._num_ready()))
+                case NotStarted():
+                    self._num_refused += 1
+                    self._refused(report.worker, report.why, now_s)
+                case Raised():
+                    if self._take_from(worker, report.unit, now_s) and report.unit in self._open:
+                        self._count(self._errors, report.unit, report.error)
+                case Returned():
+                    if self._take_from(worker, report.unit, now_s):
+                        self._requeue([report.unit])
+                case Unavailable():
+                    if worker.silent_since_s is None:
+                        worker.silent_since_s = now_s
+                    if report.unit in worker.units:
+                        worker.unanswered.append(report.unit)
+                case Available():
+                    self._answers(report.worker, worker, now_s)
+                case Died():
+                    if worker.is_ready:
+                        self._lose(report.worker, report.why)
+                    else:
+                        self._num_stillborn += 1
+                        self._refused(report.worker, report.why, now_s)
+
+    def tick(self, now_s: float, num_places: int) -> list[Command | Event]:
+        """What is to be done now, in this order.
+
+        Args:
+            num_places: workers that there is room for at the moment, those that run included.
+        Raises:
+            NoWorkersError: no worker is left and none can come.
+        """
+        for number, worker in list(self._workers.items()):
+            if worker.silent_since_s is not None:
+                self._silent(number, worker, now_s - worker.silent_since_s)
+            elif worker.units:
+                self._slow(number, worker, now_s)
+        if not self.has_ended and not self._is_draining:
+            self._start(now_s, num_places)
+            self._give(now_s)
+            if not self._out:
+                self._check_alone(now_s)
+        out, self._out = self._out, []
+        return out
+
+    def _done(self, report: Done, now_s: float) -> None:
+        if (worker := self._workers.get(report.worker)) is not None:
+            began_s = worker.began_s
+            if worker.units[:1] == [report.unit]:
+                self._seconds.append(now_s - began_s)
+            self._take_from(worker, report.unit, now_s)
+        if report.unit in self._open:
+            self._open.discard(report.unit)  # where it lies in todo it is skipped
+            self._out.append(UnitDone(report.unit, report.receipt))
+
+    def _take_from(self, worker: _Worker, unit: int, now_s: float) -> bool:
+        """Whether it was that worker's."""
+        if unit not in worker.units:
+            return False
+        if worker.units[0] == unit:
+            worker.began_s, worker.slow_said = now_s, False
+        worker.units.remove(unit)
+        return True
+
+    def _requeue(self, units: list[int]) -> None:
+        """In front, so that what was lost comes first and a unit that always fails is soon known to."""
+        self._todo.extendleft(unit for unit in reversed(units) if unit in self._open)
+
+    def _count(self, counter: Counter[int], unit: int, why: str) -> None:
+        """One more try, or death, of an open unit that no worker holds."""
+        counter[unit] += 1
+        if counter[unit] < MAX_TRIES:
+            self._requeue([unit])
+        else:
+            self._open.discard(unit)
+            self._out.append(UnitFailed(unit, why))
+
+    def _lose(self, number: int, why: str) -> None:
+        """A worker is gone: what it held goes to others, and what it ran is suspected."""
+        worker = self._workers.pop(number)
+        units, running = worker.units, worker.units[0] if worker.units else worker.suspect
+        event = WorkerLost(number, worker.where, why, running, self._num_ready())
+        if not worker.is_given_up:
+            self._out.append(event)  # or it was said when its units were taken from it
+        self._requeue(units[1:])
+        if running is not None and running in self._open:
+            died = f"the worker that ran it died {MAX_TRIES} times, last {worker.where}: {why}"
+            if units:
+                self._count(self._deaths, running, died)
+            else:  # it is with another worker already, or waits for one
+                self._deaths[running] += 1
+
+    def _refused(self, number: int, why: str, now_s: float) -> None:
+        del self._workers[number]
+        self._last_refusal, self._refused_s = why, now_s
+        self._out.append(WorkerRefused(number, why))
+
+    def _answers(self, number: int, worker: _Worker, now_s: float) -> None:
+        worker.silent_since_s, worker.suspect, worker.is_given_up = None, None, False
+        for unit in worker.unanswered:
+            if unit in self._open and not self._is_draining:
+                self._out.append(Give(number, unit, again=True))
+            elif self._take_from(worker, unit, now_s):
+                self._requeue([unit])
+        worker.unanswered, worker.began_s = [], now_s
+
+    def _silent(self, number: int, worker: _Worker, silent_s: float) -> None:
+        why = f"does not answer for {silent_s:.0f} s"
+        if silent_s >= self._limits.lost_s:
+            self._out.append(Kill(number))
+            self._lose(number, why)
+        elif silent_s >= self._limits.reissue_s and not worker.is_given_up:
+            worker.is_given_up, worker.suspect = True, worker.units[0] if worker.units else None
+            self._out.append(WorkerLost(number, worker.where, why, worker.suspect, self._num_ready()))
+            self._requeue(worker.units)
+            worker.units, worker.unanswered = [], []
+
+    def _slow(self, number: int, worker: _Worker, now_s: float) -> None:
+        unit, seconds, limit_s = worker.units[0], now_s - worker.began_s, self._limits.unit_limit_s
+        if limit_s is not None and seconds > limit_s:
+            self._out.append(Kill(number))
+            self._lose(number, f"unit {unit} took longer than {limit_s:g} s")
+        elif not worker.slow_said and len(self._seconds) >= 5:
+            median_s = median(self._seconds)
+            if seconds > max(self._limits.slow_s, self._limits.slow_ratio * median_s):
+                worker.slow_said = True
+                self._out.append(SlowUnit(unit, worker.where, seconds, median_s))
+
+    def _start(self, now_s: float, num_places: int) -> None:
+        if self._is_hopeless and now_s - self._refused_s < self._limits.retry_s:
+            return
+        most = min(num_places, len(self._open), self._wanted or num_places)
+        for _ in range(most - sum(not worker.is_given_up for worker in self._workers.values())):
+            self._workers[self._num_numbered] = _Worker()
+            self._out.append(Start(self._num_numbered))
+            self._num_numbered += 1
+
+    def _give(self, now_s: float) -> None:
+        free = [(n, w) for n, w in self._workers.items() if w.is_ready and w.silent_since_s is None]
+        for depth in range(self._limits.depth):  # first one for everybody
+            for number, worker in free:
+                if len(worker.units) > depth or (depth and len(self._todo) <= len(free)):
+                    continue
+                while self._todo and self._todo[0] not in self._open:
+                    self._todo.popleft()
+                if not self._todo:
+                    return
+                unit = self._todo.popleft()
+                if not worker.units:
+                    worker.began_s, worker.slow_said = now_s, False
+                worker.units.append(unit)
+                self._out.append(Give(number, unit, again=unit in self._given))
+                self._given.add(unit)
+
+    def _check_alone(self, now_s: float) -> None:
+        if any(w.is_placed and w.silent_since_s is None for w in self._workers.values()):
+            self._alone_since_s = None
+            return
+        if self._alone_since_s is None:
+            self._alone_since_s = now_s
+        left = f"{len(self._open)} units are not done; the same command goes on with them"
+        if self._is_hopeless:
+            raise NoWorkersError(
+                f"no worker could be started in {self._num_refused + self._num_stillborn} tries, and {left}; "
+                f"the last one: {self._last_refusal}"
+            )
+        if now_s - self._alone_since_s >= self._limits.no_worker_s:
+            raise NoWorkersError(
+                f"no worker is left and none came for {self._limits.no_worker_s:.0f} s; {left}"
+            )
+
+    @property
+    def _is_hopeless(self) -> bool:
+        """Deaths may come from outside and are forgiven longer than what a worker itself objects to."""
+        return self._num_refused >= MAX_TRIES or self._num_stillborn >= 3 * MAX_TRIES
+
+    def _num_ready(self) -> int:
+        return sum(w.is_ready and w.silent_since_s is None for w in self._workers.values())

@@ -1,0 +1,133 @@
+"""How a worker is built where its engine wants it, and what it answers. Results do not travel: they are on
+disk.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from ..initial_states import StatesFile
+    from ..plan import Plan
+    from ..store.commit import Store
+    from ..worker import Worker
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What is said of a committed unit."""
+
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_non_finite: int = 0
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> "Receipt":
+        """From its ledger entry."""
+        return cls(
+            num_tokens=entry["num_tokens"],
+            num_bytes=sum(shard["bytes"] for shards in entry["shards"].values() for shard in shards),
+            num_non_finite=sum(entry["non_finite"].values()),
+        )
+
+
+RunUnit = Callable[[int], Receipt]
+
+
+class Recipe(Protocol):
+    """Builds what runs units, in the process where it will; small, and sent there by pickle."""
+
+    def make(self) -> RunUnit: ...
+
+
+class RecipeError(ValueError):
+    """What a worker was to be built from is not there, or is something else."""
+
+
+@dataclass(frozen=True)
+class CaptureRecipe:
+    """A capture's worker, from names that mean the same everywhere and hashes that prove it."""
+
+    store: str
+    """Place of the store, which holds the plan."""
+    plan_hash: str
+    created: str
+    """With the hash it tells this store from another at the same path of another machine."""
+    model: str
+    loop: str | None
+    recurrences: int | None
+    initial_states: "StatesFile | None"
+
+    def make(self) -> RunUnit:
+        """Raises RecipeError, ModelError or StoreError where what is here is not what was planned with."""
+        from ..models.load import find_model
+        from ..store.commit import Store
+        from ..worker import Worker
+
+        store = Store.open(self.store)
+        if (store.plan["hash"], store.plan["created"]) != (self.plan_hash, self.created):
+            raise RecipeError(
+                f"{self.store} is another store here than where the capture was started: "
+                "put it on a file system or object store that all machines share"
+            )
+        source = find_model(self.model, self.loop, self.recurrences)
+        self._check_model(source.identity(), store.plan["model"])
+        self._check_initial_states()
+        worker = Worker(source, store, self.initial_states)
+        return lambda unit: run_unit(worker, store, unit)
+
+    def _check_model(self, here: dict[str, object], planned: dict[str, object]) -> None:
+        here = json.loads(json.dumps(here))
+        if differing := [name for name in {**planned, **here} if planned.get(name) != here.get(name)]:
+            what = ", ".join(f"{name} {here.get(name)} (planned: {planned.get(name)})" for name in differing)
+            raise RecipeError(
+                f"{self.model} is not the model that the capture was planned with; it differs in {what}: "
+                "give every machine the same files"
+            )
+
+    def _check_initial_states(self) -> None:
+        if self.initial_states is None:
+            return
+        path, planned = self.initial_states.path, self.initial_states.sha256
+        if not path.is_file() or _sha256(path) != planned:
+            raise RecipeError(
+                f"--initial-state {path} is not there, or not the file that the capture was planned with: "
+                "put it where all machines find it"
+            )
+
+
+def make_recipe(plan: "Plan", store: "Store") -> CaptureRecipe:
+    """The recipe for a plan's workers; what it names by a path of this machine is named from the root."""
+    from dataclasses import replace
+
+    spec, states = plan.settings.model, plan.initial_states
+    return CaptureRecipe(
+        store=store.place.address,
+        plan_hash=store.plan["hash"],
+        created=store.plan["created"],
+        model=os.path.abspath(spec) if os.path.isdir(spec) else spec,
+        loop=plan.settings.loop,
+        recurrences=plan.settings.recurrences,
+        initial_states=states and replace(states, path=states.path.absolute()),
+    )
+
+
+def run_unit(worker: "Worker", store: "Store", unit: int) -> Receipt:
+    """A unit that another worker committed meanwhile is as good as one of ours."""
+    from ..store.errors import UnitTakenError
+
+    try:
+        return Receipt.of(worker.run(unit))
+    except UnitTakenError:
+        if (entry := store.entry(unit)) is None:
+            raise
+        return Receipt.of(entry)
+
+
+def _sha256(path: Any) -> str:
+    import hashlib
+
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

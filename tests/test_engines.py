@@ -1,0 +1,239 @@
+"""Pools of this machine keep the contract of all pools, and a capture on them is the same capture."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from looptap.capture.engines.engine import EngineError, open_engine
+from looptap.capture.engines.local import ThisProcess
+from looptap.capture.engines.processes import Processes
+from looptap.capture.engines.scheduler import Limits
+from looptap.capture.engines.work import RecipeError, make_recipe
+from looptap.capture.plan import PlanError, make_plan
+from looptap.capture.run import prepare_store, run_capture
+from looptap.capture.settings import CaptureSettings
+from looptap.capture.store.commit import Store
+from looptap.tests.engine_contract import Files, PoolContract, ProcessPoolContract, is_alive, run
+
+TINY = "random:(0,2x3,0)I,width=32,heads=2"
+
+
+class TestThisProcess(PoolContract):
+    limits = Limits(depth=1)
+
+    @pytest.fixture
+    def make_pool(self):
+        return lambda recipe, num_workers: ThisProcess(recipe)
+
+    def test_what_keeps_the_worker_from_being_made_is_raised_as_it_is(self, make_pool, tmp_path):
+        files = Files(tmp_path, cannot="no such model")
+        with pytest.raises(ValueError, match=r"^no such model$"):
+            run(make_pool, files, 3, 1, limits=self.limits)
+
+
+class TestProcesses(ProcessPoolContract):
+    @pytest.fixture
+    def make_pool(self):
+        return Processes
+
+    def test_a_death_is_noticed_at_once(self, make_pool, tmp_path):
+        files = Files(tmp_path, long=frozenset({0}))
+        with make_pool(files, 1) as pool:
+            pool.start(0)
+            pool.give(0, 0)
+            while not files.workers():
+                list(pool.poll(0.1))
+            os.kill(*files.workers(), signal.SIGKILL)
+            began_s = time.monotonic()
+            assert [report.why for report in pool.poll(60)] == ["exit -9"]
+            assert time.monotonic() - began_s < 30
+
+    def test_each_worker_has_a_gpu_of_its_own_and_its_heir_the_same(self, tmp_path):
+        """No GPU is needed to see what the workers are shown."""
+        files = Files(tmp_path, kills={2: 1}, seconds=0.1)
+        run(lambda recipe, n: Processes(recipe, n, ["0", "GPU-7f", "2"]), files, 16, 3)
+        shown = list(files.gpus().values())
+        assert len(shown) == 4 and set(shown) == {"0", "GPU-7f", "2"}
+
+
+@pytest.fixture
+def settings(tmp_path) -> CaptureSettings:
+    """Nine units."""
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 256, (9, 25)))
+    return CaptureSettings(
+        model=TINY,
+        data=tmp_path / "ids.npy",
+        store=tmp_path / "run.zarr",
+        unit_tokens=48,
+        states=("core[all]@last",),
+    )
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Every file that holds values."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("c.*"))}
+
+
+def test_a_capture_by_processes_is_that_of_this_process(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = run_capture(make_plan(settings))
+    finally:
+        torch.set_num_threads(num_threads)
+    by_processes = replace(settings, store=tmp_path / "processes.zarr", workers=2)
+    outcome = run_capture(make_plan(by_processes))
+    assert outcome.complete and outcome.num_units == here.num_units == 9
+    found = content(tmp_path / "processes.zarr")
+    assert len(found) > 9 * 10 and found == content(settings.store)
+    pids = {entry["pid"] for entry in Store.open(tmp_path / "processes.zarr").entries()}
+    assert os.getpid() not in pids
+
+
+def test_who_works_is_not_of_the_plan(settings):
+    """So a capture goes on with another engine than it was begun with."""
+    plan = make_plan(settings)
+    other = make_plan(replace(settings, workers=3, unit_limit_s=60.0, engine="ray", ray_address="a:1"))
+    assert plan.document()["hash"] == other.document()["hash"]
+    store = prepare_store(plan)
+    assert store.todo() and run_capture(make_plan(replace(settings, workers=1))).complete
+
+
+@pytest.fixture
+def checkpoint(settings, tmp_path):
+    """A recipe for a checkpoint's capture, and the checkpoint's directory."""
+    import shutil
+
+    model_dir = tmp_path / "model"
+    golden = Path(__file__).parent / "golden" / "llama"
+    shutil.copytree(golden, model_dir, ignore=shutil.ignore_patterns("inputs*", "reference*", "README*"))
+    np.save(tmp_path / "ids.npy", np.arange(48).reshape(2, 24))
+    plan = make_plan(replace(settings, model=str(model_dir), states=()))
+    return make_recipe(plan, prepare_store(plan)), model_dir
+
+
+def test_a_recipe_makes_a_worker(checkpoint):
+    recipe, _ = checkpoint
+    assert recipe.make()(0).num_tokens == 48
+    assert recipe.make()(0).num_tokens == 48, "committed already, which is as good"
+
+
+def test_other_weights_are_refused(checkpoint):
+    recipe, model_dir = checkpoint
+    path = next(model_dir.glob("*.safetensors"))
+    tensors = load_file(path)
+    name = min(tensors)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, path)
+    with pytest.raises(
+        RecipeError, match=r"is not the model .* differs in weights_sha256 \w+ \(planned: \w+\)"
+    ):
+        recipe.make()
+
+
+def test_another_store_at_the_same_path_is_refused(checkpoint):
+    recipe, _ = checkpoint
+    with pytest.raises(RecipeError, match="is another store here"):
+        replace(recipe, created="2020-01-01T00:00:00+00:00").make()
+
+
+def test_other_initial_states_are_refused(settings, tmp_path):
+    save_file({"input_states": np.ones((9, 25, 32), np.float32)}, tmp_path / "states.safetensors")
+    plan = make_plan(replace(settings, initial_state=str(tmp_path / "states.safetensors")))
+    recipe = make_recipe(plan, prepare_store(plan))
+    recipe.make()
+    save_file({"input_states": np.zeros((9, 25, 32), np.float32)}, tmp_path / "states.safetensors")
+    with pytest.raises(RecipeError, match="not the file that the capture was planned with"):
+        recipe.make()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"unit_limit_s": 0.0, "workers": 1}, "unit_limit_s must be above 0 seconds, got 0.0"),
+        ({"unit_limit_s": 5.0}, "unit_limit_s needs workers that can be killed: give --workers 1 or more"),
+        ({"ray_address": "a:1"}, "ray_address a:1 is for --engine ray, which was not given"),
+        ({"worker_wait_s": -1.0}, "worker_wait_s must be above 0 seconds, got -1.0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(replace(settings, **changes))
+    assert not settings.store.exists()
+
+
+def test_gpus_are_checked_where_they_are_needed(settings):
+    """This machine may have any number of GPUs, so the plan says that it runs on them."""
+    with pytest.raises(PlanError, match="device cuda:99 is not there"):
+        make_plan(replace(settings, device="cuda:99"))
+    plan = replace(make_plan(settings), device="cuda")
+    with (
+        pytest.raises(EngineError, match=r"--workers 999: torch sees \d+ GPUs, and each worker takes one"),
+        open_engine(replace(plan, settings=replace(settings, workers=999))),
+    ):
+        pass
+    indexed = replace(plan, device="cuda:1", settings=replace(settings, workers=1))
+    with (
+        pytest.raises(EngineError, match="workers take a GPU each; give --device cuda"),
+        open_engine(indexed),
+    ):
+        pass
+    assert make_plan(replace(settings, device="cuda", engine="ray")).device == "cuda", "it may be elsewhere"
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from looptap.capture.engines.drive import run_on
+from looptap.capture.engines.processes import Processes
+from looptap.tests.engine_contract import Files
+files = Files(Path(sys.argv[1]), long=frozenset(range(9)))
+with Processes(files, 2) as pool:
+    list(run_on(pool, range(9), committed=files.committed))
+"""
+
+
+def test_workers_die_with_their_driver(tmp_path):
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)])
+    files = Files(tmp_path)
+    while len(files.workers()) < 2:
+        assert driver.poll() is None
+        time.sleep(0.05)
+    assert all(map(is_alive, files.workers()))
+    driver.kill()
+    driver.wait()
+    end_s = time.monotonic() + 30
+    while any(map(is_alive, files.workers())) and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert not any(map(is_alive, files.workers()))
+
+
+def test_ray_is_never_imported_by_the_local_engine(settings, tmp_path):
+    """R4, in this process and with workers; seen from a fresh Python."""
+    code = f"""
+import sys
+from pathlib import Path
+from looptap.capture.plan import make_plan
+from looptap.capture.run import run_capture
+from looptap.capture.settings import CaptureSettings
+for workers in (None, 1):
+    settings = CaptureSettings(
+        model={TINY!r}, data=Path({str(settings.data)!r}), unit_tokens=48, limit=2, workers=workers,
+        store=Path({str(tmp_path)!r}) / f"{{workers}}.zarr",
+    )
+    assert run_capture(make_plan(settings)).complete
+assert "ray" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

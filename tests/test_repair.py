@@ -1,0 +1,230 @@
+"""`verify --repair`: damaged units are undone, whole, and capturing again gives what it gives in peace."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from looptap.__main__ import main
+from looptap.capture.store.commit import Store
+from looptap.capture.store.directory import LocalPlace
+from looptap.capture.store.errors import StoreError, StoreLockedError
+from looptap.capture.store.lock import driver_lock
+from looptap.capture.store.reader import open_store
+from looptap.capture.store.repair import repair_store
+from looptap.capture.store.verify import store_status, verify_store
+from looptap.tests.small_stores import RECEIPT, Killed, content, open_or_create, unit_values, write_unit
+
+NUM_UNITS = 4
+
+
+def fill(store: Store) -> None:
+    """As a capture does it: what is to do, then the end."""
+    with driver_lock(store.path):
+        store.clean_staging()
+        for unit in store.todo():
+            write_unit(store.begin(unit)).commit(RECEIPT)
+        store.finish()
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    store = open_or_create(tmp_path / "run.zarr", NUM_UNITS)
+    fill(store)
+    return store
+
+
+def check_calm(store: Store) -> None:
+    """Closed, sound, and with the content of a capture that nothing happened to."""
+    report = verify_store(store.path)
+    assert report.ok and not report.units_missing and not report.uncommitted, report
+    assert store_status(store.path)["complete"]
+    found = content(store)
+    for unit in range(NUM_UNITS):
+        for name, values in unit_values(store, unit).items():
+            rows = found[name][unit * store.unit_rows(name) :][: store.unit_rows(name)]
+            np.testing.assert_array_equal(rows[: len(values)], values, err_msg=name)
+            assert np.isnan(rows[len(values) :]).all()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def swap(path: Path) -> None:
+    """Another unit's file or entry under this name: sound, but not of here."""
+    other = path.with_name(path.name.replace("2", "0", 1))
+    assert other != path
+    shutil.copy(other, path)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, swap, Path.unlink])
+@pytest.mark.parametrize("file", ["residual_norm/c.2.0", "state/c.2.0.0", ".looptap/ledger/2.json"])
+def test_a_damaged_unit_is_done_again(store, file, damage):
+    unit = 1 if file.startswith("state") else 2  # two files of states a unit
+    damage(store.path / file)
+    repair = repair_store(store.path)
+    if (
+        file.endswith("json") and damage is Path.unlink
+    ):  # a unit without an entry is no damage, but unfinished
+        assert repair.units_voided == [] and repair.files_removed == 4
+    else:
+        assert repair.units_voided == [unit]
+    assert repair.units_missing == store.todo() == [unit] and repair.irreparable == []
+    report = verify_store(store.path)
+    assert report.ok and report.uncommitted == []
+    assert not store_status(store.path)["complete"]
+    assert open_store(store.path)["unit_done"].values.tolist() == [u != unit for u in range(NUM_UNITS)]
+    assert not np.asarray(store.group()["unit_done"][...]).any()  # as in any capture that goes on
+    fill(store)
+    check_calm(store)
+
+
+def test_the_reason_is_kept(store):
+    flip(store.path / "state/c.2.0.0")
+    repair_store(store.path)
+    (failure,) = store_status(store.path)["failures"]
+    assert (failure["unit"], failure["attempt"]) == (1, 1)
+    assert failure["error"].startswith("voided by repair: state/c.2.0.0 (unit 1): crc32c")
+    fill(store)
+    assert store.entry(1)["attempt"] == 2
+
+
+def test_a_sound_store_stays_as_it_is(store, files):
+    before = files(store.path)
+    repair = repair_store(store.path)
+    assert repair.problems == [] and repair.units_missing == []
+    changed = {name for name, seen in files(store.path).items() if before.get(name) != seen}
+    assert {name.rpartition("/")[2] for name in changed} <= {".looptap", "driver.guard"}  # the lock's
+
+
+def test_what_does_not_belong_goes(store):
+    ledger = store.ledger_dir
+    shutil.copy(ledger / "0.json", ledger / "9.json")
+    (ledger / "notes.txt").write_text("x")
+    (store.staging_dir / "3.1").mkdir()
+    (store.staging_dir / "3.1" / "state").write_bytes(b"x")
+    assert len(repair_store(store.path).problems) == 2
+    assert sorted(p.name for p in ledger.iterdir()) == [f"{unit}.json" for unit in range(NUM_UNITS)]
+    assert not any(store.staging_dir.iterdir())
+    check_calm(store)
+
+
+def test_leftovers_of_killed_attempts_go(tmp_path):
+    store = open_or_create(tmp_path / "run.zarr", 2)
+    write_unit(store.begin(0)).commit(RECEIPT)
+    shutil.copy(store.path / "state/c.0.0.0", store.path / "state/c.2.0.0")
+    repair = repair_store(store.path)
+    assert (repair.units_voided, repair.files_removed, repair.units_missing) == ([], 1, [1])
+    assert verify_store(store.path).uncommitted == [] and store.done() == [0]
+
+
+@pytest.mark.parametrize("file", ["unit_done/c.0", ".looptap/summary.parquet"])
+def test_what_closes_a_store_is_written_again(store, file):
+    """No unit is touched for it."""
+    (store.path / file).unlink()
+    repair = repair_store(store.path)
+    assert [problem.file.partition("/c.")[0] for problem in repair.problems] == [file.partition("/c.")[0]]
+    assert repair.units_voided == [] and repair.units_missing == []
+    check_calm(store)
+
+
+@pytest.mark.parametrize("file", ["state/zarr.json", "unit_done/zarr.json", ".looptap/plan.json"])
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_metadata_is_written_again_from_its_copy(store, file, damage):
+    damage(store.path / file)
+    assert not verify_store(store.path).ok
+    repair = repair_store(store.path)
+    assert repair.files_restored == [file] and repair.irreparable == []
+    check_calm(store)
+
+
+@pytest.mark.parametrize("file", ["token_id/c.0", ".looptap/files.json"])
+def test_what_is_not_in_the_store_twice_cannot_be_repaired(store, file, capsys, monkeypatch):
+    (store.path / file).unlink()
+    assert run(monkeypatch, "verify", store.path, "--repair") == 1
+    said = capsys.readouterr().out
+    assert file in said and "copy them from a backup, or capture into another store" in said
+    assert store.done() == list(range(NUM_UNITS))
+
+
+def test_repair_keeps_out_of_a_drivers_way(store):
+    flip(store.path / "state/c.2.0.0")
+    with driver_lock(store.path), pytest.raises(StoreLockedError, match="is being written by process"):
+        repair_store(store.path)
+    assert store.done() == list(range(NUM_UNITS))
+
+
+def test_killed_anywhere_in_a_repair(tmp_path, monkeypatch):
+    """Before each thing that it removes or replaces; after each, a repair and a capture mend the store."""
+    calm = open_or_create(tmp_path / "calm.zarr", NUM_UNITS)
+    fill(calm)
+    steps = 0
+    for stop in range(100):
+        path = tmp_path / f"{stop}.zarr"
+        shutil.copytree(calm.path, path)
+        store = Store.open(path)
+        flip(path / "state/c.2.0.0")
+        (path / ".looptap/ledger/3.json").write_bytes(b"{")
+        with monkeypatch.context() as patch:
+            countdown = iter(range(stop))
+            for name in ("remove", "replace"):
+                patch.setattr(LocalPlace, name, _killed_after(countdown, getattr(LocalPlace, name)))
+            try:
+                repair_store(path)
+                break
+            except Killed:
+                steps += 1
+        report = verify_store(path)
+        assert all(problem.unit in (1, 3) for problem in report.problems), report
+        # whatever a reader of the ledger still sees of the sound units is right
+        assert {0, 2} <= set(store.done())
+        assert repair_store(path).units_missing == [1, 3]
+        fill(store)
+        check_calm(store)
+    assert steps >= 6, steps
+
+
+def _killed_after(countdown, really):
+    def step(self, *arguments):
+        if arguments != ([],) and next(countdown, None) is None:
+            raise Killed
+        return really(self, *arguments)
+
+    return step
+
+
+def run(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["looptap", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_the_command(store, capsys, monkeypatch):
+    flip(store.path / "state/c.2.0.0")
+    assert run(monkeypatch, "verify", store.path) == 1
+    assert "1 problems; looptap verify --repair makes their units to do again" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", store.path, "--repair") == 1
+    said = capsys.readouterr().out
+    assert "state/c.2.0.0 (unit 1): crc32c" in said and "1 units are to do again: 1" in said
+    assert f"looptap capture MODEL --data FILE --store {store.path} and the settings it had" in said
+    fill(store)
+    assert run(monkeypatch, "verify", store.path, "--repair") == 0
+    assert "every unit is there and as it was written" in capsys.readouterr().out
+
+
+def test_a_damaged_entry_is_named(store):
+    (store.ledger_dir / "2.json").write_bytes(b"{")
+    with pytest.raises(StoreError, match=r"ledger/2\.json cannot be read .*: run `looptap verify --repair "):
+        store_status(store.path)
