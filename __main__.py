@@ -10,6 +10,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from tyro.extras import SubcommandApp
 
 from .benchmarks.capture import CaptureBench
+from .benchmarks.engine import EngineBench
 from .benchmarks.kernels import KernelsBench
 from .benchmarks.load import LoadBench
 from .benchmarks.store import StoreBench
@@ -183,6 +184,15 @@ def bench_capture(settings: OmitArgPrefixes[CaptureBench]) -> int:
     from .benchmarks import capture as benchmark
 
     benchmark.bench_capture(settings)
+    return 0
+
+
+@bench.command(name="engine")
+def bench_engine(settings: OmitArgPrefixes[EngineBench]) -> int:
+    """Measure what the engines cost per unit, and how soon they mend when a node is killed."""
+    from .benchmarks import engine as benchmark
+
+    benchmark.bench_engine(settings)
     return 0
 
 

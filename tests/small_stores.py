@@ -16,8 +16,8 @@ ROWS, DEPTHS = 64, 3
 RECEIPT = {"num_sequences": 1, "num_tokens": ROWS, "seconds": 0.0, "non_finite": {}}
 
 
-def open_or_create(path: str | Path, num_units: int) -> Store:
-    plan = {"num_units": num_units, "unit_tokens": ROWS, "unit_sequences": 1}
+def open_or_create(path: str | Path, num_units: int, **plan: object) -> Store:
+    plan |= {"num_units": num_units, "unit_tokens": ROWS, "unit_sequences": 1}
     coordinates = {"token_id": (("token",), np.arange(num_units * ROWS, dtype=np.int32), {})}
     shape = (num_units * ROWS, DEPTHS)
     arrays = {
@@ -47,6 +47,14 @@ def write_unit(attempt: Attempt, salt: int = 0) -> Attempt:
     for name, values in unit_values(attempt.store, attempt.unit, salt).items():
         attempt.write(name, values)
     return attempt
+
+
+def leave_files(store: Store, unit: int) -> None:
+    """As an attempt that is killed before its ledger entry: all its files have their names."""
+    attempt = write_unit(store.begin(unit), salt=9)
+    for name in store.arrays:
+        for key in store.shard_keys(name, unit):
+            attempt.draft.publish(key, lambda: None)
 
 
 def content(store: Store) -> dict[str, np.ndarray]:

@@ -254,7 +254,7 @@ HELP = [
         [name]
         for name in ("capture", "status", "verify", "info", "analyze", "report", "inspect", "demo", "bench")
     ),
-    *(["bench", name] for name in ("capture", "kernels", "load", "watch")),
+    *(["bench", name] for name in ("capture", "engine", "kernels", "load", "store", "watch")),
 ]
 
 

@@ -50,6 +50,10 @@ def check_calm(store: Store) -> None:
             assert np.isnan(rows[len(values) :]).all()
 
 
+def all_keys(store: Store, unit: int) -> list[str]:
+    return [key for name in store.arrays for key in store.shard_keys(name, unit)]
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -116,6 +120,22 @@ def test_what_does_not_belong_goes(store):
     assert len(repair_store(store.path).problems) == 2
     assert sorted(p.name for p in ledger.iterdir()) == [f"{unit}.json" for unit in range(NUM_UNITS)]
     assert not any(store.staging_dir.iterdir())
+    check_calm(store)
+
+
+def test_a_unit_of_another_plan_is_done_again(tmp_path):
+    """All files and the entry of a unit, sound in themselves, from a store with other settings."""
+    store, other = (
+        open_or_create(tmp_path / f"{plan}.zarr", NUM_UNITS, hash=plan) for plan in ("mine", "other")
+    )
+    fill(store)
+    write_unit(other.begin(1), salt=1).commit(RECEIPT)
+    for key in [*all_keys(store, 1), ".looptap/ledger/1.json"]:
+        shutil.copy(other.path / key, store.path / key)
+    (problem,) = verify_store(store.path).problems
+    assert problem.unit == 1 and "it is of another plan" in problem.what
+    assert repair_store(store.path).units_voided == [1]
+    fill(store)
     check_calm(store)
 
 
@@ -186,8 +206,9 @@ def test_killed_anywhere_in_a_repair(tmp_path, monkeypatch):
                 steps += 1
         report = verify_store(path)
         assert all(problem.unit in (1, 3) for problem in report.problems), report
-        # whatever a reader of the ledger still sees of the sound units is right
+        # a reader of the ledger sees all sound units, and no unit whose files are gone already
         assert {0, 2} <= set(store.done())
+        assert all((path / key).exists() for unit in store.done() for key in all_keys(store, unit))
         assert repair_store(path).units_missing == [1, 3]
         fill(store)
         check_calm(store)

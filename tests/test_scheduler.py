@@ -367,7 +367,11 @@ def test_a_silent_worker_loses_its_units_first_and_its_life_later():
     scheduler.take(Unavailable(0, 0), 1)
     assert scheduler.tick(1 + 2, 2) == []
     lost, start = scheduler.tick(1 + 2.5, 2)
-    assert start == Start(2) and isinstance(lost, WorkerLost) and (lost.worker, lost.unit, lost.num_workers) == (0, 0, 1)
+    assert (
+        start == Start(2)
+        and isinstance(lost, WorkerLost)
+        and (lost.worker, lost.unit, lost.num_workers) == (0, 0, 1)
+    )
     scheduler.take(Done(1, 1, Receipt()), 4)
     assert given(scheduler.tick(4, 2)) == [(1, 0)], "what was lost comes first"
     assert not any(isinstance(command, Kill) for command in scheduler.tick(1 + 29, 2))

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -28,7 +28,15 @@ from looptap.capture.store.errors import StoreExistsError, StoreLockedError, Uni
 from looptap.capture.store.layout import create_store
 from looptap.capture.store.lock import driver_lock, lock_holder
 from looptap.capture.store.verify import store_status, verify_store
-from looptap.tests.small_stores import RECEIPT, Killed, Turns, content, open_or_create, write_unit
+from looptap.tests.small_stores import (
+    RECEIPT,
+    Killed,
+    Turns,
+    content,
+    leave_files,
+    open_or_create,
+    write_unit,
+)
 
 
 def check_whole(store: Store, calm: Store) -> None:
@@ -231,6 +239,8 @@ def test_two_attempts_interleaved(tmp_path, monkeypatch, links, kill):
     outcomes = []
     for unit in range(store.num_units):
         turns, committed = Turns(unit, kill), []
+        if num_before := unit % 2:
+            leave_files(store, unit)
         for module, step, function in steps:
             monkeypatch.setattr(module, step, turns.gated(function))
         turns.run(attempt)
@@ -238,7 +248,7 @@ def test_two_attempts_interleaved(tmp_path, monkeypatch, links, kill):
         assert len(committed) <= 1 and (not committed or committed[0][1] == entry), (unit, committed, entry)
         if entry:
             assert unit not in {problem.unit for problem in verify_store(store.path).problems}, entry
-        outcomes.append((len(committed), entry and entry["attempt"]))
+        outcomes.append((len(committed), entry and entry["attempt"] - num_before))
     # (who came back from commit, whose entry there is): either attempt wins, by turns; killed, also neither
     assert ({(1, 2), (0, None), (0, 2)} if kill else {(1, 1), (1, 2)}) <= set(outcomes), Counter(outcomes)
     for unit in store.todo():
@@ -273,6 +283,48 @@ def test_two_attempts_killed_at_the_worst_moment(tmp_path, monkeypatch):
     write_unit(store.begin(1)).commit(RECEIPT)
     store.finish()
     assert verify_store(store.path).ok
+
+
+def test_an_attempt_that_fails_takes_an_untrue_entry_with_it(tmp_path, monkeypatch):
+    """An earlier attempt entered the unit after this one had replaced a file, and was killed."""
+    store, really = open_or_create(tmp_path / "run.zarr", 2), disk.publish
+    late = write_unit(store.begin(1), salt=1)
+    newer, num_published = write_unit(store.begin(1), salt=2), 0
+    late.draft.write(".looptap/ledger/1.json", json.dumps({"unit": 1, "attempt": 1}).encode())
+
+    def publish(source: Path, target: Path) -> None:
+        nonlocal num_published
+        if num_published == 1:
+            late.draft.publish(".looptap/ledger/1.json", lambda: None)
+        if num_published == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        num_published += 1
+        really(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(disk, "publish", publish)
+        newer.commit(RECEIPT)
+    assert num_published == 2 and store.todo() == [0, 1] and verify_store(store.path).uncommitted == []
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_files_that_were_swapped_are_not_committed(tmp_path, monkeypatch, step):
+    """Before the entry, or just after it: where names can be overwritten, a late attempt may do so."""
+    store = open_or_create(tmp_path / "run.zarr", 2)
+    attempt, calls = write_unit(store.begin(1)), iter(range(2))
+    really, victim = attempt.draft.sync_published, store.path / store.shard_keys("state", 1)[1]
+
+    def swap(keys: Iterable[str]) -> None:
+        really(keys)
+        if next(calls) == step:
+            other = tmp_path / "other"
+            other.write_bytes(b"x")
+            os.replace(other, victim)
+
+    monkeypatch.setattr(attempt.draft, "sync_published", swap)
+    with pytest.raises(UnitTakenError):
+        attempt.commit(RECEIPT)
+    assert store.todo() == [0, 1] and verify_store(store.path).uncommitted == ["state/c.3.0.0"]
 
 
 def test_a_file_that_was_taken_away_by_mistake_goes_back(tmp_path):

@@ -4,6 +4,8 @@ disk.
 
 import json
 import os
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -115,15 +117,24 @@ def make_recipe(plan: "Plan", store: "Store") -> CaptureRecipe:
 
 
 def run_unit(worker: "Worker", store: "Store", unit: int) -> Receipt:
-    """A unit that another worker committed meanwhile is as good as one of ours."""
+    """A unit that another worker committed meanwhile is as good as one of ours.
+
+    One that another has begun later, as a worker thought lost may, is waited for a while and then begun
+    again: that is no fault of the unit's, and the later attempt of the two goes on.
+    """
     from ..store.errors import UnitTakenError
 
-    try:
-        return Receipt.of(worker.run(unit))
-    except UnitTakenError:
-        if (entry := store.entry(unit)) is None:
-            raise
-        return Receipt.of(entry)
+    for wait_s in (0.2, 0.5, 1.0, 2.0, None):
+        try:
+            return Receipt.of(worker.run(unit))
+        except UnitTakenError:
+            if wait_s is not None:
+                time.sleep(wait_s * (0.5 + random.random()))  # two of them must not keep step
+            if (entry := store.entry(unit)) is not None:
+                return Receipt.of(entry)
+            if wait_s is None:
+                raise
+    raise AssertionError
 
 
 def _sha256(path: Any) -> str:

@@ -144,7 +144,7 @@ class Batches:
                 for window in range(first, len(lasts)):
                     rows = pending.result() if pending else self._read(window, buffers[window % _BUFFERS])
                     if window + 1 < len(lasts):
-                        pending = reading.submit(self._read, window + 1, buffers[0])
+                        pending = reading.submit(self._read, window + 1, buffers[(window + 1) % _BUFFERS])
                     before = int(ends[window * size - 1]) if window else 0
                     generator = np.random.default_rng(
                         [self.order.seed, self.order.epoch, self.order.rank, window]
