@@ -58,7 +58,10 @@ def cluster(address: str | None) -> Iterator[None]:
         else:  # "local": without it Ray would look for a cluster that once was, and wait for it
             ray.init("local", include_dashboard=False, object_store_memory=_STORE_BYTES, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
+        advice = "; if the cluster asks for a token, set RAY_AUTH_MODE=token" if address else ""
+        raise ClusterError(
+            f"no Ray cluster answers at {address or 'this machine'}: {error}{advice}"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own leaves at once
     try:
