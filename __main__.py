@@ -189,7 +189,7 @@ def bench_capture(settings: OmitArgPrefixes[CaptureBench]) -> int:
 
 @bench.command(name="engine")
 def bench_engine(settings: OmitArgPrefixes[EngineBench]) -> int:
-    """Measure what the engines cost per unit, and how soon they mend when a node is killed."""
+    """Measure what the engines cost per unit, and how soon they mend."""
     from .benchmarks import engine as benchmark
 
     benchmark.bench_engine(settings)
@@ -216,7 +216,7 @@ def bench_load(settings: OmitArgPrefixes[LoadBench]) -> int:
 
 @bench.command(name="store")
 def bench_store(settings: OmitArgPrefixes[StoreBench]) -> int:
-    """Measure the store's goals beside the disk and the libraries that read and write Zarr."""
+    """Measure the store's goals beside the disk and the libraries that know Zarr."""
     from .benchmarks import store as benchmark
 
     benchmark.bench_store(settings)

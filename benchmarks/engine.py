@@ -158,12 +158,12 @@ def _estimate(crowded_ms: float, scheduler_ms: float, commits_per_s: float) -> l
     states_per_s, files_per_s = needed * UNIT_BYTES / 1e9, needed * UNIT_FILES
     return [
         f"\nestimate for {GPUS:,} GPUs, each at a unit for {UNIT_S:g} s, so {needed:.0f} units/s",
-        f"  driver       {crowded_ms:.2f} ms CPU a unit with {2 * GPUS:,} in flight, {scheduler_ms:.2f} ms to "
-        f"schedule {GPUS:,} workers:",
+        f"  driver       {crowded_ms:.2f} ms CPU a unit with {2 * GPUS:,} in flight, {scheduler_ms:.2f} ms "
+        f"to schedule {GPUS:,} workers:",
         f"               {most:,.0f} units/s at most, enough for {most * UNIT_S:,.0f} GPUs; "
         f"{needed / most:.1%} busy",
         f"  ledger       {commits_per_s:,.0f} durable commits/s on this disk, eight at a time: enough for "
         f"{commits_per_s * UNIT_S:,.0f} GPUs",
-        f"  file system  must take {files_per_s:,.0f} new files/s ({UNIT_FILES} a unit), and {states_per_s:,.0f} "
-        f"GB/s where a unit keeps {UNIT_BYTES / 2**30:g} GiB of states",
+        f"  file system  must take {files_per_s:,.0f} new files/s ({UNIT_FILES} a unit), and "
+        f"{states_per_s:,.0f} GB/s where a unit keeps {UNIT_BYTES / 2**30:g} GiB of states",
     ]

@@ -29,8 +29,8 @@ from ..capture.store.layout import ArraySpec, create_store
 
 @dataclass(frozen=True)
 class Sleep:
-    """A recipe for units that are only a sleep. Their receipts say, as tokens, how many microseconds the worker
-    had waited for the unit.
+    """A recipe for units that are only a sleep. Their receipts say, as tokens, how many microseconds the
+    worker had waited for the unit.
     """
 
     seconds: float

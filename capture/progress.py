@@ -12,7 +12,7 @@ from datetime import timedelta
 from signal import SIGINT, SIGTERM
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from .engines.events import Event, SlowUnit, UnitDone, UnitFailed, WorkerJoined, WorkerLost, WorkerRefused
 from .plan import Plan
@@ -105,13 +105,13 @@ class UnitBar:
         rate = self._num_tokens / max(1e-9, time.monotonic() - self._began_s)
         facts = [
             f"{_short(self._num_tokens)} tokens",
-            f"{_short(rate)} tokens/s",
+            f"{_short(rate)}/s",
             f"{_short(self._num_bytes, ' ')}B",
         ]
         if self._num_workers > 1:
-            facts.append(f"{self._num_workers} workers")
+            facts.append(f"{_short(self._num_workers)} workers")
         if self._num_failed:
-            facts.append(f"{self._num_failed} failed")
+            facts.append(f"{_short(self._num_failed)} failed")
         return facts
 
     def _left(self) -> str:
@@ -119,14 +119,15 @@ class UnitBar:
         if not num_done:
             return "-:--:--"
         seconds = (time.monotonic() - self._began_s) / num_done
-        return str(timedelta(seconds=round(seconds * (self._num_units - self._num_done - self._num_failed))))
+        left = timedelta(seconds=round(seconds * (self._num_units - self._num_done - self._num_failed)))
+        return f"{left.days}d {left.seconds // 3600}h" if left.days else str(left)
 
 
 @contextmanager
 def unit_bar() -> Iterator[UnitBar]:
     """Shows a run while it goes on."""
     columns = (
-        MofNCompleteColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),  # the bar gives way
         TextColumn("units"),
         BarColumn(bar_width=None),
         TextColumn("{task.fields[facts]}"),
@@ -154,7 +155,7 @@ def _short(number: float, space: str = "") -> str:
         if number < 999.5:
             return f"{number:.3g}{space}{prefix}"
         number /= 1000
-    return f"{number:.4g}{space}T"
+    return f"{number:.3g}{space}T"
 
 
 class Halt:

@@ -62,10 +62,10 @@ def print_verified(report: "Report") -> None:
         )
     if missing:
         console.print(f"  {missing} units are missing; the capture's command continues it")
+    if not report.ok:
+        console.print("  looptap verify --repair undoes the units that are damaged")
     console.print(
-        "every committed file is as it was written"
-        if report.ok
-        else f"{len(report.problems)} problems; looptap verify --repair makes their units to do again"
+        "every committed file is as it was written" if report.ok else f"{len(report.problems)} problems"
     )
 
 

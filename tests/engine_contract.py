@@ -84,6 +84,15 @@ class Files:
         return {int(pid): shown for pid, shown in filter(None, begun)}
 
 
+class Threads:
+    """A recipe whose receipts say, as tokens, how many threads torch has."""
+
+    def make(self) -> RunUnit:
+        import torch
+
+        return lambda unit: Receipt(num_tokens=torch.get_num_threads())
+
+
 MakePool = Callable[[Recipe, int], Any]  # a pool and a context manager
 
 

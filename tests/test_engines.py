@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from looptap.capture.engines.drive import run_on
 from looptap.capture.engines.engine import EngineError, open_engine
+from looptap.capture.engines.events import UnitDone
 from looptap.capture.engines.local import ThisProcess
 from looptap.capture.engines.processes import Processes
 from looptap.capture.engines.scheduler import Limits
@@ -21,7 +23,8 @@ from looptap.capture.plan import PlanError, make_plan
 from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.commit import Store
-from looptap.tests.engine_contract import Files, PoolContract, ProcessPoolContract, is_alive, run
+from looptap.capture.store.errors import StoreLockedError
+from looptap.tests.engine_contract import Files, PoolContract, ProcessPoolContract, Threads, is_alive, run
 
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
 
@@ -62,6 +65,20 @@ class TestProcesses(ProcessPoolContract):
         run(lambda recipe, n: Processes(recipe, n, ["0", "GPU-7f", "2"]), files, 16, 3)
         shown = list(files.gpus().values())
         assert len(shown) == 4 and set(shown) == {"0", "GPU-7f", "2"}
+
+    @pytest.mark.parametrize(
+        ("num_workers", "environment", "threads"), [(1, None, 1), (3, None, 1), (1, "1", 1)]
+    )
+    def test_workers_share_the_cores(self, monkeypatch, num_workers, environment, threads):
+        """Unless the environment says how many threads there are to be."""
+        if environment is None:
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
+        else:
+            monkeypatch.setenv("OMP_NUM_THREADS", environment)
+        with Processes(Threads(), num_workers) as pool:
+            events = list(run_on(pool, [0], committed=lambda unit: None, wanted=1))
+        assert [e.receipt.num_tokens for e in events if isinstance(e, UnitDone)] == [threads]
 
 
 @pytest.fixture
@@ -108,6 +125,28 @@ def test_who_works_is_not_of_the_plan(settings):
     assert plan.document()["hash"] == other.document()["hash"]
     store = prepare_store(plan)
     assert store.todo() and run_capture(make_plan(replace(settings, workers=1))).complete
+
+
+def test_a_run_whose_lock_was_taken_over_stops(settings):
+    """As after this process was stopped for minutes: whoever holds the lock now drives."""
+
+    def taken_over() -> bool:
+        (settings.store / ".looptap" / "driver.lock").unlink(missing_ok=True)
+        time.sleep(1.1)  # until it looks again
+        return True
+
+    with pytest.raises(StoreLockedError, match=r"another run has taken .* over"):
+        run_capture(make_plan(settings), goes_on=taken_over)
+    assert len(Store.open(settings.store).todo()) >= 7
+
+
+def test_a_run_that_is_told_to_stop_leaves_the_rest(settings):
+    plan = make_plan(settings)
+    outcome = run_capture(plan, goes_on=lambda: len(Store.open(settings.store).done()) < 4)
+    assert (outcome.complete, outcome.num_left, outcome.num_resumed) == (False, 5, 0)
+    assert Store.open(settings.store).done() == [0, 1, 2, 3]
+    outcome = run_capture(plan)
+    assert (outcome.complete, outcome.num_left, outcome.num_resumed) == (True, 0, 4)
 
 
 @pytest.fixture

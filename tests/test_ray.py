@@ -230,6 +230,19 @@ def test_ctrl_c_with_a_cluster_of_its_own(calm, tmp_path):
     check(path, calm)
 
 
+def test_ray_leaves_sigterm_to_the_command(nodes):
+    """Its own handler, which it puts in place when it starts, would leave at once."""
+    code = f"""
+import signal
+from looptap.capture.engines.ray import cluster
+handler = lambda *_: None
+signal.signal(signal.SIGTERM, handler)
+with cluster({nodes.address!r}):
+    assert signal.getsignal(signal.SIGTERM) is handler
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_gpus_that_only_the_cluster_has(calm):
     """The plan would be one for the CPU without anybody having said so."""
     settings = replace(calm, workers=None, engine="ray", device="auto")

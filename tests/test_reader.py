@@ -255,10 +255,13 @@ def test_dask_and_pickle(store):
     cuts = {"token": store.plan["unit_tokens"], "depth_state": 1}  # chunk(token=) is something else
     chunked = open_store(store.path).chunk(cuts)
     for name in ("state_all", "state_packed", "residual_norm", "state"):
+        read_before = dataset.chunk(cuts)[name].data.name
         np.testing.assert_array_equal(copy[name], dataset[name])
         np.testing.assert_array_equal(chunked[name].compute(), dataset[name])
         again = open_store(store.path).chunk(cuts)
-        assert again[name].data.name == chunked[name].data.name  # so that equal graphs are shared
+        # so that equal graphs are shared
+        assert again[name].data.name == chunked[name].data.name == read_before
+        assert dataset.chunk(cuts)[name].data.name == read_before
         masked = open_store(store.path, missing="raise").chunk(cuts)
         assert masked[name].data.name != chunked[name].data.name
     assert chunked["state_all"].chunks[0] == (store.plan["unit_tokens"],) * 4

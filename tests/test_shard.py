@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 import zarr
 
-from looptap.capture.store import shard
+from looptap.capture.store import file_sink, shard
 from looptap.capture.store.encode import encode, file_shape, write_array
 from looptap.capture.store.file_sink import FileSink
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
@@ -136,6 +136,17 @@ def test_whole_pages_go_past_the_page_cache(tmp_path):
         assert records[0]["bytes"] < rows.nbytes or codec == "none"
 
 
+def test_chunks_that_do_not_shrink(tmp_path):
+    """Random bits come out of the compressor longer than they went in, and than the buffer."""
+    spec = state_spec(1024, None, 512, "uint16", "lossless")
+    metadata = make_array(tmp_path / "run.zarr", spec)
+    rows = np.random.default_rng(0).integers(0, 2**16, (1024, DEPTHS, 512), np.uint16)
+    records = write_array(metadata, rows, open_sinks(tmp_path / "run.zarr", metadata, 0))
+    assert records[0]["bytes"] > rows.nbytes
+    assert_reads(tmp_path / "run.zarr", whole(spec, rows, 0))
+    assert_pieces_cover(tmp_path / "run.zarr", 0, records)
+
+
 def test_uncompressed_shard_is_a_tensor_by_depth(tmp_path):
     spec = state_spec(1024, 512, 6)
     metadata = make_array(tmp_path / "run.zarr", spec)
@@ -192,6 +203,24 @@ def test_statistics_are_one_zstd_chunk(tmp_path, num_rows, rest, dtype):
     assert record["pieces"] == [[0, len(content), f"{google_crc32c.value(content):08x}"]]
 
 
+# of 64 depths of 1024, 512 MiB are 4096 rows, which do not always divide a unit; a prime number of rows
+# is one chunk, whatever its size
+@pytest.mark.parametrize(("unit_rows", "expected"), [(4096, 4096), (16384, 4096), (20480, 4096), (5120, 2560),
+                                                     (512, 512), (5003, 5003)])  # fmt: skip
+def test_shards_stay_within_512_mib(unit_rows, expected):
+    spec = ArraySpec(
+        ("token", "depth_state", "hidden"), (unit_rows, 64, 1024), unit_rows, "uint16", {}, "none"
+    )
+    assert spec.shards == (expected, 64, 1024)
+    assert spec.chunks == (unit_rows if unit_rows == 5003 else 512, 1, 1024)
+
+
+def test_shards_that_make_no_unit_are_refused():
+    for codec, shard_rows in (("none", 5), ("lossless", 24), ("zstd", 4)):
+        with pytest.raises(ValueError, match=f"shards of {shard_rows} rows do not make up a unit of 12 rows"):
+            ArraySpec(("token", "depth_state", "hidden"), (12, 2, 3), 12, "float32", {}, codec, shard_rows)
+
+
 def test_other_layouts_are_refused(tmp_path):
     root = str(tmp_path / "x.zarr")
     blosc = zarr.codecs.BloscCodec()
@@ -227,25 +256,43 @@ class FakeSink:
         self.ended = "discarded"
 
 
-# at the first write, in the middle with a ring far smaller than what follows, at the index of the first shard
-@pytest.mark.parametrize("good_writes", [0, 5, 4 * DEPTHS])
+# the first write fails; one in the middle, with a ring far smaller than what follows; the last one, when
+# nothing is taken any more; the index of the first shard
+@pytest.mark.parametrize("good_writes", [0, 5, 4 * DEPTHS - 1, 4 * DEPTHS])
 @pytest.mark.parametrize("codec", ["none", "lossless"])
 def test_failed_write_reaches_the_producer(tmp_path, good_writes, codec):
     metadata = make_array(tmp_path / "run.zarr", state_spec(512, 128, 2, codec=codec))
-    left = iter(range(good_writes))
+    offsets = []
 
     def run_full(offset: int) -> None:
-        if next(left, None) is None:
+        """And have room again afterwards."""
+        offsets.append(offset)
+        if len(offsets) == good_writes + 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     sinks = [FakeSink(run_full) for _ in range(4)]
     ring = Ring(2, 128 * 2 * 4)
-    writer = ShardWriter(metadata, sinks, ring)
+    writer = ShardWriter(metadata, sinks, ring, num_threads=1)
     with pytest.raises(OSError, match="No space left"):
         put_all(writer, 4)
     writer.abort()
+    assert len(offsets) == good_writes + 1, "nothing is written after an error"
     assert [sink.ended for sink in sinks] == ["discarded"] * 4
     assert ring.num_free == 2, "every buffer came back"
+
+
+def test_failed_array_leaves_nothing(tmp_path):
+    """Found while more is to be written, and when all was."""
+    metadata = make_array(tmp_path / "run.zarr", state_spec(512, 128, 2))
+    for num_rows in (1, 512):
+
+        def fail(offset: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        sinks = [FakeSink(fail) for _ in range(4)]
+        with pytest.raises(OSError, match="Input/output error"):
+            write_array(metadata, noise((num_rows, DEPTHS, 2), "float32"), sinks)
+        assert [sink.ended for sink in sinks] == ["discarded"] * 4
 
 
 def put_all(writer: ShardWriter, num_blocks: int) -> None:
@@ -323,6 +370,15 @@ def test_rows_that_are_missing_are_noticed(tmp_path, depths_of_blocks):
     assert list((tmp_path / "run.zarr" / "x").glob("c.*")) == []
 
 
+def test_rows_put_twice_are_noticed(tmp_path):
+    metadata = make_array(tmp_path / "run.zarr", state_spec(512, None, 4))
+    writer = ShardWriter(metadata, open_sinks(tmp_path / "run.zarr", metadata, 0))
+    writer.put(0, 1, writer.take(), 512)
+    with pytest.raises(AssertionError, match="row block 0 of shard 0 at depth 1 was put twice"):
+        writer.put(0, 1, writer.take(), 3)
+    writer.abort()
+
+
 def test_abort_leaves_nothing(tmp_path):
     metadata = make_array(tmp_path / "run.zarr", state_spec(512, 256, 4))
     ring = Ring(4, 256 * 4 * 4)
@@ -357,6 +413,39 @@ def test_file_sink_without_direct_writes(tmp_path, monkeypatch):
     assert refused == [2 * PAGE_BYTES]
     content = bytes(data[: 2 * PAGE_BYTES]) + bytes(data) + b"\0"
     assert (tmp_path / "file").read_bytes() == content
+
+
+def test_file_sink_sends_whole_pages_past_the_cache(tmp_path):
+    """Whole pages in memory, in the file and in length; anything else would be refused by the system."""
+    sink, data = FileSink(tmp_path / "file"), page_aligned(3 * PAGE_BYTES)
+    data[:] = np.arange(len(data)) % 251
+    sink.write_at(0, data[1 : 1 + PAGE_BYTES])
+    sink.write_at(PAGE_BYTES + 1, data[:PAGE_BYTES])
+    sink.write_at(3 * PAGE_BYTES, data[: PAGE_BYTES - 1])
+    assert sink.is_direct is None
+    sink.write_at(4 * PAGE_BYTES, data)
+    assert sink.is_direct == _takes_direct(tmp_path)
+    sink.close(7 * PAGE_BYTES)
+    found, bytes_ = np.fromfile(tmp_path / "file", np.uint8), np.zeros(7 * PAGE_BYTES, np.uint8)
+    for start, part in ((0, data[1 : 1 + PAGE_BYTES]), (PAGE_BYTES + 1, data[:PAGE_BYTES]),
+                        (3 * PAGE_BYTES, data[: PAGE_BYTES - 1]), (4 * PAGE_BYTES, data)):  # fmt: skip
+        bytes_[start : start + len(part)] = part
+    np.testing.assert_array_equal(found, bytes_)
+
+
+def test_what_went_through_the_cache_is_dropped_from_it(tmp_path, monkeypatch):
+    """Only clean pages are: it must be synced first."""
+    calls = []
+    monkeypatch.setattr(file_sink, "_DROP_BYTES", 2 * PAGE_BYTES)
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: calls.append("sync"))
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, start, size, advice: calls.append(advice))
+    for num_bytes in (PAGE_BYTES - 1, PAGE_BYTES + 1, 2 * PAGE_BYTES + 1):
+        sink = FileSink(tmp_path / str(num_bytes))
+        sink.write_at(0, bytes(num_bytes))
+        sink.close(num_bytes)
+        calls.append("closed")
+    drop = os.POSIX_FADV_DONTNEED
+    assert calls == ["closed", drop, "closed", drop, "sync", drop, "closed"]
 
 
 def test_file_sink_takes_no_name_that_is_taken(tmp_path):

@@ -32,7 +32,9 @@ def make_store(path, dtype: str) -> Store:
 
 
 # rows of each batch: nothing; one row; exactly a chunk and one more; over three chunks' ends; a ragged tail
-@pytest.mark.parametrize("batches", [[0], [1], [512], [513], [1, 511, 512], [100, 0, 900], [3, 500, 20, 77]])
+@pytest.mark.parametrize(
+    "batches", [[0], [1], [512], [513], [1, 511, 512], [511, 1, 3], [100, 0, 900], [3, 500, 20, 77]]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_stream_writes_rows_in_order(tmp_path, batches, dtype):
     stored_as = "uint16" if dtype == "bfloat16" else dtype
@@ -100,7 +102,7 @@ class Everything:
 
 
 # unit 640: inner chunks of 320, which neither sequences nor batches end at
-@pytest.mark.parametrize("tokens", ["all", "every:3"])
+@pytest.mark.parametrize("tokens", ["all", "every:3", "last"])
 @pytest.mark.parametrize("codec", ["none", "lossless"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
@@ -125,10 +127,14 @@ def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
         if dtype == "bfloat16":
             expected = expected.view(torch.int16)
         K = len(expected)
+        slots = np.asarray(store.group()["state_token" if tokens != "all" else "token_id"])
+        assert (slots.reshape(store.num_units, -1)[unit] >= 0).sum() == K
         here = stored[unit * store.unit_rows("state") :][: store.unit_rows("state")]
         np.testing.assert_array_equal(here[:K].view(expected.numpy().dtype), expected.numpy())
         assert (here[K:] == BFLOAT16_NAN).all() if dtype == "bfloat16" else np.isnan(here[K:]).all()
     assert store.plan["settings"]["state_codec"] == codec
+    ring = make_ring(store.arrays["state"], CPU)
+    assert plan._ring_bytes == ring.num_buffers * ring.num_bytes, "what the plan says it takes"
 
 
 def test_failed_unit_gives_every_buffer_back(tmp_path):

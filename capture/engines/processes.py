@@ -108,7 +108,8 @@ class Processes:
         """Of torch in each worker; None where the environment says, or GPUs do the work."""
         if self._gpus is not None or "OMP_NUM_THREADS" in os.environ:
             return None
-        return max(1, len(os.sched_getaffinity(0)) // self._num_workers)
+        of_us = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, of_us // self._num_workers)
 
 
 def _report(worker: int, what: str, detail: Any) -> Report:

@@ -4,12 +4,13 @@
       zarr.json                     the plan as attributes, consolidated metadata of every array
       <coordinate>/zarr.json c.0    written here, whole
       <quantity>/zarr.json          made here, empty
-      <quantity>/c.<u>.0 ...        one file per unit, put there by `commit.py`
+      <quantity>/c.<u>.0 ...        a unit's file or files, put there by `attempt.py`
       unit_done/                    which units are there, written when the last one is
       .looptap/plan.json  files.json  ledger/  attempts/  staging/
 
-A unit owns `unit_rows` rows of axis 0 of every quantity, so no two units share a file. Nothing is resized,
-so the consolidated metadata written here is never stale.
+On a disk or, with the same keys, in an object store (`place.py`). A unit owns `unit_rows` rows of axis 0 of
+every quantity, in whole files, so no two units share one. Nothing is resized, so the consolidated metadata
+written here is never stale.
 """
 
 import json

@@ -36,7 +36,8 @@ class LibraryArray:
         self._pid = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None}
+        # alike before and after reading, as dask names arrays by this
+        return self.__dict__ | {"_reader": None, "_pid": 0}
 
     def read(self, key: Key) -> np.ndarray:
         """Values at the outer product of the axes' keys.

@@ -42,13 +42,13 @@ def can_map(metadata: dict[str, Any]) -> bool:
         and not compressors
         and sharding["index_location"] == "end"
         and [codec["name"] for codec in sharding["index_codecs"]] == ["bytes", "crc32c"]
-        and len(shape) > 1
+        and len(shape) == 3
         and sharding["chunk_shape"][1:] == [1, *shape[2:]]
     )
 
 
 class MappedArray:
-    """A stored array [rows, depths, ...] in local files; may be read by many threads.
+    """A stored array [rows, depths, hidden] in local files; may be read by many threads.
 
     Args:
         directory: the array's.
@@ -96,7 +96,7 @@ class MappedArray:
                 self.read_depth(rows, depth, values[:, place])
             return values
         # only a part of each row is wanted: some rows at a time, so that whole ones never pile up
-        part = (slice(None), *np.ix_(*wanted))
+        part = (slice(None), *wanted)
         step = max(1, _BLOCK_BYTES // self.row_bytes)
         block = np.empty((min(step, num_rows), *self.row_shape), self.dtype)
         for first in range(0, num_rows, step):

@@ -134,14 +134,11 @@ class _UnitRows(BackendArray):
         self._name, self._is_done_U, self._missing = name, is_done_U, missing
         self._absent = self.dtype.type(metadata["fill_value"] if absent is None else absent)
         self._is_bfloat16 = False
-        self._token = (str(store), name, store.plan.get("hash"), missing)
+        self._place = str(store)
 
     def decodes_bfloat16(self) -> None:
         """From now on values are float32."""
         self._is_bfloat16, self.dtype = True, np.dtype(np.float32)
-
-    def __dask_tokenize__(self) -> object:
-        return (*self._token, self._is_bfloat16, self._is_done_U.tobytes())
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         if isinstance(key, indexing.BasicIndexer | indexing.OuterIndexer):
@@ -185,7 +182,7 @@ class _UnitRows(BackendArray):
         more = f" and {len(units) - 8} more" if len(units) > 8 else ""
         return MissingUnitsError(
             f"{self._name} of unit {', '.join(map(str, units[:8]))}{more} is not committed in "
-            f"{self._token[0]}: capture the rest, or open the store with missing='mask'"
+            f"{self._place}: capture the rest, or open the store with missing='mask'"
         )
 
 

@@ -101,8 +101,6 @@ class ShardWriter:
             depth: place on axis 1.
             num_rows: rows that were filled, from the first; fewer only where the unit ends.
             ready: called before the buffer is read, by the writing thread; waits for a copy to end.
-        Raises:
-            as `take`.
         """
         index, block = divmod(place * self._buffer_blocks, self._num_blocks)
         num_blocks = -(-num_rows // self._chunk_shape[0])
@@ -110,7 +108,6 @@ class ShardWriter:
         assert not taken.any(), f"row block {block} of shard {index} at depth {depth} was put twice"
         taken[:] = True
         self._pool.submit(self._write, index, block, depth, buffer, num_rows, ready)
-        self._raise_error()
 
     def close(self) -> list[dict[str, Any]]:
         """Wait until all is written, and close the sinks.
