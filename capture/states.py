@@ -15,6 +15,7 @@ from torch import Tensor
 from .store.ring import Ring, page_aligned
 from .store.shard import ShardWriter, buffer_bytes
 
+_PORTABLE = 1  # cudaHostRegisterPortable
 _SPARE_BUFFERS = 6  # being written or about to be, beside one that each depth fills
 
 
@@ -110,9 +111,16 @@ def _pinned(num_bytes: int) -> np.ndarray:
     """Pages that a GPU copies to while the processor goes on.
 
     Registered rather than taken from torch, whose pinned memory comes in powers of two.
+
+    Raises:
+        RuntimeError: CUDA does not pin so much.
     """
     memory, runtime = page_aligned(num_bytes), torch.cuda.cudart()
     assert runtime is not None
-    torch.cuda.check_error(int(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)))
+    if code := int(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)):
+        raise RuntimeError(
+            f"CUDA did not pin {num_bytes / 2**20:,.0f} MiB of memory for the states (error {code}): "
+            "select fewer depths with --states, or give this worker more memory"
+        )
     weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data)
     return memory

@@ -5,6 +5,7 @@ what is committed can be looked at from outside. Units of certain numbers fail i
 """
 
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -41,6 +43,10 @@ class Files:
     full: frozenset[int] = frozenset()
     long: frozenset[int] = frozenset()
     """Units that take a minute."""
+    hangs: bool = False
+    """Units never end, and let no other thread of their process run."""
+    waits: bool = False
+    """Units go on once there is a file `go`."""
     cannot: str | None = None
     """Why no worker can be made."""
 
@@ -54,6 +60,10 @@ class Files:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
         (self.directory / f"begun.{unit}.{number}").write_text(f"{os.getpid()} {gpus}")
         time.sleep(60 if unit in self.long else self.seconds)
+        if self.hangs:
+            re.match(r"(a+)+$", "a" * 64 + "b")  # it tries 2**64 ways
+        while self.waits and not (self.directory / "go").exists():
+            time.sleep(0.01)
         if number <= self.kills.get(unit, 0):
             os.kill(os.getpid(), signal.SIGKILL)
         if number <= self.raises.get(unit, 0):
@@ -171,6 +181,19 @@ class PoolContract:
 class ProcessPoolContract(PoolContract):
     """Of pools whose workers are processes of their own, so that they can die."""
 
+    def test_what_waits_behind_a_running_unit_is_given_back(self, make_pool: MakePool, tmp_path):
+        files = Files(tmp_path, waits=True)
+
+        def two_are_running() -> bool:
+            if len(files.times_begun()) < 2:
+                return True
+            # the workers hear of the end long before what they run ends
+            Timer(1.5, (tmp_path / "go").touch).start()
+            return False
+
+        events = run(make_pool, files, 9, goes_on=two_are_running)
+        assert len(ended(events)) == 2 and files.done() == set(files.times_begun()) == set(ended(events))
+
     def test_units_of_a_worker_that_dies_go_to_others(self, make_pool: MakePool, tmp_path):
         files = Files(tmp_path, kills={1: 1, 5: 2}, seconds=0.02)
         events = run(make_pool, files, 12)
@@ -192,6 +215,11 @@ class ProcessPoolContract(PoolContract):
         events = run(make_pool, files, 5, 1)
         assert ended(events) == dict.fromkeys(range(5), "done")
         assert files.times_begun() == Counter(range(5))
+
+    def test_a_unit_is_done_though_it_killed_its_third_worker(self, make_pool: MakePool, tmp_path):
+        files = Files(tmp_path, kills={1: 2}, dies_done=frozenset({1}))
+        assert ended(run(make_pool, files, 3, 1)) == dict.fromkeys(range(3), "done")
+        assert files.times_begun()[1] == 3
 
     def test_a_unit_past_the_limit_loses_its_worker(self, make_pool: MakePool, tmp_path):
         files = Files(tmp_path, long=frozenset({2}))

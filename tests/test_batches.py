@@ -8,7 +8,7 @@ import pytest
 import torch
 import zarr
 
-from looptap.capture.store import library
+from looptap.capture.store import library, mapped
 from looptap.capture.store.batches import make_batches
 from looptap.capture.store.commit import Store
 from looptap.capture.store.errors import StoreError
@@ -33,13 +33,20 @@ def fill(store: Store, units: list[int] = COMMITTED) -> Store:
 
 # chunks of 512 and 350 rows in several shards a unit; of 234 rows of chosen tokens; one chunk a unit
 @pytest.fixture(
-    params=[(2048, 1024, None), (700, 350, None), (702, None, 3), (5, None, 1)], ids=str, scope="module"
+    params=[
+        (2048, 1024, None, "none"),
+        (700, 350, None, "lossless"),
+        (702, None, 3, "none"),
+        (5, None, 1, "none"),
+        (1536, None, 3, "lossless"),
+    ],
+    ids=str,
+    scope="module",
 )
 def store(request, tmp_path_factory) -> Store:
-    unit_tokens, shard_rows, kept = request.param
-    return fill(
-        make_states(tmp_path_factory.mktemp("store") / "run.zarr", unit_tokens, shard_rows, kept=kept)
-    )
+    unit_tokens, shard_rows, kept, codec = request.param
+    path = tmp_path_factory.mktemp("store") / "run.zarr"
+    return fill(make_states(path, unit_tokens, shard_rows, kept=kept, codec=codec))
 
 
 def rows_of(store: Store, places: list[int]) -> np.ndarray:
@@ -177,7 +184,9 @@ def test_workers_of_a_data_loader(store):
     np.testing.assert_array_equal(in_order(together(seen)), rows_of(store, [0, 1, 2]))
 
 
-def test_who_stops_early_leaves_no_thread(store):
+def test_who_stops_early_leaves_no_thread(tmp_path):
+    store = fill(make_states(tmp_path / "run.zarr", 700, 350, kept=None, codec="lossless"))
+
     def readers() -> list[str]:
         return [t.name for t in threading.enumerate() if t.name.startswith("looptap-batches")]
 
@@ -195,6 +204,26 @@ def test_a_missing_file_is_told(tmp_path, codec):
     (store.path / "state" / "c.1.0.0").unlink()
     with pytest.raises(StoreError, match=r"state/c\.1\.0\.0 cannot be read: it is missing"):
         list(batches)
+
+
+def test_rows_of_many_regions(store, monkeypatch):
+    options = dict(batch_rows=64, buffer_chunks=6, seed=4)
+    want = together(make_batches(store.path, **options))
+    monkeypatch.setattr(mapped, "_REGION_SHARDS", 1)
+    np.testing.assert_array_equal(together(make_batches(store.path, **options)), want)
+
+
+def test_chunks_are_asked_for_ahead(tmp_path, monkeypatch):
+    """Each once, no later than the batch before the one that first needs it."""
+    store = fill(make_states(tmp_path / "run.zarr", 2048, 1024, kept=None))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        mapped.MappedArray, "will_need", lambda self, rows, depth: asked.append((rows.start // 512, depth))
+    )
+    for batch in make_batches(store.path, batch_rows=100, buffer_chunks=3):
+        row = batch[:, 0].astype(int) + 1000 * batch[:, 1].astype(int)
+        assert set(zip((row // 512).tolist(), batch[:, 2].tolist(), strict=True)) <= set(asked)
+    assert len(set(asked)) == len(asked) == 3 * (4 + 2 + 1)
 
 
 def test_what_cannot_be_had(tmp_path, store):

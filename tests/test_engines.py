@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from looptap.capture.engines.drive import run_on
 from looptap.capture.engines.engine import EngineError, open_engine
-from looptap.capture.engines.events import UnitDone
+from looptap.capture.engines.events import UnitDone, WorkerJoined
 from looptap.capture.engines.local import ThisProcess
 from looptap.capture.engines.processes import Processes
 from looptap.capture.engines.scheduler import Limits
@@ -24,7 +25,15 @@ from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.commit import Store
 from looptap.capture.store.errors import StoreLockedError
-from looptap.tests.engine_contract import Files, PoolContract, ProcessPoolContract, Threads, is_alive, run
+from looptap.tests.engine_contract import (
+    Files,
+    PoolContract,
+    ProcessPoolContract,
+    Threads,
+    ended,
+    is_alive,
+    run,
+)
 
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
 
@@ -58,6 +67,27 @@ class TestProcesses(ProcessPoolContract):
             began_s = time.monotonic()
             assert [report.why for report in pool.poll(60)] == ["exit -9"]
             assert time.monotonic() - began_s < 30
+
+    def test_signals_are_for_the_driver(self, make_pool, tmp_path):
+        """A job manager sends its own to every process; a terminal's do not even reach the workers."""
+        files = Files(tmp_path, waits=True)
+        with make_pool(files, 1) as pool:
+            events = []
+            for event in run_on(pool, range(3), committed=files.committed, wanted=1):
+                events.append(event)
+                if isinstance(event, WorkerJoined):
+                    Thread(target=self.signal_and_go_on, args=(files,)).start()
+        assert ended(events) == dict.fromkeys(range(3), "done")
+        assert files.workers() == {self.group}
+
+    def signal_and_go_on(self, files):
+        while not files.workers():
+            time.sleep(0.01)
+        (pid,) = files.workers()
+        self.group = os.getpgid(pid)
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+        (files.directory / "go").touch()
 
     def test_each_worker_has_a_gpu_of_its_own_and_its_heir_the_same(self, tmp_path):
         """No GPU is needed to see what the workers are shown."""
@@ -235,17 +265,21 @@ def test_gpus_are_checked_where_they_are_needed(settings):
 DRIVER = """
 import sys
 from pathlib import Path
+from threading import Thread
 from looptap.capture.engines.drive import run_on
 from looptap.capture.engines.processes import Processes
 from looptap.tests.engine_contract import Files
-files = Files(Path(sys.argv[1]), long=frozenset(range(9)))
+hangs = sys.argv[2] == "hangs"
+files = Files(Path(sys.argv[1]), hangs=hangs, long=frozenset() if hangs else frozenset(range(9)))
 with Processes(files, 2) as pool:
     list(run_on(pool, range(9), committed=files.committed))
 """
 
 
-def test_workers_die_with_their_driver(tmp_path):
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)])
+@pytest.mark.parametrize("how", ["sleeps", "hangs"])
+def test_workers_die_with_their_driver(tmp_path, how):
+    """Also where no thread of theirs could notice that the pipe has ended."""
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), how])
     files = Files(tmp_path)
     while len(files.workers()) < 2:
         assert driver.poll() is None
@@ -264,6 +298,7 @@ def test_ray_is_never_imported_by_the_local_engine(settings, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
+from threading import Thread
 from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.settings import CaptureSettings

@@ -13,7 +13,7 @@ from looptap.capture.settings import CaptureSettings
 from looptap.capture.states import StateStream, make_ring, num_buffers
 from looptap.capture.store.commit import Store
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
-from looptap.capture.store.ring import Ring
+from looptap.capture.store.ring import PAGE_BYTES, Ring
 from looptap.capture.store.shard import buffer_bytes
 from looptap.capture.tap import StateSink
 from looptap.capture.worker import Worker
@@ -162,3 +162,42 @@ def test_failed_unit_gives_every_buffer_back(tmp_path):
     assert not any((tmp_path / "run.zarr" / "state").glob("c.*"))
     worker._measure_batch = measure
     assert worker.run(0)["attempt"] == 2
+
+
+class FakeRuntime:
+    """CUDA's, as far as pinning goes."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer, self.pinned = answer, {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        self.pinned[address] = num_bytes
+        return self.answer
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def test_memory_is_pinned_as_long_as_a_buffer_of_it_lives(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "run.zarr", "float32")
+    runtime = FakeRuntime(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    ring = make_ring(store.arrays["state"], torch.device("cuda"))
+    buffer = ring.take()
+    num_bytes = -(-ring.num_bytes // PAGE_BYTES) * PAGE_BYTES * num_buffers(DEPTHS)
+    assert list(runtime.pinned.values()) == [num_bytes]
+    (start,) = runtime.pinned
+    assert start % PAGE_BYTES == 0
+    assert start <= buffer.ctypes.data <= start + num_bytes - len(buffer)
+    del ring
+    assert runtime.pinned, "a buffer may be in use by a copy"
+    del buffer
+    assert not runtime.pinned
+
+
+def test_memory_that_cuda_does_not_pin(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "run.zarr", "float32")
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeRuntime(2))
+    with pytest.raises(RuntimeError, match=r"CUDA did not pin 0 MiB .*error 2.*fewer depths with --states"):
+        make_ring(store.arrays["state"], torch.device("cuda"))

@@ -2,12 +2,12 @@
 
 Single rows at random cost a page each where the disk is asked, and a whole chunk each where states are
 compressed or far away. So whole chunks are read in random order, some hundred at a time, and only their rows
-are mixed: each batch holds rows of all of them. The next so many are read meanwhile, in another thread.
+are mixed: each batch holds rows of all of them. The next so many are read meanwhile (`windows.py`).
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,10 @@ import numpy as np
 import zarr
 
 from .commit import Store
-from .library import LibraryArray
-from .mapped import MappedArray
 from .reader import open_array, to_float32
+from .windows import Chunk, Gather, Window, iter_gathers
 
 _SCANNED_ROWS = 1 << 22  # of a coordinate, at a time
-_LIBRARY_READERS = 4  # chunks that are decoded or fetched at once
-_BUFFERS = 2  # one is read while the other is handed out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +32,7 @@ class Order:
     epoch: int = 0
     """Each is another order of the same rows."""
     buffer_chunks: int = 256
-    """Chunks whose rows are mixed with each other; twice as many are in memory."""
+    """Chunks whose rows are mixed with each other. Compressed or far ones are held in memory, two times."""
     rank: int = 0
     """Which share of an epoch's chunks is wanted."""
     num_ranks: int = 1
@@ -114,79 +111,46 @@ class Batches:
         size = self.order.batch_rows
         skip = self.order.start * size
         batch, filled = None, 0
-        for rows, order in self._windows(skip):
+        for gather, order in self._windows(skip):
             taken = 0
             while taken < len(order):
                 if batch is None:
                     left = min(size, self.num_rows - skip)
-                    batch, filled = np.empty((left, self._hidden), rows.dtype), 0
+                    batch, filled = np.empty((left, self._hidden), self._array.dtype), 0
                 num = min(len(batch) - filled, len(order) - taken)
-                np.take(
-                    rows, order[taken : taken + num], axis=0, out=batch[filled : filled + num], mode="clip"
-                )
+                gather(order[taken : taken + num], batch[filled : filled + num])
                 filled, taken = filled + num, taken + num
                 if filled == len(batch):
                     skip += filled
                     yield to_float32(batch) if self._decode and self._is_bfloat16 else batch
                     batch = None
 
-    def _windows(self, skip: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows of so many chunks, and the order to take them in; from the row `skip` on."""
+    def _windows(self, skip: int) -> Iterator[tuple[Gather, np.ndarray]]:
+        """What gathers rows of so many chunks, and the order to take them in; from the row `skip` on."""
         size, num_chunks = self.order.buffer_chunks, len(self._chunks)
         ends = np.cumsum(self._counts[self._chunks])
         lasts = np.minimum(np.arange(size, num_chunks + size, size), num_chunks) - 1
         first = int(np.searchsorted(ends[lasts], skip, side="right"))
-        shape = (min(size, num_chunks) * self._chunk_rows, self._hidden)
-        buffers = [np.empty(shape, self._array.dtype) for _ in range(_BUFFERS)]
-        pending: Future[np.ndarray] | None = None
-        with ThreadPoolExecutor(1, "looptap-batches") as reading:
-            try:
-                for window in range(first, len(lasts)):
-                    rows = pending.result() if pending else self._read(window, buffers[window % _BUFFERS])
-                    if window + 1 < len(lasts):
-                        pending = reading.submit(self._read, window + 1, buffers[(window + 1) % _BUFFERS])
-                    before = int(ends[window * size - 1]) if window else 0
-                    generator = np.random.default_rng(
-                        [self.order.seed, self.order.epoch, self.order.rank, window]
-                    )
-                    order = generator.permutation(len(rows))
-                    yield rows, order[max(0, skip - before) :]
-            finally:
-                if pending is not None:
-                    pending.cancel()
+        wanted = range(first, len(lasts))
+        gathers = iter_gathers(self._array, (self._window(number) for number in wanted))
+        with closing(gathers):
+            for number, gather in zip(wanted, gathers, strict=True):
+                before = int(ends[number * size - 1]) if number else 0
+                seed = [self.order.seed, self.order.epoch, self.order.rank, number]
+                order = np.random.default_rng(seed).permutation(int(ends[lasts[number]]) - before)
+                yield gather, order[max(0, skip - before) :]
 
-    def _read(self, window: int, buffer: np.ndarray) -> np.ndarray:
-        """Rows of a window's chunks, into a buffer."""
-        here = slice(window * self.order.buffer_chunks, (window + 1) * self.order.buffer_chunks)
-        chunks, depths = self._chunks[here].tolist(), self._places[here].tolist()
-        counts = self._counts[chunks]
-        ends = np.cumsum(counts)
-        parts = [buffer[end - count : end] for end, count in zip(ends.tolist(), counts.tolist(), strict=True)]
-        if isinstance(self._array, MappedArray):
-            for chunk, depth in zip(chunks, depths, strict=True):
-                start = chunk * self._chunk_rows
-                self._array.will_need(slice(start, start + int(self._counts[chunk])), depth)
-            for chunk, depth, part in zip(chunks, depths, parts, strict=True):
-                self._array.read_depth(self._rows(chunk), depth, part)
-        else:
-            with ThreadPoolExecutor(_LIBRARY_READERS) as pool:
-                list(pool.map(self._decode_chunk, chunks, depths, parts))
-        return buffer[: ends[-1]]
+    def _window(self, number: int) -> Window:
+        here = slice(number * self.order.buffer_chunks, (number + 1) * self.order.buffer_chunks)
+        chunks = zip(self._chunks[here].tolist(), self._places[here].tolist(), strict=True)
+        return [Chunk(self._rows(chunk), depth) for chunk, depth in chunks]
 
-    def _decode_chunk(self, chunk: int, depth: int, out: np.ndarray) -> None:
-        assert isinstance(self._array, LibraryArray)
-        start = chunk * self._chunk_rows
-        rows = slice(start, min(start + self._chunk_rows, self._array.shape[0]))
-        values = self._array.read((rows, slice(depth, depth + 1), slice(0, self._hidden)))[:, 0]
-        places = self._rows(chunk)
-        out[...] = values[: len(out)] if isinstance(places, slice) else values[places - start]
-
-    def _rows(self, chunk: int) -> slice | np.ndarray:
+    def _rows(self, chunk: int) -> np.ndarray:
         """A chunk's rows that hold a token's state."""
         start = chunk * self._chunk_rows
         if chunk in self._picks:
             return start + self._picks[chunk]
-        return slice(start, start + int(self._counts[chunk]))
+        return np.arange(start, start + int(self._counts[chunk]))
 
 
 def _coordinate(store: Store, name: str) -> Any:

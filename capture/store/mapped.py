@@ -21,8 +21,8 @@ from .mapping import Mapping
 Key = tuple[slice | np.ndarray, ...]
 """For each axis a slice of step 1 with both ends, or int64 [n]; nothing negative."""
 
-_REGION_SHARDS = 64  # mapped together; at 512 MiB a shard 32 GiB of addresses
-_MAX_REGIONS = 256  # a process may have 65530 maps
+_REGION_SHARDS = 1024  # mapped together; at 512 MiB a shard half a TiB of addresses, of 128 that there are
+_MAX_REGIONS = 48  # a process may have 65530 maps
 _BLOCK_BYTES = 64 << 20  # of rows of which only a part is wanted
 _DTYPES = ("uint16", "float16", "float32", "float64")
 _NO_CHUNK = 2**64 - 1
@@ -108,13 +108,14 @@ class MappedArray:
                 values[first:stop, place] = block[: stop - first][part]
         return values
 
-    def read_depth(self, rows: slice | np.ndarray, depth: int, out: np.ndarray) -> None:
-        """Rows of one depth.
+    def read_depth(self, rows: slice | np.ndarray, depth: int | np.ndarray, out: np.ndarray) -> None:
+        """Rows of one depth, or single rows each of its own.
 
         Args:
-            out: [rows, ...], may be strided.
+            out: [rows, hidden], may be strided.
         """
         if isinstance(rows, slice):
+            assert isinstance(depth, int)
             for number, first, stop in self._spans(rows):
                 begin = number * self._region_rows + first - rows.start
                 self._region(number).copy(first, stop, depth, out[begin : begin + stop - first])
@@ -129,7 +130,8 @@ class MappedArray:
         for number in np.unique(numbers).tolist():
             here = numbers == number
             part = np.empty((np.count_nonzero(here), *self.row_shape), self.dtype)
-            self._region(number).gather(rows[here] - number * self._region_rows, depth, part)
+            depths = depth[here] if isinstance(depth, np.ndarray) else depth
+            self._region(number).gather(rows[here] - number * self._region_rows, depths, part)
             out[here] = part
 
     def will_need(self, rows: slice, depth: int) -> None:
@@ -200,7 +202,7 @@ class _Region:
             if source >= 0:
                 self._mapping.will_need_run(source * self._row_bytes, (end - begin) * self._row_bytes)
 
-    def gather(self, rows: np.ndarray, depth: int, out: np.ndarray) -> None:
+    def gather(self, rows: np.ndarray, depth: int | np.ndarray, out: np.ndarray) -> None:
         """Single rows, in any order, into a contiguous out."""
         chunks = rows // self._chunk_rows
         source = self._sources(chunks, depth)
@@ -226,7 +228,7 @@ class _Region:
             begin, end = max(first, start), min(stop, int(chunks[next_at - 1] + 1) * size)
             yield begin, end, int(source[at]) + (begin - start if source[at] >= 0 else 0)
 
-    def _sources(self, chunks: np.ndarray, depth: int) -> np.ndarray:
+    def _sources(self, chunks: np.ndarray, depth: int | np.ndarray) -> np.ndarray:
         source = self._source[chunks, depth]
         if (is_unknown := source == _UNKNOWN).any():
             for place in np.unique(chunks[is_unknown] // self._grid[0]).tolist():

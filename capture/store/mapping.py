@@ -18,7 +18,8 @@ from .errors import StoreError
 _TRIED_PAGES = 8
 _SMALL_GAP_BYTES = 32 << 10  # the kernel reads over it anyway
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_ubyte))
+_mincore = ctypes.PyDLL(None).mincore  # so short that letting other threads run takes longer
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
 _libc.mmap.restype = ctypes.c_void_p
 _FAILED = ctypes.c_void_p(-1).value
@@ -91,8 +92,8 @@ class Mapping:
     def _is_resident(self, offset: int) -> bool:
         """Whether the page there is in memory; True where that cannot be found out."""
         found = ctypes.c_ubyte(1)
-        _libc.mincore(self._address + offset - offset % mmap.PAGESIZE, 1, found)
-        return bool(found.value & 1)
+        _mincore(self._address + offset - offset % mmap.PAGESIZE, 1, ctypes.addressof(found))
+        return found.value & 1 == 1
 
 
 _MAP_FIXED = 0x10  # on Linux and macOS alike; Python has no name for it

@@ -59,10 +59,7 @@ def repair_store(path: str | Path) -> Repair:
             else:
                 irreparable.append(problem)
         if voided or closing:
-            store.place.remove([COMPLETE])
-            store.place.remove([SUMMARY])
-            marks = [f"unit_done/{name}" for name in store.place.names("unit_done") if name != "zarr.json"]
-            store.place.remove(marks)
+            _reopen(store)
         _note(store, report.problems)
         store.place.remove([*map(entry_key, voided), *foreign])
         num_removed = len(voided) + len(foreign) + _remove_leftovers(store)
@@ -92,7 +89,7 @@ def void_doubtful(store: Store) -> None:
         if number > 1 and unit in done and not _is_of(store, unit, number):
             doubtful.append(unit)
     if doubtful and (problems := check_units(store, doubtful)):
-        store.place.remove([COMPLETE])
+        _reopen(store)
         _note(store, problems)
         store.place.remove({entry_key(problem.unit) for problem in problems if problem.unit is not None})
 
@@ -113,6 +110,14 @@ def _last_attempts(store: Store) -> dict[int, int]:
         if unit.isdecimal() and number.isdecimal():
             last[int(unit)] = max(last.get(int(unit), 0), int(number))
     return last
+
+
+def _reopen(store: Store) -> None:
+    """Make a finished store one that goes on, all of whose units are there."""
+    store.place.remove([COMPLETE])
+    store.place.remove([SUMMARY])
+    marks = [f"unit_done/{name}" for name in store.place.names("unit_done") if name != "zarr.json"]
+    store.place.remove(marks)
 
 
 def _remove_leftovers(store: Store) -> int:
