@@ -15,8 +15,7 @@ from torch import Tensor
 from ..capture.models.model import LoopedModel
 from ..capture.models.random import parse_random
 from ..capture.models.tap import Half, HalfNorms, Packed, Plain
-from ..capture.states import StatesInMemory
-from ..capture.tap import Buffers, Statistics
+from ..capture.tap import Buffers, StatesInMemory, Statistics
 from ..kernels.residual_norm import Residual, rms_norm
 from .kernels_gpu import Found, OrNaN, make_rows
 from .measure import Goal

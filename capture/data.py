@@ -173,7 +173,7 @@ def _safetensors(path: Path) -> list[np.ndarray]:
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged or no safetensors file: {error}") from error
     except (KeyError, TypeError) as error:  # a dtype that NumPy lacks
-        raise DataError(f"{path}: input_ids and lengths must be whole numbers; {error}") from error
+        raise DataError(f"{path}: input_ids and lengths must be integers; {error}") from error
     if "input_ids" not in tensors:
         raise DataError(f"{path} has no tensor input_ids; it holds {', '.join(tensors) or 'nothing'}")
     return _matrix_rows(path, tensors["input_ids"], tensors.get("lengths"))

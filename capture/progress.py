@@ -160,11 +160,14 @@ def _short(number: float, space: str = "") -> str:
 
 class Halt:
     """What Ctrl-C does while a command captures: once, units in flight are finished and none is begun; twice,
-    it stops at once. SIGTERM is a Ctrl-C, as jobs are told with it that their time is over.
+    it stops at once, as it does while no unit can be in flight yet.
+
+    SIGTERM is a Ctrl-C, as jobs are told with it that their time is over.
     """
 
     def __init__(self) -> None:
         self.is_asked = False
+        self.may_be_in_flight = False
 
     def __enter__(self) -> "Halt":
         if threading.current_thread() is threading.main_thread():
@@ -178,7 +181,7 @@ class Halt:
             signal.signal(number, handler)
 
     def _ask(self, *_: object) -> None:
-        if self.is_asked:
+        if self.is_asked or not self.may_be_in_flight:
             raise KeyboardInterrupt
         self.is_asked = True
         # from a thread: whoever was interrupted may hold the console's lock
@@ -212,7 +215,12 @@ def run_with_progress(plan: Plan) -> Outcome:
     print_plan(plan)
     started_s = time.perf_counter()
     with Halt() as halt, unit_bar() as bar:
-        outcome = run_capture(plan, bar, lambda: not halt.is_asked)
+
+        def on_event(event: RunBegan | Event) -> None:
+            halt.may_be_in_flight |= isinstance(event, WorkerJoined)
+            bar(event)
+
+        outcome = run_capture(plan, on_event, lambda: not halt.is_asked)
     print_outcome(outcome, time.perf_counter() - started_s)
     if outcome.num_left:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Where kept states go while the model runs: to disk, or for a benchmark into memory.
+"""Where kept states go while the model runs: to disk.
 
 A unit's states may be far more than the host's memory. They leave the model depth by depth and batch by
 batch; each depth fills a buffer of its own, which is written when it is full while the model goes on. On a
@@ -28,19 +28,6 @@ def make_ring(metadata: dict[str, Any], device: torch.device) -> Ring:
     """Buffers for an array of states, pinned where a GPU fills them."""
     allocate = _pinned if device.type == "cuda" else page_aligned
     return Ring(num_buffers(metadata["shape"][1]), buffer_bytes(metadata), allocate)
-
-
-class StatesInMemory:
-    """Fills [depth_state, kept tokens, D], whose rows come in order."""
-
-    def __init__(self, state_LKD: Tensor) -> None:
-        self.state_LKD = state_LKD
-        self._num_rows = [0] * len(state_LKD)
-
-    def add(self, index: int, kept_KD: Tensor) -> None:
-        first = self._num_rows[index]
-        self._num_rows[index] += len(kept_KD)
-        self.state_LKD[index, first : self._num_rows[index]] = kept_KD
 
 
 class StateStream:

@@ -18,11 +18,11 @@ from .models.load import ModelSource
 from .models.model import PLAIN
 from .models.tap import Packed, Plain
 from .selection import select_halves
-from .states import StatesInMemory, StateStream, make_ring
+from .states import StateStream, make_ring
 from .store.commit import Attempt, Store
 from .store.quantities import QUANTITIES
 from .store.ring import Ring
-from .tap import Buffers, LastStates, StateSink, Statistics
+from .tap import Buffers, LastStates, StateSink, StatesInMemory, Statistics
 from .versions import versions
 
 

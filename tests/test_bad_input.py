@@ -188,7 +188,7 @@ DATA: dict[str, tuple[str, bytes | Callable[[Path], object], str]] = {
     "bfloat16 tensor": (
         "a.safetensors",
         safetensors(input_ids=torch.zeros(1, 3).bfloat16()),
-        "input_ids and lengths must be whole numbers; ",
+        "must be integers",
     ),
     **{
         f"lengths {lengths}": (

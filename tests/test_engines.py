@@ -68,6 +68,18 @@ class TestProcesses(ProcessPoolContract):
             assert [report.why for report in pool.poll(60)] == ["exit -9"]
             assert time.monotonic() - began_s < 30
 
+    def test_a_worker_ends_with_its_pipe(self, make_pool, tmp_path):
+        """Where the kernel does not tell it that its driver died, this does; in the middle of a unit."""
+        files = Files(tmp_path, long=frozenset({0}))
+        with make_pool(files, 1) as pool:
+            pool.start(0)
+            pool.give(0, 0)
+            while not files.workers():
+                list(pool.poll(0.1))
+            child, pipe = pool._children[0]
+            pipe.close()
+            assert child.wait(30) == 1
+
     def test_signals_are_for_the_driver(self, make_pool, tmp_path):
         """A job manager sends its own to every process; a terminal's do not even reach the workers."""
         files = Files(tmp_path, waits=True)

@@ -113,7 +113,10 @@ def test_a_second_signal_stops_and_handlers_are_put_back(console):
     out = console(False)
     before = signal.getsignal(signal.SIGTERM)
     with progress.Halt() as halt:
+        with pytest.raises(KeyboardInterrupt):  # nothing can be in flight yet
+            signal.raise_signal(signal.SIGTERM)
         assert not halt.is_asked
+        halt.may_be_in_flight = True
         signal.raise_signal(signal.SIGTERM)
         assert halt.is_asked
         with pytest.raises(KeyboardInterrupt):

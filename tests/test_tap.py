@@ -10,9 +10,8 @@ import torch
 from looptap.capture.models.load import find_model, load_model
 from looptap.capture.models.tap import Packed, Plain
 from looptap.capture.selection import select_depths
-from looptap.capture.states import StatesInMemory
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
-from looptap.capture.tap import Buffers, LastStates, Statistics
+from looptap.capture.tap import Buffers, LastStates, StatesInMemory, Statistics
 from looptap.kernels import reference
 
 LENGTHS = (7, 70, 1, 7)  # 70: more than one block of queries

@@ -1,7 +1,6 @@
 """A file written at any offsets by several threads, past the page cache where the file system takes that.
 
-Terabytes through the page cache would evict everything else and cost several times the processor time
-(research/storage-ray.md, section 2a).
+Terabytes through the page cache would evict everything else and cost several times the processor time.
 """
 
 import errno
