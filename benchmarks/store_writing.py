@@ -145,13 +145,13 @@ def _figures(
         seen=extra_mb["ours"], must=64, stretch=4, detail=others,
     )  # fmt: skip
     libraries = ("tensorstore direct", "tensorstore", "tensorstore transposing", "zarr-python", "zarrs")
-    here = [name for name in libraries if name in rounds[0]]
+    to_each = {n: statistics.median(speed("ours", n)) for n in libraries if n in rounds[0]}
+    quickest = min(to_each, key=to_each.__getitem__)
     yield Figure(
-        name="S4", what="to tensorstore with direct I/O and a source in chunk order", better="higher",
-        seen=statistics.median(speed("ours", "tensorstore direct")) if "tensorstore" not in missing else None,
-        must=1.5, stretch=1.9,
-        detail="; ".join(f"to {n} {statistics.median(speed('ours', n)):.1f}x" for n in here)
-        + "; " + "; ".join(said(name) for name in here) + absent,
+        name="S4", what=f"to the quickest library here, {quickest}", better="higher",
+        seen=to_each[quickest] if "tensorstore" in to_each else None, must=1.5, stretch=1.9,
+        detail="; ".join(f"to {name} {ratio:.1f}x" for name, ratio in to_each.items())
+        + "; " + "; ".join(map(said, to_each)) + absent,
     )  # fmt: skip
     yield Figure(
         name="S5", what="lossless (blosc lz4 bitshuffle), to tensorstore, same codec", better="higher",
