@@ -116,6 +116,11 @@ class MappedArray:
         """
         if isinstance(rows, slice):
             assert isinstance(depth, int)
+            number, first = divmod(rows.start, self._region_rows)
+            stop = first + rows.stop - rows.start
+            if first < stop <= self._region_rows:
+                self._region(number).copy(first, stop, depth, out)
+                return
             for number, first, stop in self._spans(rows):
                 begin = number * self._region_rows + first - rows.start
                 self._region(number).copy(first, stop, depth, out[begin : begin + stop - first])
@@ -141,11 +146,7 @@ class MappedArray:
 
     def _spans(self, rows: slice) -> list[tuple[int, int, int]]:
         """(region, first row in it, one past the last) of every region that rows lie in."""
-        size = self._region_rows
-        number = rows.start // size
-        if rows.start < rows.stop <= (number + 1) * size:
-            return [(number, rows.start - number * size, rows.stop - number * size)]
-        spans = []
+        size, spans = self._region_rows, []
         for number in range(rows.start // size, -(-rows.stop // size)):
             first, stop = max(rows.start - number * size, 0), min(rows.stop - number * size, size)
             if first < stop:
@@ -184,9 +185,7 @@ class _Region:
         """Neighbouring rows into out."""
         at = first // self._chunk_rows
         if stop <= (at + 1) * self._chunk_rows and (source := int(self._source[at, depth])) >= 0:
-            source += (
-                first - at * self._chunk_rows
-            )  # of one chunk, as batches ask: in no more time than a map
+            source += first - at * self._chunk_rows  # of one chunk: in no more time than a plain map takes
             self._mapping.will_need_run(source * self._row_bytes, (stop - first) * self._row_bytes)
             out[:] = self._rows[source : source + stop - first]
             return

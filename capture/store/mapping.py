@@ -16,6 +16,7 @@ import numpy as np
 from .errors import StoreError
 
 _TRIED_PAGES = 8
+_TRIED_RUNS = 8  # once so many were in memory, one of so many is tried: asking takes a microsecond
 _SMALL_GAP_BYTES = 32 << 10  # the kernel reads over it anyway
 _libc = ctypes.CDLL(None, use_errno=True)
 _mincore = ctypes.PyDLL(None).mincore  # so short that letting other threads run takes longer
@@ -41,6 +42,9 @@ class Mapping:
         self._room = mmap.mmap(-1, num_files * self.file_bytes, flags=flags, prot=mmap.PROT_READ)
         self.data = np.frombuffer(self._room, np.uint8)
         self._address = self.data.ctypes.data
+        self._found = ctypes.c_ubyte(1)
+        self._found_address = ctypes.addressof(self._found)
+        self._resident_runs = self._untried_runs = 0
 
     def add(self, place: int, path: Path) -> np.ndarray:
         """Map a file.
@@ -82,7 +86,14 @@ class Mapping:
 
     def will_need_run(self, start: int, num_bytes: int) -> None:
         """The same for bytes that lie together; their last page tells, which reading ahead reaches last."""
-        if not self._is_resident(start + num_bytes - 1):
+        if self._untried_runs:
+            self._untried_runs -= 1
+        elif self._is_resident(start + num_bytes - 1):
+            self._resident_runs += 1
+            if self._resident_runs >= _TRIED_RUNS:
+                self._untried_runs = _TRIED_RUNS - 1
+        else:
+            self._resident_runs = 0
             self._advise(start, start + num_bytes)
 
     def _advise(self, start: int, stop: int) -> None:
@@ -91,9 +102,9 @@ class Mapping:
 
     def _is_resident(self, offset: int) -> bool:
         """Whether the page there is in memory; True where that cannot be found out."""
-        found = ctypes.c_ubyte(1)
-        _mincore(self._address + offset - offset % mmap.PAGESIZE, 1, ctypes.addressof(found))
-        return found.value & 1 == 1
+        # shared by threads: at worst one asks ahead for what another one misses
+        _mincore(self._address + offset - offset % mmap.PAGESIZE, 1, self._found_address)
+        return self._found.value & 1 == 1
 
 
 _MAP_FIXED = 0x10  # on Linux and macOS alike; Python has no name for it

@@ -1,11 +1,12 @@
 """The rows of a few hundred chunks at a time, for `batches.py` to take in any order.
 
-Mapped, they lie in the page cache: each is copied once, from there into a batch, and the kernel is told ahead
-of the next window's chunks. What a library must decode or fetch is read whole, in other threads, while rows
-of the window before are taken.
+Mapped, they lie in the page cache: each is copied once, from there into a batch, by a few threads, and the
+kernel is told ahead of the next window's chunks. What a library must decode or fetch is read whole, in other
+threads, while rows of the window before are taken.
 """
 
 import math
+import os
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .library import LibraryArray
 from .mapped import MappedArray
 
 _LIBRARY_READERS = 4  # chunks that are decoded or fetched at once
+_MOST_COPIERS = 4  # threads; one alone does not fill the memory's bandwidth
+_COPIER_BYTES = 1 << 20  # of a batch, at least, before another thread is worth waking
 
 Gather = Callable[[np.ndarray, np.ndarray], None]
 """Rows at these places of a window, into an array [rows, hidden]."""
@@ -49,22 +52,38 @@ def _mapped(array: MappedArray, windows: Iterator[Window]) -> Generator[Gather, 
     window = next(windows, None)
     for chunk in window or ():
         array.will_need(chunk.span, chunk.depth)
-    while window is not None:
-        upcoming = next(windows, None)
-        yield _gather_mapped(array, window, upcoming or [])
-        window = upcoming
+    with ThreadPoolExecutor(_num_copiers(), "looptap-batches") as copiers:
+        while window is not None:
+            upcoming = next(windows, None)
+            yield _gather_mapped(array, window, upcoming or [], copiers)
+            window = upcoming
 
 
-def _gather_mapped(array: MappedArray, window: Window, upcoming: Window) -> Gather:
+def _num_copiers() -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, _MOST_COPIERS)
+
+
+def _gather_mapped(
+    array: MappedArray, window: Window, upcoming: Window, copiers: ThreadPoolExecutor
+) -> Gather:
     rows = np.concatenate([chunk.rows for chunk in window])
     depths = np.repeat([chunk.depth for chunk in window], [len(chunk.rows) for chunk in window])
     hints = iter(upcoming)
+
+    def copy(places: np.ndarray, out: np.ndarray) -> None:
+        array.read_depth(rows[places], depths[places], out)
 
     def gather(places: np.ndarray, out: np.ndarray) -> None:
         # a few with each batch: all at once would hold up the first
         for chunk in islice(hints, math.ceil(len(upcoming) * len(places) / len(rows))):
             array.will_need(chunk.span, chunk.depth)
-        array.read_depth(rows[places], depths[places], out)
+        num_parts = max(1, min(_num_copiers(), out.nbytes // _COPIER_BYTES))
+        first, *others = zip(np.array_split(places, num_parts), np.array_split(out, num_parts), strict=True)
+        pending = [copiers.submit(copy, *part) for part in others]
+        copy(*first)
+        for part in pending:
+            part.result()
 
     return gather
 
