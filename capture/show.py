@@ -41,7 +41,10 @@ def print_status(path: str | Path, status: dict[str, Any]) -> None:
         table.add_row("non-finite", f"{status['num_non_finite']} values are infinite or undefined")
     driver = status["driver"]
     table.add_row("at work", f"process {driver['pid']} on {driver['host']}" if driver else "nobody")
-    for failure in status["failures"]:
+    failed = [failure for failure in status["failures"] if not failure["done"]]
+    if mended := len(status["failures"]) - len(failed):
+        table.add_row("mended", f"{mended} failed attempts at units that are done by now")
+    for failure in failed:
         table.add_row("failed", f"unit {failure['unit']}, attempt {failure['attempt']}: {failure['error']}")
     console.print(str(path))
     console.print(table)

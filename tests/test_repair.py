@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from looptap.__main__ import main
+from looptap.capture.show import print_status
 from looptap.capture.store.commit import Store
 from looptap.capture.store.directory import LocalPlace
 from looptap.capture.store.errors import StoreError, StoreLockedError
@@ -93,14 +94,19 @@ def test_a_damaged_unit_is_done_again(store, file, damage):
     check_calm(store)
 
 
-def test_the_reason_is_kept(store):
+def test_the_reason_is_kept(store, capsys):
     flip(store.path / "state/c.2.0.0")
     repair_store(store.path)
     (failure,) = store_status(store.path)["failures"]
     assert (failure["unit"], failure["attempt"]) == (1, 1)
     assert failure["error"].startswith("voided by repair: state/c.2.0.0 (unit 1): crc32c")
+    assert not failure["done"]
+    print_status(store.path, store_status(store.path))
+    assert "failed" in (shown := capsys.readouterr().out) and "mended" not in shown
     fill(store)
     assert store.entry(1)["attempt"] == 2
+    print_status(store.path, store_status(store.path))
+    assert "failed  unit 1" not in (shown := capsys.readouterr().out) and "1 failed attempts" in shown
 
 
 def test_a_sound_store_stays_as_it_is(store, files):

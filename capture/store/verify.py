@@ -106,13 +106,14 @@ def store_status(path: str | Path) -> dict[str, Any]:
     Returns:
         units_done, units_total, num_tokens, num_sequences, num_bytes, num_non_finite, seconds (of all
         workers), last_commit (ISO time or None), attempts, failures (what failed attempts noted: unit,
-        attempt, error, host, time), driver (host, pid, silent_s of who is at work, or None), complete.
+        attempt, error, host, time; and `done`, whether the unit is by now), driver (host, pid, silent_s of
+        who is at work, or None), complete.
     """
     store = Store.open(path)
     totals = dict.fromkeys(("num_tokens", "num_sequences", "num_bytes", "num_non_finite"), 0)
-    units, seconds, last_commit = 0, 0.0, None
+    done, seconds, last_commit = set[int](), 0.0, None
     for entry in store.entries():
-        units += 1
+        done.add(entry["unit"])
         seconds += entry["seconds"]
         last_commit = max(last_commit or "", entry["committed"])
         totals["num_tokens"] += entry["num_tokens"]
@@ -121,8 +122,9 @@ def store_status(path: str | Path) -> dict[str, Any]:
         totals["num_non_finite"] += sum(entry["non_finite"].values())
     attempts = {name: size for name, size in store.place.sizes(ATTEMPTS).items() if name[0] != "."}
     failed = [json.loads(store.place.read(f"{ATTEMPTS}/{name}")) for name, size in attempts.items() if size]
+    failed = [note | {"done": note["unit"] in done} for note in failed]
     return {
-        "units_done": units,
+        "units_done": len(done),
         "units_total": store.num_units,
         **totals,
         "seconds": seconds,
