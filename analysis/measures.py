@@ -1,14 +1,14 @@
 """The paper's measures by depth: one table of what each is, and one function that computes them from a store.
 
 A measure turns the captured quantities of one sequence into a value per depth; `measure` walks the store
-once per group of quantities that must be read together and folds the sequences. What was not captured is
-named, with what to capture.
+with all of them and folds the sequences. What was not captured is named, with what to capture.
 
 Source: arXiv 2604.11791, sections 3 and 4 and appendix B.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,16 +22,10 @@ from .streaming import (
     MaxFold,
     MeanFold,
     MedianFold,
-    NothingCapturedError,
     as_dataset,
-    depths_of,
     finite_mean,
-    iter_sequences,
 )
-
-Arrays = Mapping[
-    str, np.ndarray
-]  # the quantities of one sequence, each [token, depth] or [token, depth, head]
+from .walk import Analysis, Arrays, count_captured, walk
 
 SINK_SCORE = (
     0.3  # a head whose mean mass on the first key reaches this counts as a sink head, as in the paper
@@ -221,25 +215,44 @@ def measure(store: str | Path | xr.Dataset, names: Iterable[str] | None = None) 
         NothingCapturedError: no sequence is finished yet.
     """
     dataset = as_dataset(store)
-    depths = depths_of(dataset)
+    return assembled(dataset, walk(dataset, as_analyses(names)))
+
+
+def as_analyses(names: Iterable[str] | None = None) -> list[Analysis]:
+    """Measures, all or those named, and the count of bad values, to walk with other analyses."""
     wanted = [_known(name) for name in (MEASURES if names is None else names)]
-    missing = {each.name: why for each in wanted if (why := _why_missing(each, dataset, depths))}
-    present = [each for each in wanted if each.name not in missing]
-    result, bad = {}, {}
-    count = _count(dataset)
-    for group, quantities in _passes(present):
-        values, bad_of_group = _one_pass(dataset, depths, group, quantities)
-        result |= values
-        bad |= bad_of_group
-    variables = {
-        each.name: (("statistic", "depth"), result[each.name], _attributes(each)) for each in present
-    }
-    captured = [name for name in QUANTITIES if name in bad]
-    bad_QD = np.array([bad[name] for name in captured], np.int64).reshape(len(captured), len(depths))
+    quantities = dict.fromkeys(name for each in wanted for name in each.needs)
+    counts = [
+        Analysis(f"non_finite:{name}", "Values that are no numbers", (name,), "", partial(_BadFold, name))
+        for name in quantities
+    ]
+    measures = [
+        Analysis(each.name, each.title, each.needs, each.definition, partial(_MeasureFold, each), each.first)
+        for each in wanted
+    ]
+    return measures + counts
+
+
+def assembled(dataset: xr.Dataset, answers: Mapping[str, xr.Dataset | str]) -> xr.Dataset:
+    """The Dataset that `measure` returns, from the answers of a walk with `as_analyses`."""
+    variables, missing, bad = {}, {}, {}
+    for name in MEASURES:
+        found = answers.get(name)
+        if isinstance(found, str):
+            missing[name] = found
+        elif found is not None:
+            variables[name] = found[name].variable
+    needed = {name for measure in variables for name in MEASURES[measure].needs}
+    for name in QUANTITIES:
+        found = answers.get(f"non_finite:{name}")
+        if name in needed and isinstance(found, xr.Dataset):
+            bad[name] = found["non_finite"].values
+    bad_QD = np.array(list(bad.values()), np.int64).reshape(len(bad), dataset.sizes["depth"])
     variables["non_finite"] = (("quantity", "depth"), bad_QD, {"units": "values"})
     coordinates = {name: dataset[name].variable for name in ("depth", "stage", "layer", "recurrence")}
-    coordinates |= {"statistic": list(STATISTICS), "quantity": np.array(captured, dtype=str)}
-    return xr.Dataset(variables, coordinates, dict(dataset.attrs) | {"missing": missing} | count)
+    coordinates |= {"statistic": list(STATISTICS), "quantity": np.array(list(bad), dtype=str)}
+    attributes = dict(dataset.attrs) | {"missing": missing} | count_captured(dataset)
+    return xr.Dataset(variables, coordinates, attributes)
 
 
 def _known(name: str) -> Measure:
@@ -248,67 +261,35 @@ def _known(name: str) -> Measure:
     return MEASURES[name]
 
 
-def _why_missing(each: Measure, dataset: xr.Dataset, depths: Depths) -> str | None:
-    num_recurrences = len(depths.core_RL)
-    if each.first >= 0 and num_recurrences == 0:
-        return "the model has no loop"
-    if each.first >= 0 and num_recurrences == 1:
-        return "the loop ran once: capture with at least 2 recurrences"
-    absent = [name for name in each.needs if name not in dataset]
-    if "exit_probability" in absent and not dataset.attrs["plan"]["model"].get("exit_gate"):
-        return "the model has no exit gate"
-    if absent:
-        groups = dict.fromkeys(QUANTITIES[name].group for name in absent)
-        return f"needs {' and '.join(absent)}: capture again with --quantities {' '.join(groups)}"
-    return None
+class _MeasureFold:
+    """One measure, folded over sequences."""
+
+    def __init__(self, each: Measure, dataset: xr.Dataset, depths: Depths) -> None:
+        self._each, self._depths = each, depths
+        self._fold = _FOLDS[each.fold](len(depths))
+
+    def add(self, arrays: Arrays) -> None:
+        self._fold.add(self._each.of_sequence(arrays, self._depths))
+
+    def result(self) -> xr.Dataset:
+        each = self._each
+        about = {"units": each.unit, "long_name": each.title, "definition": each.definition}
+        about |= {"fold": each.fold, "needs": each.needs}
+        return xr.Dataset({each.name: (("statistic", "depth"), self._fold.result(), about)})
 
 
-def _count(dataset: xr.Dataset) -> dict[str, int]:
-    length = dataset["sequence_length"].values
-    if not (length > 0).any():
-        done, total = int(dataset.attrs.get("units_done", 0)), dataset.sizes.get("unit", 0)
-        raise NothingCapturedError(
-            f"nothing is captured yet: {done} of {total} units are done; run the capture first, or again"
-        )
-    return {"num_sequences": int((length > 0).sum()), "num_tokens": int(length[length > 0].sum())}
+class _BadFold:
+    """How many values of a quantity should be numbers and are not, by depth."""
 
+    def __init__(self, name: str, dataset: xr.Dataset, depths: Depths) -> None:
+        self._name, self._depths = name, depths
+        self._bad_D = np.zeros(len(depths), np.int64)
 
-def _attributes(each: Measure) -> dict[str, str | tuple[str, ...]]:
-    return {
-        "units": each.unit,
-        "long_name": each.title,
-        "definition": each.definition,
-        "fold": each.fold,
-        "needs": each.needs,
-    }
+    def add(self, arrays: Arrays) -> None:
+        self._bad_D += _non_finite(self._name, arrays[self._name], self._depths)
 
-
-def _passes(measures: list[Measure]) -> list[tuple[list[Measure], list[str]]]:
-    """Measures that share a quantity are computed in one pass, so that every array is read once."""
-    passes: list[tuple[list[Measure], set[str]]] = []
-    for each in measures:
-        together, quantities = [each], set(each.needs)
-        apart = []
-        for other, others in passes:
-            if others & quantities:
-                together, quantities = other + together, quantities | others
-            else:
-                apart.append((other, others))
-        passes = [*apart, (together, quantities)]
-    return [(group, sorted(quantities)) for group, quantities in passes]
-
-
-def _one_pass(
-    dataset: xr.Dataset, depths: Depths, group: list[Measure], quantities: list[str]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    folds = {each.name: _FOLDS[each.fold](len(depths)) for each in group}
-    bad = {name: np.zeros(len(depths), np.int64) for name in quantities}
-    for arrays in iter_sequences(dataset, quantities):
-        for name, values in arrays.items():
-            bad[name] += _non_finite(name, values, depths)
-        for each in group:
-            folds[each.name].add(each.of_sequence(arrays, depths))
-    return {name: fold.result() for name, fold in folds.items()}, bad
+    def result(self) -> xr.Dataset:
+        return xr.Dataset({"non_finite": ("depth", self._bad_D)})
 
 
 def _non_finite(name: str, values: np.ndarray, depths: Depths) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ..capture.store.reader import iter_units, open_store
+from ..capture.store.reader import iter_units, open_store, to_float32
 
 BAND_Z = 1.96  # standard errors on either side of a mean: 95 % if the means of sequences are about normal
 
@@ -51,16 +51,36 @@ def depths_of(dataset: xr.Dataset) -> Depths:
 
 def iter_sequences(dataset: xr.Dataset, names: list[str]) -> Iterator[dict[str, np.ndarray]]:
     """The named arrays of one finished sequence after another, each [token, depth, ...]; those that have one
-    value for the whole sequence as if it had one token.
+    value for the whole sequence as if it had one token. `state` has the kept tokens alone, decoded, and is
+    empty where none of a sequence is kept.
     """
     for unit in iter_units(dataset, names):
-        arrays = {name: unit[name].values for name in names}
-        of_sequence = {name for name in names if unit[name].dims[0] == "sequence"}
-        for index, (start, stop) in enumerate(sequence_spans(unit["token_sequence"].values)):
-            rows = {
-                name: slice(index, index + 1) if name in of_sequence else slice(start, stop) for name in names
-            }
-            yield {name: array[rows[name]] for name, array in arrays.items()}
+        owner = unit["token_sequence"].values
+        rows = {name: sequence_spans(owner) for name in names}
+        for name in names:
+            if unit[name].dims[0] == "sequence":
+                rows[name] = [(index, index + 1) for index in range(len(rows[name]))]
+            elif unit[name].dims[0] == "token_state":
+                rows[name] = _kept_spans(owner, unit["state_token"].values)
+        arrays = {name: decoded(unit[name]) for name in names}
+        for index in range(len(sequence_spans(owner))):
+            yield {name: array[slice(*rows[name][index])] for name, array in arrays.items()}
+
+
+def decoded(values: xr.DataArray) -> np.ndarray:
+    """Values as float32, also where the bits of bfloat16 are stored."""
+    array = values.values
+    is_bits = values.attrs.get("bits_of") == "bfloat16" and array.dtype == np.uint16
+    return to_float32(array) if is_bits else array
+
+
+def _kept_spans(owner: np.ndarray, slot: np.ndarray) -> list[tuple[int, int]]:
+    """First and past-the-last row of every sequence among a unit's kept tokens, which stand at `slot`."""
+    used = slot[slot >= 0] % len(owner)  # a unit's slots start at a multiple of its size
+    return [
+        (int(np.searchsorted(used, start)), int(np.searchsorted(used, stop)))
+        for start, stop in sequence_spans(owner)
+    ]
 
 
 def sequence_spans(token_sequence: np.ndarray) -> list[tuple[int, int]]:
