@@ -5,7 +5,9 @@ much as a short one and the band around a curve tells how much sequences differ.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ class Depths:
     layer: np.ndarray
     recurrence: np.ndarray
 
-    @property
+    @cached_property
     def core_RL(self) -> np.ndarray:
         """Depth of every core block invocation, int [recurrences, layers]; empty for a feedforward model."""
         core = np.flatnonzero(self.recurrence >= 0)
@@ -54,7 +56,7 @@ def iter_sequences(dataset: xr.Dataset, names: list[str]) -> Iterator[dict[str, 
     value for the whole sequence as if it had one token. `state` has the kept tokens alone, decoded, and is
     empty where none of a sequence is kept.
     """
-    for unit in iter_units(dataset, names):
+    for unit in _one_ahead(iter_units(dataset, names)):
         owner = unit["token_sequence"].values
         rows = {name: sequence_spans(owner) for name in names}
         for name in names:
@@ -65,6 +67,15 @@ def iter_sequences(dataset: xr.Dataset, names: list[str]) -> Iterator[dict[str, 
         arrays = {name: decoded(unit[name]) for name in names}
         for index in range(len(sequence_spans(owner))):
             yield {name: array[slice(*rows[name][index])] for name, array in arrays.items()}
+
+
+def _one_ahead(units: Iterator[xr.Dataset]) -> Iterator[xr.Dataset]:
+    """The same, with the next one read by a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        coming = reader.submit(next, units, None)
+        while (unit := coming.result()) is not None:
+            coming = reader.submit(next, units, None)
+            yield unit
 
 
 def decoded(values: xr.DataArray) -> np.ndarray:
