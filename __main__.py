@@ -15,10 +15,11 @@ from .benchmarks.kernels import KernelsBench
 from .benchmarks.load import LoadBench
 from .benchmarks.store import StoreBench
 from .benchmarks.watch import WatchBench
-from .capture.settings import CaptureSettings, InspectSettings
+from .capture.settings import CaptureSettings, DepthStudySettings, InspectSettings
 
 app = SubcommandApp()
 bench = SubcommandApp()
+study = SubcommandApp()
 
 # text, as a URL does not survive a Path
 StorePath = Annotated[str, Positional, arg(metavar="STORE", help="A store made by looptap capture.")]
@@ -170,6 +171,27 @@ def demo(out: Annotated[Path, arg(metavar="DIR")] = Path("demo")) -> int:
     path = write_report(stores, out / "report.html", "Two loops: with and without input injection")
     print_verdicts(find(stores))
     print(f"report: {path.absolute()}")
+    return 0
+
+
+app.command(study, name="study", help="Run many captures that answer one question, and report on them.")
+
+
+@study.command(name="depth")
+def study_depth(settings: OmitArgPrefixes[DepthStudySettings]) -> int:
+    """Capture one checkpoint at many recurrence counts, and compare what comes of it.
+
+    The same command continues a study that was stopped or killed.
+    """
+    from .analysis.depth_page import write_depth_study
+    from .capture.progress import run_with_progress
+    from .capture.study_depth import run_depth_study
+
+    captured = run_depth_study(settings, run_with_progress)
+    if not captured.complete:
+        return 1
+    for path in write_depth_study(captured.stores, captured.own, settings.out):
+        print(path)
     return 0
 
 

@@ -1,5 +1,8 @@
 """Every analysis that is more than a curve over depth, by name."""
 
+from .limits import ANALYSES as _LIMITS
+from .rates import ANALYSES as _RATES
+from .two_scale import ANALYSES as _TWO_SCALE
 from .walk import Analysis
 
-ANALYSES: dict[str, Analysis] = {}
+ANALYSES: dict[str, Analysis] = {each.name: each for each in (*_LIMITS, *_RATES, *_TWO_SCALE)}

@@ -59,6 +59,8 @@ class Figure:
     """capture -> why it is not drawn"""
     notes: Sequence[str] = ()
     """what else a reader must know, such as a band that is not drawn"""
+    caption: Sequence[str] = ()
+    """what is drawn and what is seen, for figures that are not of the report's (whose are in captions.py)"""
 
     def chart(self, width: int = 420) -> alt.ConcatChart:
         """The whole figure as one chart that holds its data; nothing in it is loaded from elsewhere."""

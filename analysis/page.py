@@ -101,7 +101,11 @@ def _with_caption(figure: "Figure", findings: Sequence[Findings]) -> dict[str, A
         body.pop("config", None)
         packed = {"table": panel.data, "columns": list(dict.fromkeys(panel.columns)), "spec": body}
         panels.append({"id": f"{figure.name}-{index}", "packed": packed, "label": panel.label})
-    return {"figure": figure, "panels": panels, "caption": caption(figure.name, findings)}
+    return {
+        "figure": figure,
+        "panels": panels,
+        "caption": list(figure.caption) or caption(figure.name, findings),
+    }
 
 
 def _without_legends(spec: Any) -> Any:

@@ -13,7 +13,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .contraction import Contraction, contraction
 from .data import open_tokenizer
+from .initial_states import initial_state
 from .models.description import Description, Step
 from .models.load import find_model
 from .models.model import LoopedModel
@@ -55,6 +57,8 @@ class Inspection:
     tokens: list[str]
     lens: list[Lens]
     """For the last token, by recurrence; one entry for a feedforward model."""
+    contraction: Contraction | None = None
+    """Of every token of the prompt; None for a feedforward model, or where it was left out."""
 
     def rows(self) -> Iterator[LensRow]:
         """The last token's way, a row a recurrence."""
@@ -78,7 +82,7 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
 
     Raises:
         ModelError, DataError: as for a capture.
-        PlanError: maps over `map_memory_gib`.
+        PlanError: maps over `map_memory_gib`, or `contraction_recurrences` below 0.
     """
     with tempfile.TemporaryDirectory() as directory:
         plan = _plan(settings, Path(directory))
@@ -96,7 +100,18 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         dataset=dataset.assign(attention=maps),
         tokens=[tokenizer.decode([int(i)]) for i in plan.dataset.rows[0]],
         lens=[_likeliest(worker.model, state_ND, tokenizer.decode) for state_ND in read],
+        contraction=_contraction(worker.model, plan, settings.contraction_recurrences),
     )
+
+
+def _contraction(model: LoopedModel, plan: Plan, recurrences: int) -> Contraction | None:
+    d, (row,), seed = plan.description, plan.dataset.rows, plan.settings.seed
+    if not (d.core and recurrences):
+        return None
+    batch = Packed(torch.from_numpy(row.astype("int64")).to(model.device), (len(row),))
+    state_ND = initial_state(None, d, seed, [0], batch.lengths, None)
+    state_ND = None if state_ND is None else state_ND.to(model.device)
+    return contraction(model, batch, state_ND, recurrences=recurrences)
 
 
 class _Maps(Plain):
@@ -121,6 +136,9 @@ class _Maps(Plain):
 
 
 def _plan(settings: InspectSettings, directory: Path) -> Plan:
+    if settings.contraction_recurrences < 0:
+        given = settings.contraction_recurrences
+        raise PlanError(f"contraction_recurrences must be at least 1, or 0 to leave it out, got {given}")
     if not settings.prompt:
         raise PlanError("the prompt is empty; give some text with --prompt")
     data_path = directory / "prompt.jsonl"

@@ -131,3 +131,37 @@ class InspectSettings:
     """Of drawn initial states."""
     map_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 1.0
     """Most memory that attention maps may take, GiB; a prompt that needs more is refused."""
+    contraction_recurrences: Annotated[int, tyro.conf.arg(metavar="TIMES")] = 128
+    """Recurrences after which the loop's contraction factor is taken, whatever --recurrences says; 0 leaves
+    it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthStudySettings:
+    """Capture a checkpoint at many test-time recurrence counts and compare them; the same command goes on."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Directory with config.json and safetensors, a Hub id such as ORG/NAME or ORG/NAME@REVISION, or a spec
+    such as random:(0,12x32,0)I,norm=pre."""
+    data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """.jsonl (with --field), .txt (a document a line), token ids as .npy [S, T] or .safetensors."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """For the stores, one a count, the tables, the figures and report.html."""
+    counts: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TIMES [TIMES ...]")] = ()
+    """Recurrence counts, each once; powers of two up to four times the model's own if not given. The model's
+    own is always among them, as what the others are compared with."""
+    field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
+    """Field of each .jsonl line that holds the text."""
+    limit: Annotated[int | None, tyro.conf.arg(metavar="ROWS")] = None
+    """Only the first so many rows of the data."""
+    loop: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LASTxTIMES")] = None
+    """Repeat a window of a feedforward model's layers; TIMES stands for the model's own count. x1 is the
+    feedforward model as it was trained."""
+    dtype: Dtype = "auto"
+    """The model runs in this; auto is what its files hold."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
+    """Of drawn initial states, which are the same for every count."""
+    batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""

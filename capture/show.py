@@ -9,11 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .contraction import Contraction
     from .inspect import Inspection
     from .models.description import Description
     from .models.load import ModelSource
     from .store.repair import Repair
     from .store.verify import Report
+
+
+# of the norm, and of machine epsilons, as the report's verdict on convergence has them
+SETTLED_STEP = 1e-3
+ROUNDING_STEPS = 4
 
 
 def make_console(stderr: bool) -> Console:
@@ -216,6 +222,38 @@ def print_inspection(inspection: "Inspection") -> None:
         "over the norm; entropy: nats, mean over the heads of the core"
         + ("; exit: chance that the gate leaves after this recurrence" if gate else "")
     )
+    if inspection.contraction is not None:
+        _print_contraction(inspection.contraction, inspection.tokens)
+
+
+def _print_contraction(found: "Contraction", tokens: list[str]) -> None:
+    """The factor of the whole prompt, how tokens spread around it, and whether it is one of a fixed point."""
+    factor_N = found.factor_N
+    if not factor_N.isfinite().all():
+        console.print(f"no contraction factor: after {found.recurrences} recurrences the state is not finite")
+        return
+    largest = int(factor_N.argmax())
+    low, middle, high = (float(factor_N.quantile(share)) for share in (0.25, 0.5, 0.75))
+    console.print(
+        f"contraction factor after {found.recurrences} recurrences: "
+        f"{float(factor_N[largest]):.4f} +- {float(found.spread_N[largest]):.1g} (token {largest}, "
+        f"{tokens[largest]!r}); over the {len(tokens)} tokens median {middle:.4f}, "
+        f"quartiles {low:.4f} to {high:.4f}, least {float(factor_N.min()):.4f}"
+    )
+    step = float(found.step_N.max())
+    console.print(
+        "what one recurrence multiplies a small difference by in the long run, below 1 if it shrinks; "
+        f"the state still moves there by up to {step:.1e} of its norm" + _settled(step, found.epsilon)
+    )
+
+
+def _settled(step: float, epsilon: float) -> str:
+    """What a last step so long says of the state."""
+    if step <= SETTLED_STEP:
+        return ""
+    if step <= ROUNDING_STEPS * epsilon:
+        return ", which rounding alone may do: give --dtype float32 to tell"
+    return ", so it is no fixed point and the factor is that of a place on the way"
 
 
 def to_size(num_bytes: int) -> str:

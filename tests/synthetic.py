@@ -210,6 +210,44 @@ def contraction(
     return make_dataset([quantities_of_states(x, shape) for x in states], shape, states=states, **more)
 
 
+def rotation(
+    period: float, recurrences: int = 48, layers: int = 3, radius: float = 1.0, noise: float = 0.0, **more
+) -> xr.Dataset:
+    """x[l, t] circles, once in `period` recurrences, round a point at distance 1 of the origin."""
+    angle_R = 2 * np.pi * np.arange(recurrences) / period
+    return _of_core(lambda start_TL: radius * _turned(start_TL, angle_R), recurrences, layers, noise, **more)
+
+
+def drift(
+    recurrences: int = 48, layers: int = 3, reach: float = 1.0, noise: float = 0.0, **more
+) -> xr.Dataset:
+    """x[l, t] moves on a straight line, by `reach` times its first norm over all recurrences."""
+    way_R = reach * np.arange(recurrences) / (recurrences - 1)
+
+    def path(start_TL: np.ndarray) -> np.ndarray:
+        first = _turned(start_TL, np.zeros(1))[:, 0]
+        return np.moveaxis(way_R[:, None, None, None] * first, 0, 1)
+
+    return _of_core(path, recurrences, layers, noise, **more)
+
+
+def _turned(start_TL: np.ndarray, angle_R: np.ndarray) -> np.ndarray:
+    """Points of the unit circle in the first two of eight dimensions, [token, recurrence, layer, hidden]."""
+    angle_TRL = start_TL[:, None] + angle_R[:, None]
+    return np.stack([np.cos(angle_TRL), np.sin(angle_TRL), *[np.zeros_like(angle_TRL)] * 6], axis=-1)
+
+
+def _of_core(path, recurrences: int, layers: int, noise: float, lengths=(5, 1, 9), **more) -> xr.Dataset:
+    """A core's states: a point for each layer, at right angles to the path, the path, and noise."""
+    rng = np.random.default_rng(RNG_SEED)
+    shape, states = (0, layers, recurrences, 0), []
+    for T in lengths:
+        x_TRLD = np.eye(6, 8, 2)[:layers] + path(rng.uniform(0, 2 * np.pi, (T, layers)))
+        x_TRLD = x_TRLD + noise * rng.normal(size=x_TRLD.shape)
+        states.append(x_TRLD.reshape(T, recurrences * layers, 8))
+    return make_dataset([quantities_of_states(x, shape) for x in states], shape, states=states, **more)
+
+
 def write_store(dataset: xr.Dataset, path: Path, units: list[int] | None = None) -> Path:
     """The Dataset as a store on disk, with only `units` done (all by default)."""
     plan, U = dataset.attrs["plan"], dataset.sizes["unit"]

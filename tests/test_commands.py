@@ -24,7 +24,7 @@ import xarray as xr
 
 import looptap
 from looptap.__main__ import main
-from looptap.capture.settings import CaptureSettings, InspectSettings
+from looptap.capture.settings import CaptureSettings, DepthStudySettings, InspectSettings
 from looptap.capture.store.commit import Store
 
 MODEL = "random:(1,2x3,1)I,width=32,heads=2,norm=huginn"
@@ -250,10 +250,10 @@ def test_inspect(looptap_command, monkeypatch, tmp_path):
 
 
 HELP = [
-    *(
-        [name]
-        for name in ("capture", "status", "verify", "info", "analyze", "report", "inspect", "demo", "bench")
-    ),
+    *([name] for name in ("capture", "status", "verify", "info", "analyze", "report", "inspect", "demo")),
+    ["study"],
+    ["bench"],
+    *(["study", name] for name in ("depth",)),
     *(["bench", name] for name in ("capture", "engine", "kernels", "load", "store", "watch")),
 ]
 
@@ -274,7 +274,9 @@ def help_of(*command: str) -> str:
 
 def test_help_names_every_command():
     assert re.findall(r"• (\w+) ", help_of()) == [names[0] for names in HELP if len(names) == 1]
-    assert re.findall(r"• (\w+) ", help_of("bench")) == [names[1] for names in HELP if len(names) == 2]
+    for group in ("study", "bench"):
+        named = [names[1] for names in HELP if len(names) == 2 and names[0] == group]
+        assert re.findall(r"• (\w+) ", help_of(group)) == named
 
 
 @pytest.mark.parametrize("command", HELP, ids=" ".join)
@@ -295,7 +297,8 @@ def test_help(command):
     for name, text in entries.items():
         said = re.sub(r"\((default:.*|required)\)", "", text)
         assert len(said.split()) >= 3, f"{name}: {text}"
-    if settings := {"capture": CaptureSettings, "inspect": InspectSettings}.get(" ".join(command)):
+    known = {"capture": CaptureSettings, "inspect": InspectSettings, "study depth": DepthStudySettings}
+    if settings := known.get(" ".join(command)):
         assert len(entries) == len(fields(settings)) + 1  # -h
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.residual_norm import rms_norm
-from .description import NORMS, Block, Description, Rotary, Step
+from .description import NORMS, Block, Description, Rotary, Stage, Step
 from .interventions import NONE, Interventions
 from .tap import HalfNorms, Packed, Plain
 
@@ -139,37 +139,52 @@ class LoopedModel(nn.Module):
         """
         d = self.description
         rotation = rotary_table(d.block.rotary, d.head_width, batch.position_N)
-        x_ND = F.embedding(batch.token_id_N, self.embedding)
-        if d.embedding_scale != 1:
-            x_ND = x_ND * d.embedding_scale
-        steps = list(d.steps())
-        p, k = d.prelude, d.core
-        blocks: list[TransformerBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
-        x_ND = self._run(steps[:p], blocks[:p], x_ND, rotation, batch, tap, interventions)
-        x_ND = interventions.on_prelude(x_ND)
+        x_ND = self.run_prelude(rotation, batch, tap, interventions)
         assert d.initial_state == "prelude" or initial_state_ND is not None, (
             "this model's loop starts from a drawn state"
         )
         state_ND = x_ND if initial_state_ND is None else initial_state_ND.to(x_ND)
         for recurrence in range(d.recurrences):
-            start = p + recurrence * k
-            entering_ND = (
-                state_ND
-                if self.adapter is None
-                else F.linear(torch.cat([state_ND, x_ND], dim=-1), self.adapter)
-            )
-            core = blocks[p : p + k]
-            state_ND = self._run(
-                steps[start : start + k], core, entering_ND, rotation, batch, tap, interventions
-            )
-            if d.recurrence_end == "norm":
-                state_ND = rms_norm(state_ND, self.final_norm, d.block.eps)
+            state_ND = self.recur(recurrence, state_ND, x_ND, rotation, batch, tap, interventions)
             tap.loop_state(recurrence, state_ND)
         if d.norm_before_coda:
             state_ND = rms_norm(state_ND, self.final_norm, d.block.eps)
-        tail = d.depth - d.coda
-        state_ND = self._run(steps[tail:], blocks[p + k :], state_ND, rotation, batch, tap, interventions)
+        state_ND = self._run(self._steps("coda"), state_ND, rotation, batch, tap, interventions)
         return rms_norm(state_ND, self.final_norm, d.block.eps) if d.closes_with_norm else state_ND
+
+    def run_prelude(
+        self, rotation: tuple[Tensor, Tensor], batch: Packed, tap: Plain, interventions: Interventions
+    ) -> Tensor:
+        """What the loop gets of everything before it, [N, D]; arguments as for `recur`."""
+        x_ND = F.embedding(batch.token_id_N, self.embedding)
+        if self.description.embedding_scale != 1:
+            x_ND = x_ND * self.description.embedding_scale
+        x_ND = self._run(self._steps("prelude"), x_ND, rotation, batch, tap, interventions)
+        return interventions.on_prelude(x_ND)
+
+    def recur(
+        self,
+        recurrence: int,
+        state_ND: Tensor,
+        prelude_ND: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        batch: Packed,
+        tap: Plain,
+        interventions: Interventions,
+    ) -> Tensor:
+        """One recurrence: from the state that enters it to the one that enters the next, [N, D].
+
+        Args:
+            prelude_ND: what the prelude left, for models with injection.
+            rotation: `rotary_table` of the batch's positions.
+        """
+        if self.adapter is not None:
+            state_ND = F.linear(torch.cat([state_ND, prelude_ND], dim=-1), self.adapter)
+        steps = self._steps("core", recurrence)
+        state_ND = self._run(steps, state_ND, rotation, batch, tap, interventions)
+        if self.description.recurrence_end == "norm":
+            state_ND = rms_norm(state_ND, self.final_norm, self.description.block.eps)
+        return state_ND
 
     def read_out(self, loop_state_ND: Tensor) -> Tensor:
         """A loop state as the head would read it: through the final norm, unless that ended the pass."""
@@ -187,10 +202,18 @@ class LoopedModel(nn.Module):
         assert self.exit_gate_weight is not None, "this model has no exit gate"
         return F.linear(loop_state_ND, self.exit_gate_weight, self.exit_gate_bias).squeeze(-1)
 
+    def _steps(self, stage: Stage, recurrence: int = 0) -> list[Step]:
+        """Block invocations of a stage; of the core in one recurrence."""
+        d = self.description
+        if stage == "core":
+            start = d.prelude + recurrence * d.core
+            return [Step(start + layer, stage, layer, recurrence) for layer in range(d.core)]
+        start, size = (0, d.prelude) if stage == "prelude" else (d.depth - d.coda, d.coda)
+        return [Step(start + layer, stage, layer, -1) for layer in range(size)]
+
     def _run(
         self,
         steps: list[Step],
-        blocks: list[TransformerBlock],
         x_ND: Tensor,
         rotation: tuple[Tensor, Tensor],
         batch: Packed,
@@ -198,10 +221,14 @@ class LoopedModel(nn.Module):
         interventions: Interventions,
     ) -> Tensor:
         """One pass over neighbouring blocks, each leaving the next one's normed input behind."""
-        if not blocks:
+        if not steps:
             return x_ND
+        d = self.description
+        first = {"prelude": 0, "core": d.prelude, "coda": d.prelude + d.core}[steps[0].stage]
+        every: list[TransformerBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
+        blocks = every[first : first + len(steps)]
         weights = [block.attention_branch_input_norm for block in blocks]
-        y_ND = x_ND if weights[0] is None else rms_norm(x_ND, weights[0], self.description.block.eps)
+        y_ND = x_ND if weights[0] is None else rms_norm(x_ND, weights[0], d.block.eps)
         following = [after for _, after in pairwise(weights)] + [None]
         for step, block, next_weight_D in zip(steps, blocks, following, strict=True):
             x_ND, y_ND = block(step, x_ND, y_ND, next_weight_D, rotation, batch, tap, interventions)
