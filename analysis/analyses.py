@@ -2,7 +2,12 @@
 
 from .limits import ANALYSES as _LIMITS
 from .rates import ANALYSES as _RATES
+from .settling import ANALYSES as _SETTLING
+from .similarity import ANALYSES as _SIMILARITY
+from .stages import ANALYSES as _STAGES
 from .two_scale import ANALYSES as _TWO_SCALE
 from .walk import Analysis
 
-ANALYSES: dict[str, Analysis] = {each.name: each for each in (*_LIMITS, *_RATES, *_TWO_SCALE)}
+ANALYSES: dict[str, Analysis] = {
+    each.name: each for each in (*_LIMITS, *_RATES, *_TWO_SCALE, *_SIMILARITY, *_SETTLING, *_STAGES)
+}

@@ -31,7 +31,8 @@ def write_analysis(
         figure_format: any of png and svg; none for tables alone.
     Returns:
         paths written: `measures` (a row per measure and depth), `verdicts`, `non_finite`, `trajectory` and
-        `distinctness` where states are kept, and one file per figure and format.
+        `distinctness` where states are kept, one or several of each analysis that the store can answer
+        (such as `limits_share`), and one file per figure and format.
     Raises:
         FormatError: a format is unknown.
         NothingCapturedError: the store has no finished sequence yet.
@@ -61,7 +62,25 @@ def tables(findings: Findings) -> dict[str, pd.DataFrame]:
     if isinstance(findings.distinctness, xr.Dataset):
         pairs = findings.distinctness[["cosine", "relative_distance"]]
         result["distinctness"] = pairs.to_dataframe().reset_index()
+    for name, found in findings.answers.items():
+        if isinstance(found, xr.Dataset):
+            result |= _answer_tables(name, found)
     return result
+
+
+def _answer_tables(name: str, found: xr.Dataset) -> dict[str, pd.DataFrame]:
+    """A table for each variable, or one for an analysis that has a single one; statistics as columns."""
+    tables = {}
+    for variable, values in found.data_vars.items():
+        if "statistic" in values.dims:
+            columns = {str(each): values.sel(statistic=each, drop=True) for each in found["statistic"].values}
+            table = xr.Dataset(columns)
+        else:
+            table = values.to_dataset(name="value")
+        frame = table.to_dataframe() if table.dims else pd.DataFrame([table.to_pandas()])
+        key = name if len(found.data_vars) == 1 else f"{name}_{variable}"
+        tables[key] = frame.reset_index(drop=not table.dims)
+    return tables
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> Path:

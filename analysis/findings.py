@@ -1,17 +1,19 @@
 """Everything measured in one capture, under the label that figures and tables show it by."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 
-from .measures import MEASURES, measure
+from .analyses import ANALYSES
+from .measures import MEASURES, as_analyses, assembled
 from .states import StatesMissingError, distinctness, trajectory
 from .streaming import Depths, NothingCapturedError, as_dataset, depths_of
 from .verdicts import Verdict, verdicts
+from .walk import walk
 
 STAGES = ("prelude", "core", "coda")
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -19,13 +21,15 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """The measures of one capture; `trajectory` and `distinctness` are the reason where there is none."""
+    """What one capture shows; the reason stands where there is no trajectory, distinctness or answer."""
 
     label: str
     measures: xr.Dataset
     trajectory: xr.Dataset | str
     distinctness: xr.Dataset | str
     verdicts: list[Verdict]
+    answers: Mapping[str, xr.Dataset | str] = field(default_factory=dict)
+    """by name of the analysis"""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -55,9 +59,10 @@ def find(stores: Sequence[str | Path | xr.Dataset]) -> list[Findings]:
 
 def _find_one(dataset: xr.Dataset, label: str) -> Findings:
     try:
-        measures = measure(dataset)
+        found = walk(dataset, [*as_analyses(), *ANALYSES.values()])
     except NothingCapturedError as error:
         raise NothingCapturedError(f"{label}: {error}") from error
+    measures = assembled(dataset, found)
     path, apart = _or_reason(trajectory, dataset), _or_reason(distinctness, dataset)
     return Findings(
         label=label,
@@ -65,6 +70,7 @@ def _find_one(dataset: xr.Dataset, label: str) -> Findings:
         trajectory=path,
         distinctness=apart,
         verdicts=verdicts(measures, apart),
+        answers={name: found[name] for name in ANALYSES},
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from .analyses import ANALYSES
 from .captions import number
 from .findings import Findings, find
 from .measures import MEASURES
@@ -136,6 +137,9 @@ def _missing(findings: Sequence[Findings]) -> list[tuple[str, list[tuple[str, st
         reasons: dict[str, list[str]] = {}
         for name, why in each.measures.attrs["missing"].items():
             reasons.setdefault(why, []).append(MEASURES[name].title.lower())
+        for name, value in each.answers.items():
+            if isinstance(value, str):
+                reasons.setdefault(value, []).append(ANALYSES[name].title.lower())
         for name in ("trajectory", "distinctness"):
             value = getattr(each, name)
             if isinstance(value, str):
