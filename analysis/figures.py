@@ -7,6 +7,7 @@ is None.
 
 from collections.abc import Callable, Sequence
 
+from . import answer_figures
 from .findings import Findings
 from .marks import Figure
 from .panels import depth_figure, grouped_figure
@@ -156,13 +157,19 @@ def exit_gate(findings: Sequence[Findings]) -> Figure | None:
 FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     steps,
     distance_to_the_fixed_point,
+    answer_figures.rates,
+    answer_figures.limits,
     trajectory,
+    answer_figures.residual_similarity,
     attention_settling,
     attention_distances,
+    answer_figures.attention_distance,
     stages_by_depth,
     stages_by_recurrence,
     stages_by_layer,
+    answer_figures.stages_repeat,
     residual_norms,
     lens,
+    answer_figures.settling,
     exit_gate,
 )

@@ -10,10 +10,12 @@ import xarray as xr
 
 from .analyses import ANALYSES
 from .measures import MEASURES, as_analyses, assembled
+from .stages import STAGE_MEASURES, gathered
 from .states import StatesMissingError, distinctness, trajectory
 from .streaming import Depths, NothingCapturedError, as_dataset, depths_of
+from .trained import trained_count
 from .verdicts import Verdict, verdicts
-from .walk import walk
+from .walk import CannotTellError, walk
 
 STAGES = ("prelude", "core", "coda")
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -30,6 +32,8 @@ class Findings:
     verdicts: list[Verdict]
     answers: Mapping[str, xr.Dataset | str] = field(default_factory=dict)
     """by name of the analysis"""
+    stages: xr.Dataset | str = "not asked"
+    """agreement of each recurrence's stages with the last one's, as `stage_agreement` gives it"""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -47,37 +51,42 @@ class Findings:
 
 
 def find(stores: Sequence[str | Path | xr.Dataset]) -> list[Findings]:
-    """Measure every store, labelled so that no two captures share a label.
+    """Measure and analyse every store, in one walk each, labelled so that no two captures share a label.
 
     Raises:
         NothingCapturedError: a store has no finished sequence; the message names it.
     """
     datasets = [as_dataset(store) for store in stores]
-    labels = make_labels([dataset.attrs["plan"] for dataset in datasets])
-    return [_find_one(dataset, label) for dataset, label in zip(datasets, labels, strict=True)]
+    plans = [dataset.attrs["plan"] for dataset in datasets]
+    return [
+        _find_one(dataset, label, trained_count(plan, plans))
+        for dataset, label, plan in zip(datasets, make_labels(plans), plans, strict=True)
+    ]
 
 
-def _find_one(dataset: xr.Dataset, label: str) -> Findings:
+def _find_one(dataset: xr.Dataset, label: str, trained: int | str) -> Findings:
     try:
         found = walk(dataset, [*as_analyses(), *ANALYSES.values()])
     except NothingCapturedError as error:
         raise NothingCapturedError(f"{label}: {error}") from error
-    measures = assembled(dataset, found)
+    measures, answers = assembled(dataset, found), {name: found[name] for name in ANALYSES}
     path, apart = _or_reason(trajectory, dataset), _or_reason(distinctness, dataset)
+    stages = _or_reason(lambda _: gathered(STAGE_MEASURES, found), dataset)
     return Findings(
         label=label,
         measures=measures,
+        answers=answers,
+        stages=stages,
         trajectory=path,
         distinctness=apart,
-        verdicts=verdicts(measures, apart),
-        answers={name: found[name] for name in ANALYSES},
+        verdicts=verdicts(measures, apart, answers, trained),
     )
 
 
 def _or_reason(function: Callable[[xr.Dataset], xr.Dataset], dataset: xr.Dataset) -> xr.Dataset | str:
     try:
         return function(dataset)
-    except (StatesMissingError, NothingCapturedError) as error:
+    except (StatesMissingError, NothingCapturedError, CannotTellError) as error:
         return str(error)
 
 

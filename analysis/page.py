@@ -96,7 +96,9 @@ def _with_caption(figure: "Figure", findings: Sequence[Findings]) -> dict[str, A
         spec = panel.chart(hover=True).properties(
             width="container", description=f"{figure.title}, {panel.label}"
         )
-        body = _without_legends(spec.to_dict(validate=False))
+        body = spec.to_dict(validate=False)
+        if figure.group:  # the page draws that legend once
+            body = _without_legends(body)
         body |= {"autosize": {"type": "fit", "contains": "padding"}}
         body.pop("config", None)
         packed = {"table": panel.data, "columns": list(dict.fromkeys(panel.columns)), "spec": body}
@@ -109,7 +111,7 @@ def _with_caption(figure: "Figure", findings: Sequence[Findings]) -> dict[str, A
 
 
 def _without_legends(spec: Any) -> Any:
-    """The page draws one legend for a figure, not one in each panel."""
+    """The same without what the page draws once for a figure, not in each panel."""
     if isinstance(spec, dict):
         return {k: None if k == "legend" else _without_legends(v) for k, v in spec.items()}
     return [_without_legends(each) for each in spec] if isinstance(spec, list) else spec

@@ -110,6 +110,7 @@ def _verdict_row(row: Sequence[Verdict]) -> dict[str, Any]:
         "figure": first.figure,
         "threshold": f"{first.relation} {number(first.threshold)} {first.unit}",
         "reason": first.reason,
+        "source": first.source,
         "cells": [
             {
                 "answer": {True: "yes", False: "no", None: "cannot tell"}[verdict.answer],

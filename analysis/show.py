@@ -9,7 +9,7 @@ from .findings import Findings
 
 
 def print_verdicts(findings: Sequence[Findings]) -> None:
-    """The three answers of each capture, with the number that each rests on."""
+    """The answers of each capture, with the number that each rests on."""
     table = Table("", *(each.label for each in findings), box=None, padding=(0, 2, 0, 0))
     for row in zip(*(each.verdicts for each in findings), strict=True):
         cells = []

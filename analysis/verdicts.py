@@ -1,26 +1,38 @@
-"""The answers a capture gives: convergence, distinct fixed points, attention that settles.
+"""The answers a capture gives: convergence, distinct fixed points, attention that settles, stages that
+repeat, and whether all this lasts beyond the recurrences a model was trained with.
 
-Each verdict carries its number, the threshold it was held to and why that one, so that a reader can disagree.
+Each verdict carries its number, the threshold it was held to, where that is from and why that one, so that a
+reader can disagree.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
 
+from .limits import TAU
+from .rates import ROUNDING_STEPS
+from .stages import STAGE_MEASURES
 from .streaming import Depths, depths_of
 
 # a step of a thousandth of the norm is far below what recurrences that still change show, and well above
 # the 3e-7 where rounding stops a converged loop in float32
 CONVERGED_STEP = 1e-3
-# rounding keeps a loop at its fixed point moving: by 1.3 to 2.7 machine epsilons of the norm, seen in float32
-# and bfloat16 with pre and Huginn norms (12 layers); a step over the threshold of up to 4 proves nothing
-ROUNDING_STEPS = 4
 _EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 # two directions at cosine 0.999 are 2.6 degrees apart: nearer than that, layers share one point
 DISTINCT_COSINE = 0.999
 # one hundredth of a nat is 1 % of the entropy of a row spread over e keys: no eye sees it in an attention map
 SETTLED_ENTROPY = 0.01
+# a profile shares the square of its correlation with another: four fifths of how it varies over layers
+REPEATED_STAGES = 0.9
+# two states of one norm at the cosine 1 - tau of the paper's fixed points lie this share of it apart
+STABLE_GAP = float(np.sqrt(2 * TAU))
+_ATTENTION_STAGES = tuple(name for name in STAGE_MEASURES if name != "residual_norm")
+_NONE = {"answer": None, "value": None, "recurrence": None}
+OURS, PAPERS = "our choice", "from the paper's tau, appendix C"
+
+Answers = Mapping[str, xr.Dataset | str]  # what a walk found, or why not, by name of the analysis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,30 +45,45 @@ class Verdict:
     value: float | None
     threshold: float
     relation: str
-    """what the value must be against the threshold for a yes: at most, or below"""
+    """what the value must be against the threshold for a yes: at most, at least or below"""
     unit: str
     recurrence: int | None
     """first recurrence from which the answer holds to the end"""
     detail: str
     reason: str
     """why this threshold"""
+    source: str
+    """where the threshold is from"""
     figure: str
     """name of the figure that shows it"""
 
 
-def verdicts(measures: xr.Dataset, distinctness: xr.Dataset | str) -> list[Verdict]:
-    """The three verdicts of one capture.
+def verdicts(
+    measures: xr.Dataset,
+    distinctness: xr.Dataset | str,
+    answers: Answers | None = None,
+    trained: int | str = "the trained count is not known",
+) -> list[Verdict]:
+    """The verdicts of one capture.
 
     Args:
         measures: result of `measure`.
         distinctness: result of `distinctness`, or the reason why there is none.
+        answers: what a walk with `ANALYSES` found, by name.
+        trained: how many recurrences the model was trained with, or why that is not known.
     """
-    depths = depths_of(measures)
-    converged = _converged(measures, depths)
-    return [converged, _distinct(converged, distinctness), _settled(measures, depths)]
+    depths, answers = depths_of(measures), answers or {}
+    converged = _converged(measures, depths, answers)
+    return [
+        converged,
+        _distinct(converged, distinctness),
+        _settled(measures, depths),
+        _repeated(measures, depths, answers),
+        _stable(measures, depths, trained),
+    ]
 
 
-def _converged(measures: xr.Dataset, depths: Depths) -> Verdict:
+def _converged(measures: xr.Dataset, depths: Depths, answers: Answers) -> Verdict:
     answer = _series_answer(
         measures,
         depths,
@@ -72,6 +99,14 @@ def _converged(measures: xr.Dataset, depths: Depths) -> Verdict:
             f"; rounding alone may make steps of {rounding:.1g} in {dtype}: "
             "capture with --dtype float32 to tell"
         )
+    rates = answers.get("rates", "")
+    if answer["value"] is not None and isinstance(rates, xr.Dataset):
+        half_life, num_R = _slowest(rates), len(depths.core_RL)
+        pace = f"halve in {half_life:.3g} recurrences" if np.isfinite(half_life) else "do not shrink"
+        answer["detail"] += f"; the slowest layer's steps {pace}"
+        if answer["answer"] and half_life > num_R and not _stands_still(measures, depths):
+            answer |= {"answer": False, "recurrence": None}
+            answer["detail"] += f", and {num_R} recurrences ran: it drifts in small steps"
     return Verdict(
         name="converged",
         question="Does the loop converge?",
@@ -79,9 +114,34 @@ def _converged(measures: xr.Dataset, depths: Depths) -> Verdict:
         relation="at most",
         unit="of the norm",
         reason="a thousandth of the norm is far below what recurrences that still change show",
+        source=OURS,
         figure="steps",
-        **answer,
+        **(answer | {"detail": answer["detail"] + _ends(answers.get("limits", ""))}),
     )
+
+
+def _slowest(rates: xr.Dataset) -> float:
+    """Recurrences in which the steps of the slowest layer halve; infinite where they do not."""
+    half_life_L = rates["half_life"].sel(statistic="value").values
+    return float(half_life_L[~np.isnan(half_life_L)].max(initial=0))
+
+
+def _stands_still(measures: xr.Dataset, depths: Depths) -> bool:
+    """Whether from half of the recurrences on no layer is further from its end than a converged step."""
+    if "relative_gap_median" not in measures:
+        return False
+    gap_R = worst_over_layers(measures["relative_gap_median"].sel(statistic="value").values, depths)
+    return bool((gap_R[len(gap_R) // 2 :] <= CONVERGED_STEP).all())
+
+
+def _ends(limits: xr.Dataset | str) -> str:
+    """Where the tokens end up at the last core layer, whose curve the paper classifies."""
+    if isinstance(limits, str):
+        return ""
+    share_C = limits["share"].sel(statistic="value").isel(layer=-1)
+    words = ("at a fixed point", "on an orbit", "sliding", "otherwise")
+    shares = (f"{float(share):.3g} % {how}" for share, how in zip(100 * share_C, words, strict=True) if share)
+    return f"; tokens at the last layer end {', '.join(shares)}"
 
 
 def _settled(measures: xr.Dataset, depths: Depths) -> Verdict:
@@ -94,11 +154,12 @@ def _settled(measures: xr.Dataset, depths: Depths) -> Verdict:
     )
     return Verdict(
         name="attention_settled",
-        question="Does attention stop changing?",
+        question="Does attention stop changing, and when?",
         threshold=SETTLED_ENTROPY,
         relation="at most",
         unit="nat",
         reason="a hundredth of a nat is 1 % of the entropy of a row spread over e keys",
+        source=OURS,
         figure="attention_settling",
         **answer,
     )
@@ -127,24 +188,103 @@ def _distinct(converged: Verdict, distinctness: xr.Dataset | str) -> Verdict:
         recurrence=recurrence,
         detail=detail,
         reason="directions at cosine 0.999 are 2.6 degrees apart: nearer than that, layers share one point",
+        source=OURS,
         figure="trajectory",
+    )
+
+
+def _repeated(measures: xr.Dataset, depths: Depths, answers: Answers) -> Verdict:
+    """Whether the recurrences after the first run through the layers as the last one does."""
+    value, answer, recurrence = None, None, None
+    least_R, parts, reasons = np.full(max(len(depths.core_RL) - 1, 0), np.inf), [], []
+    for name in _ATTENTION_STAGES:
+        found = answers.get(f"stages_{name}", "this was not asked of the capture")
+        if isinstance(found, str):
+            reasons.append(found)
+            continue
+        correlation_R = found["correlation"].sel(statistic="value").values[:-1]
+        if np.isfinite(correlation_R).all() and not _is_flat(measures[name], depths):
+            least_R = np.minimum(least_R, correlation_R)
+            after = correlation_R[min(1, len(correlation_R) - 1) :]
+            parts.append(f"{found.attrs['title'].removeprefix('Stages of ')} {after.min():.2f}")
+        else:
+            reasons.append("a profile over layers is flat: it correlates with nothing")
+    detail = reasons[0] if reasons else ""
+    if parts and len(least_R):
+        value = float(least_R[min(1, len(least_R) - 1) :].min())
+        recurrence = first_below(-least_R, -REPEATED_STAGES)
+        answer = value >= REPEATED_STAGES
+        detail = "the least correlation of a recurrence's profile over layers with the last one's, from "
+        detail += "recurrence 1 on" if len(least_R) > 1 else "recurrence 0"
+        detail += f": {', '.join(parts)}"
+    return Verdict(
+        name="stages_repeat",
+        question="Does every recurrence repeat the stages of attention?",
+        answer=answer,
+        value=value,
+        threshold=REPEATED_STAGES,
+        relation="at least",
+        unit="correlation",
+        recurrence=recurrence,
+        detail=detail,
+        reason="at 0.9 two profiles share four fifths of how they vary over layers",
+        source=OURS,
+        figure="stages_repeat",
+    )
+
+
+def _is_flat(curve: xr.DataArray, depths: Depths) -> bool:
+    """Whether in some recurrence the layers differ by less than rounding in float32 makes them."""
+    value_RL = curve.sel(statistic="value").values[depths.core_RL]
+    return bool((np.ptp(value_RL, axis=1) <= 8 * _EPSILON["float32"] * np.abs(value_RL).max(axis=1)).any())
+
+
+def _stable(measures: xr.Dataset, depths: Depths, trained: int | str) -> Verdict:
+    """Whether the states from the trained count on stay where the last recurrence leaves them."""
+    value, answer, recurrence, num_R = None, None, None, len(depths.core_RL)
+    if isinstance(trained, str) or num_R < 2:
+        detail = trained if isinstance(trained, str) else "there is no second recurrence"
+    elif num_R <= trained:
+        detail = (
+            f"{num_R} recurrences ran and the model was trained with {trained}: "
+            f"capture again with --recurrences {4 * trained}"
+        )
+    else:
+        found = _series_answer(measures, depths, "relative_gap_median", STABLE_GAP, "")
+        detail, recurrence = found["detail"], found["recurrence"]
+        if found["value"] is not None:
+            gap_D = measures["relative_gap_median"].sel(statistic="value").values
+            value = float(worst_over_layers(gap_D, depths)[trained - 1 : -1].max())
+            answer = value <= STABLE_GAP
+            detail = (
+                f"the largest median distance of a layer to where recurrence {num_R - 1} leaves it, from "
+            )
+            detail += f"recurrence {trained - 1}, the last that was trained, on{found['detail']}"
+    return Verdict(
+        name="stable",
+        question="Is it stable beyond the trained count?",
+        answer=answer,
+        value=value,
+        threshold=STABLE_GAP,
+        relation="at most",
+        unit="of the norm",
+        recurrence=recurrence,
+        detail=detail,
+        reason=f"so far apart are two states of one norm at the cosine {1 - TAU:g} of a fixed point",
+        source=PAPERS,
+        figure="distance_to_the_fixed_point",
     )
 
 
 def _series_answer(measures: xr.Dataset, depths: Depths, name: str, threshold: float, detail: str) -> dict:
     if name not in measures:
-        return {"answer": None, "value": None, "recurrence": None, "detail": measures.attrs["missing"][name]}
+        return {**_NONE, "detail": measures.attrs["missing"][name]}
     worst_R = worst_over_layers(measures[name].sel(statistic="value").values, depths)
     bad = int(measures["non_finite"].sel(quantity=list(measures[name].attrs["needs"])).sum())
     if bad:
         detail += f"; {bad} non-finite values are left out"
     if not np.isfinite(worst_R[-1]):
-        return {
-            "answer": None,
-            "value": None,
-            "recurrence": None,
-            "detail": f"no finite value at the end; {detail}",
-        }
+        return {**_NONE, "detail": f"no finite value at the end; {detail}"}
     return {
         "answer": bool(worst_R[-1] <= threshold),
         "value": float(worst_R[-1]),

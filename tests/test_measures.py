@@ -156,7 +156,7 @@ def test_contraction_has_its_rate_and_its_verdicts():
         step_RL[1:14], np.repeat((rate ** (t - 1) * (1 - rate))[1:14], 3, 1), rtol=1e-4
     )
     np.testing.assert_allclose(gap_RL[:10], np.repeat((rate**t - rate ** (R - 1))[:10], 3, 1), rtol=1e-4)
-    converged, distinct, _ = verdicts(measures, distinctness(dataset))
+    converged, distinct, *_ = verdicts(measures, distinctness(dataset))
     exact = 1 + int(np.ceil(np.log(CONVERGED_STEP * 10 / (1 - rate)) / np.log(rate)))  # norm is about 10
     assert converged.answer and converged.recurrence in (exact - 1, exact, exact + 1)
     assert converged.value == pytest.approx(rate ** (R - 2) * (1 - rate) / 10, rel=0.05)
@@ -166,14 +166,14 @@ def test_contraction_has_its_rate_and_its_verdicts():
 def test_collapse_to_one_point_is_converged_and_not_distinct():
     points = np.ones((3, 8)) * np.array([[1.0], [1.0], [1.0]]) * 5
     dataset = contraction(0.5, points, 24)
-    converged, distinct, _ = verdicts(measure(dataset), distinctness(dataset))
+    converged, distinct, *_ = verdicts(measure(dataset), distinctness(dataset))
     assert converged.answer and distinct.answer is False
     assert distinct.value == pytest.approx(1, abs=1e-6)
 
 
 def test_what_does_not_converge_has_no_fixed_points():
     dataset = contraction(1.02, 10 * np.eye(3, 8), 24)
-    converged, distinct, settled = verdicts(measure(dataset), distinctness(dataset))
+    converged, distinct, settled, *_ = verdicts(measure(dataset), distinctness(dataset))
     assert converged.answer is False and converged.recurrence is None
     assert distinct.answer is None and distinct.value is not None and "without convergence" in distinct.detail
     assert settled.answer is None and "attention_entropy" in settled.detail
@@ -184,7 +184,7 @@ def test_a_step_that_rounding_makes_is_no_evidence_against_convergence(dtype, an
     """A last step of 6e-3 is over the threshold; bfloat16 alone may make 4 · 2⁻⁷, float16 only 4e-3."""
     dataset = contraction(0.5, 10 * np.eye(3, 8), 5)
     dataset.attrs["plan"]["settings"]["dtype"] = dtype
-    converged, distinct, _ = verdicts(measure(dataset), distinctness(dataset))
+    converged, distinct, *_ = verdicts(measure(dataset), distinctness(dataset))
     assert 5e-3 < converged.value < 7e-3
     assert converged.answer is answer and distinct.answer is None
     assert ("rounding" in converged.detail) is (answer is None)
@@ -264,7 +264,7 @@ def test_a_feedforward_model_has_stages_and_no_loop():
     (found,) = find([make_dataset(sequences, (5, 0, 0, 0), states=states)])
     assert "mixing_score" in found.measures and "relative_step" not in found.measures
     assert found.measures.attrs["missing"]["relative_step"] == "the model has no loop"
-    assert [verdict.answer for verdict in found.verdicts] == [None, None, None]
+    assert [verdict.answer for verdict in found.verdicts] == [None] * 5
     assert isinstance(found.trajectory, str) and isinstance(found.distinctness, str)
 
 

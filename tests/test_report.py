@@ -40,6 +40,8 @@ NAMES = (
     "residual_norms",
     "lens",
     "exit_gate",
+    "rates",
+    "settling",
 )
 
 
@@ -173,7 +175,7 @@ def test_analysis_writes_every_table(tmp_path, table_format):
     tables = {path.stem: read(path) for path in paths}
     assert {"measures", "verdicts", "non_finite", "trajectory", "distinctness"} <= set(tables)
     pd.testing.assert_frame_equal(tables["measures"], long_table(measure(dataset)), check_dtype=False)
-    assert len(tables["verdicts"]) == 3 and len(tables["non_finite"]) == 0
+    assert len(tables["verdicts"]) == 5 and len(tables["non_finite"]) == 0
     assert len(tables["trajectory"]) == 3 * SHAPE[1] * SHAPE[2]
 
 
@@ -210,7 +212,7 @@ def test_small_and_large_loops_make_a_page(tmp_path, shape):
         figure = draw([found])
         if figure is not None:
             figure.chart().to_dict()  # checked against the Vega-Lite schema
-            assert caption(figure.name, [found])
+            assert figure.caption or caption(figure.name, [found])
     assert page_of(tmp_path, dataset).json(**{"class": "spec"})
 
 
@@ -219,7 +221,7 @@ def test_nothing_finite_still_makes_a_page(tmp_path):
     undefined = {"f": np.nan, "i": -1}
     broken = [{k: np.full_like(v, undefined[v.dtype.kind]) for k, v in s.items()} for s in sequences]
     (found,) = find([make_dataset(broken, SHAPE)])
-    assert [verdict.answer for verdict in found.verdicts] == [None, None, None]
+    assert [verdict.answer for verdict in found.verdicts] == [None] * 5
     page_of(tmp_path, make_dataset(broken, SHAPE))
 
 
