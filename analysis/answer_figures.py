@@ -149,7 +149,7 @@ def _figure(
         panels=panels,
         tables=tables,
         absent=absent,
-        caption=[caption, *(seen(each, found) for each, found in drawn)],
+        caption=[caption, *filter(None, (seen(each, found) for each, found in drawn))],
     )
 
 
@@ -199,7 +199,7 @@ def _map_figure(findings: Sequence[Findings], name: str, title: str, paper: str)
         tables=tables,
         absent=absent,
         notes=notes,
-        caption=[caption, *(_map_seen(each, found, unit) for each, found in drawn)],
+        caption=[caption, *filter(None, (_map_seen(each, found, unit) for each, found in drawn))],
     )
 
 
@@ -231,13 +231,15 @@ def _map_layer(num_depths: int, domain: list[float], unit: str) -> alt.Chart:
     )
     y = alt.Y("other_from:Q", scale=alt.Scale(**scale, reverse=True),
               axis=alt.Axis(title="depth", format="d", grid=False))  # fmt: skip
-    color = alt.Color("value:Q", title=unit, scale=alt.Scale(scheme="viridis", domain=domain))
+    shades = alt.Scale(scheme="viridis", domain=domain)
+    color = alt.Color("value:Q", title=unit, scale=shades)
+    edge = alt.Stroke("value:Q", title=unit, scale=shades)  # or the page shows between neighbours
     tooltip = [
         alt.Tooltip(f"{key}:Q", title=title, format=".4~g")
         for key, title in (("from", "depth from"), ("other_from", "other from"), ("value", unit))
     ]
-    marks = alt.Chart().transform_filter("isValid(datum.value)").mark_rect(clip=True)
-    return marks.encode(x=x, x2="to:Q", y=y, y2="other_to:Q", color=color, tooltip=tooltip)
+    marks = alt.Chart().transform_filter("isValid(datum.value)").mark_rect(clip=True, strokeWidth=0.7)
+    return marks.encode(x=x, x2="to:Q", y=y, y2="other_to:Q", color=color, stroke=edge, tooltip=tooltip)
 
 
 def _map_seen(each: Findings, found: xr.Dataset, unit: str) -> str:
@@ -357,7 +359,7 @@ def _stages_table(found: xr.Dataset) -> pd.DataFrame:
 def _stages_layers(tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
     names = list(dict.fromkeys(str(name) for table in tables for name in table["measure"]))
     scale = alt.Scale(domain=names, range=list(MEASURE_COLORS[: len(names)]))
-    color = alt.Color("measure:N", title=None, scale=scale)
+    color = alt.Color("measure:N", scale=scale, legend=alt.Legend(title=None, symbolOpacity=1))
     return _curve(tables, "correlation", _numbers("recurrence", "value", "low", "high"), color)
 
 
