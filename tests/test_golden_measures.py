@@ -29,7 +29,7 @@ _SILENT = -1e4  # stands for ln 0, whose softmax is 0
 
 
 def replayed(name: str):
-    """A Dataset of a fixture's stored tensors; then states, attention, readings and gate in float64, shape."""
+    """A Dataset of a fixture's stored tensors; then states, attention, readings, gate in float64, shape."""
     model, reference = load_model(str(GOLDEN / name)), stored(name, "reference")
     batch, _, _ = batch_of(name)
     d, N, S = model.description, len(batch.token_id_N), len(batch.lengths)
