@@ -227,7 +227,9 @@ def test_properties(lengths, n, size, moved, seed, device, slack):
             patch.setattr(module, "find_settings", lambda k, *_, s=by_kernel: Settings(rows=s[k], keys=256))
             patch.setattr(module, "PROGRAMS", 1)
             found.append(patterns.gram(module.attention_gram))
-    torch.testing.assert_close(*found, rtol=1e-5 * slack, atol=1e-7)  # the size of tiles does not matter
+    # the size of tiles does not matter, but for a probability that lies between two of fp16's: the products
+    # behind it round differently in tiles of another shape, and in one of few rows a step of fp16 is 4e-5
+    torch.testing.assert_close(*found, rtol=GRAM * slack, atol=1e-7)
     gram = found[1]
     largest = gram.amax((-2, -1)).clamp_min(1e-30)
     assert torch.equal(gram, gram.mT) and (gram >= 0).all()
