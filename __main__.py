@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from tyro.extras import SubcommandApp
 
+from .benchmarks.analysis import AnalysisBench
 from .benchmarks.capture import CaptureBench
 from .benchmarks.engine import EngineBench
 from .benchmarks.kernels import KernelsBench
@@ -198,6 +199,15 @@ def study_depth(settings: OmitArgPrefixes[DepthStudySettings]) -> int:
 app.command(
     bench, name="bench", help="Measure what looptap costs beside the alternatives, as ratios in one run."
 )
+
+
+@bench.command(name="analysis")
+def bench_analysis(settings: OmitArgPrefixes[AnalysisBench]) -> int:
+    """Measure what analysing a store costs beside reading it once."""
+    from .benchmarks import analysis as benchmark
+
+    benchmark.bench_analysis(settings)
+    return 0
 
 
 @bench.command(name="capture")

@@ -9,7 +9,6 @@ Source: arXiv 2604.11791, sections 3 and 4 and appendix B.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +51,12 @@ class Measure:
     definition: str
     fold: str = "mean"
     first: int = -1  # recurrence from which it is defined; -1: at every depth, with or without a loop
+
+    def curve(self, arrays: Arrays, depths: Depths) -> np.ndarray:
+        """What `of_sequence` gives, computed once for all analyses of a walk."""
+        if self.name not in arrays.curves:
+            arrays.curves[self.name] = self.of_sequence(arrays, depths)
+        return arrays.curves[self.name]
 
 
 def _mean(name: str) -> Callable[[Arrays, Depths], np.ndarray]:
@@ -113,19 +118,18 @@ def _change(name: str, scale: Callable[[np.ndarray], np.ndarray]) -> Callable[[A
     """Mean over heads of `scale` of the absolute change of `name` from one recurrence to the next."""
 
     def of_sequence(arrays: Arrays, depths: Depths) -> np.ndarray:
-        values_TDH, core_RL = arrays[name], depths.core_RL
+        core_TCH, L = arrays[name][:, depths.core], depths.core_RL.shape[1]
         change_D = np.full(len(depths), np.nan)
-        for before_L, now_L in pairwise(core_RL):
-            change_TLH = np.abs(values_TDH[:, now_L] - values_TDH[:, before_L])
-            change_D[now_L] = finite_mean(scale(change_TLH), 1)
+        change_TCH = core_TCH[:, L:] - core_TCH[:, :-L]
+        change_D[depths.core][L:] = finite_mean(scale(np.abs(change_TCH, out=change_TCH)), 1)
         return change_D
 
     return of_sequence
 
 
-_entropy_change = _change("attention_entropy", lambda change_TLH: finite_mean(change_TLH, 0))
+_entropy_change = _change("attention_entropy", lambda change_TCH: finite_mean(change_TCH, 0))
 _received_change = _change(  # total variation of the share that each key receives
-    "attention_received", lambda change_TLH: change_TLH.sum(axis=0, dtype=np.float64) / (2 * len(change_TLH))
+    "attention_received", lambda change_TCH: change_TCH.sum(axis=0, dtype=np.float64) / (2 * len(change_TCH))
 )
 
 _RESIDUAL, _SHARE, _COSINE, _NAT = "residual units", "share of the norm", "cosine", "nat"
@@ -269,7 +273,7 @@ class _MeasureFold:
         self._fold = _FOLDS[each.fold](len(depths))
 
     def add(self, arrays: Arrays) -> None:
-        self._fold.add(self._each.of_sequence(arrays, self._depths))
+        self._fold.add(self._each.curve(arrays, self._depths))
 
     def result(self) -> xr.Dataset:
         each = self._each
@@ -293,7 +297,8 @@ class _BadFold:
 
 
 def _non_finite(name: str, values: np.ndarray, depths: Depths) -> np.ndarray:
-    wrong_D = (~np.isfinite(values)).sum(axis=(0, 2) if values.ndim == 3 else 0)
+    wrong_D = (~np.isfinite(values)).sum(axis=0)
+    wrong_D = wrong_D.sum(axis=1) if wrong_D.ndim == 2 else wrong_D
     if "recurrence" in QUANTITIES[name].axes:
         return np.nan_to_num(to_depths(wrong_D, depths)).astype(np.int64)
     return np.where(depths.recurrence >= QUANTITIES[name].first_recurrence, wrong_D, 0)

@@ -60,7 +60,7 @@ class _StagesFold:
         self._z, self._far = MeanFold(R), MeanFold(R)
 
     def add(self, arrays: Arrays) -> None:
-        profile_RL = self._measure.of_sequence(arrays, self._depths)[self._depths.core_RL]
+        profile_RL = self._measure.curve(arrays, self._depths)[self._depths.core_RL]
         reference_L = profile_RL[-1] if self._reference_L is None else self._reference_L
         correlation_R, far_R = agreement(profile_RL, reference_L)
         self._z.add(np.arctanh(np.clip(correlation_R, -_FURTHEST, _FURTHEST)))

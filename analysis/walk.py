@@ -16,9 +16,15 @@ import xarray as xr
 from ..capture.store.quantities import QUANTITIES
 from .streaming import Depths, NothingCapturedError, as_dataset, depths_of, iter_sequences
 
-Arrays = Mapping[
-    str, np.ndarray
-]  # the quantities of one sequence, each [token, depth] or [token, depth, head]
+
+class Arrays(dict[str, np.ndarray]):
+    """The quantities of one sequence, each [token, depth] or [token, depth, head]; and what analyses that
+    come first have made of them for those that follow.
+    """
+
+    def __init__(self, quantities: Mapping[str, np.ndarray]) -> None:
+        super().__init__(quantities)
+        self.curves: dict[str, np.ndarray] = {}
 
 
 class CannotTellError(ValueError):
@@ -85,7 +91,8 @@ def walk(store: str | Path | xr.Dataset, analyses: Iterable[Analysis]) -> dict[s
                 reason = str(error)
         answers[each.name] = reason or ""
     for group, quantities in together(present):
-        for arrays in iter_sequences(dataset, quantities):
+        for quantities_of_one in iter_sequences(dataset, quantities):
+            arrays = Arrays(quantities_of_one)
             for each in group:
                 folds[each.name].add(arrays)
         for each in group:
