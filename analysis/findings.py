@@ -10,6 +10,7 @@ import xarray as xr
 
 from .analyses import ANALYSES
 from .measures import MEASURES, as_analyses, assembled
+from .reference import Reference, choose_reference
 from .stages import STAGE_MEASURES, gathered
 from .states import StatesMissingError, distinctness, trajectory
 from .streaming import Depths, NothingCapturedError, as_dataset, depths_of
@@ -34,6 +35,8 @@ class Findings:
     """by name of the analysis"""
     stages: xr.Dataset | str = "not asked"
     """agreement of each recurrence's stages with the last one's, as `stage_agreement` gives it"""
+    reference: xr.Dataset | str = "not asked"
+    """the same with a feedforward model's, where a capture of one stands beside it"""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -58,25 +61,36 @@ def find(stores: Sequence[str | Path | xr.Dataset]) -> list[Findings]:
     """
     datasets = [as_dataset(store) for store in stores]
     plans = [dataset.attrs["plan"] for dataset in datasets]
-    return [
-        _find_one(dataset, label, trained_count(plan, plans))
-        for dataset, label, plan in zip(datasets, make_labels(plans), plans, strict=True)
-    ]
+    labels, found = make_labels(plans), dict[int, Findings]()
+    for index in sorted(range(len(plans)), key=lambda index: plans[index]["model"]["core"] > 0):
+        plain = [(each.label, each.measures) for each in found.values() if not each.plan["model"]["core"]]
+        reference = choose_reference(plans[index], plain)
+        trained = trained_count(plans[index], plans)
+        found[index] = _find_one(datasets[index], labels[index], trained, reference)
+    return [found[index] for index in range(len(plans))]
 
 
-def _find_one(dataset: xr.Dataset, label: str, trained: int | str) -> Findings:
+def _find_one(dataset: xr.Dataset, label: str, trained: int | str, reference: Reference | str) -> Findings:
+    asked = [*as_analyses(), *ANALYSES.values()]
+    if isinstance(reference, Reference):
+        asked += reference.analyses()
     try:
-        found = walk(dataset, [*as_analyses(), *ANALYSES.values()])
+        found = walk(dataset, asked)
     except NothingCapturedError as error:
         raise NothingCapturedError(f"{label}: {error}") from error
     measures, answers = assembled(dataset, found), {name: found[name] for name in ANALYSES}
     path, apart = _or_reason(trajectory, dataset), _or_reason(distinctness, dataset)
     stages = _or_reason(lambda _: gathered(STAGE_MEASURES, found), dataset)
+    if isinstance(reference, Reference):
+        beside = _or_reason(lambda _: reference.gathered(found), dataset)
+    else:
+        beside = reference
     return Findings(
         label=label,
         measures=measures,
         answers=answers,
         stages=stages,
+        reference=beside,
         trajectory=path,
         distinctness=apart,
         verdicts=verdicts(measures, apart, answers, trained),

@@ -8,7 +8,7 @@ Source: arXiv 2604.11791, section 4.3 and figures 7, 8 and 32; the numbers are o
 shows by eye.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -79,10 +79,13 @@ class _StagesFold:
         )
 
 
-def _analysis(name: str, reference_L: np.ndarray | None) -> Analysis:
-    beside = "the sequence's own last recurrence" if reference_L is None else "a reference model"
+def stages_of(name: str, reference_L: np.ndarray | None = None) -> Analysis:
+    """The analysis of one measure, beside a reference's profile or the sequence's own last recurrence."""
+    kind, beside = ("stages", "the sequence's own last recurrence")
+    if reference_L is not None:
+        kind, beside = ("reference", "a reference model")
     return Analysis(
-        f"stages_{name}",
+        f"{kind}_{name}",
         f"Stages of {MEASURES[name].title.lower()}",
         MEASURES[name].needs,
         f"correlation and distance of each recurrence's {MEASURES[name].title.lower()} over layers with "
@@ -92,13 +95,14 @@ def _analysis(name: str, reference_L: np.ndarray | None) -> Analysis:
     )
 
 
-ANALYSES = [_analysis(name, None) for name in STAGE_MEASURES]
+ANALYSES = [stages_of(name) for name in STAGE_MEASURES]
 
 
 def stage_agreement(
     store: str | Path | xr.Dataset,
     reference: str | Path | xr.Dataset | None = None,
     measures: Iterable[str] = STAGE_MEASURES,
+    layers: slice | None = None,
 ) -> xr.Dataset:
     """Agreement of every recurrence's stages with a reference model's, or with the last recurrence's.
 
@@ -107,6 +111,7 @@ def stage_agreement(
         reference: another capture, such as the feedforward model's over the same data: the mean profile of
             all its block invocations, resampled to the core's layers. Its loop, if any, is part of the depth.
         measures: curves of `MEASURES` to compare.
+        layers: only these block invocations of the reference, such as those that a loop was made of.
     Returns:
         Dataset: `correlation` and `distance` [measure, statistic, recurrence], with the 95 % band over
         sequences; attribute `missing` (measure -> why it is absent).
@@ -119,22 +124,37 @@ def stage_agreement(
     profiles: dict[str, np.ndarray | None] = dict.fromkeys(names)
     missing: dict[str, str] = {}
     if reference is not None:
-        curves = measure(reference, names)
-        missing = {name: f"in the reference: {why}" for name, why in curves.attrs["missing"].items()}
-        profiles = {name: curves[name].sel(statistic="value").values for name in names if name not in missing}
+        profiles, missing = reference_profiles(measure(reference, names), names, layers)
     elif unknown := [name for name in names if name not in MEASURES]:
         raise ValueError(f"{unknown[0]!r} is not a measure: choose from {', '.join(MEASURES)}")
-    asked = {name: _analysis(name, profile) for name, profile in profiles.items()}
-    return gathered(names, walk(store, asked.values()), missing)
+    asked = [stages_of(name, profile) for name, profile in profiles.items()]
+    kind = "stages" if reference is None else "reference"
+    return gathered(names, walk(store, asked), missing, kind)
+
+
+def reference_profiles(
+    curves: xr.Dataset, names: Iterable[str], layers: slice | None = None
+) -> tuple[dict[str, np.ndarray | None], dict[str, str]]:
+    """Mean profiles [depth] of a reference's measures, and why others are missing."""
+    names = list(names)
+    missing = {
+        name: f"in the reference: {why}" for name, why in curves.attrs["missing"].items() if name in names
+    }
+    held = [name for name in names if name not in missing]
+    span = slice(None) if layers is None else layers
+    return {name: curves[name].sel(statistic="value").values[span] for name in held}, missing
 
 
 def gathered(
-    names: Sequence[str], answers: dict[str, xr.Dataset | str], missing: dict[str, str] | None = None
+    names: Sequence[str],
+    answers: Mapping[str, xr.Dataset | str],
+    missing: Mapping[str, str] | None = None,
+    kind: str = "stages",
 ) -> xr.Dataset:
     """What a walk found of several measures' stages, as `stage_agreement` returns it."""
     missing, found = dict(missing or {}), {}
     for name in names:
-        each = answers.get(f"stages_{name}", "")
+        each = answers.get(f"{kind}_{name}", "")
         if isinstance(each, xr.Dataset):
             found[name] = each
         elif each:

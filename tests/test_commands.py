@@ -254,7 +254,7 @@ HELP = [
     ["study"],
     ["bench"],
     *(["study", name] for name in ("depth",)),
-    *(["bench", name] for name in ("capture", "engine", "kernels", "load", "store", "watch")),
+    *(["bench", name] for name in ("analysis", "capture", "engine", "kernels", "load", "store", "watch")),
 ]
 
 
