@@ -7,7 +7,7 @@ is None.
 
 from collections.abc import Callable, Sequence
 
-from . import answer_figures
+from . import answer_figures, map_figures, stage_figures
 from .findings import Findings
 from .marks import Figure
 from .panels import depth_figure, grouped_figure
@@ -160,14 +160,15 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     answer_figures.rates,
     answer_figures.limits,
     trajectory,
-    answer_figures.residual_similarity,
+    map_figures.residual_similarity,
     attention_settling,
     attention_distances,
-    answer_figures.attention_distance,
+    map_figures.attention_distance,
     stages_by_depth,
     stages_by_recurrence,
     stages_by_layer,
-    answer_figures.stages_repeat,
+    stage_figures.stages_repeat,
+    stage_figures.stages_like_the_reference,
     residual_norms,
     lens,
     answer_figures.settling,

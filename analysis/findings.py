@@ -93,7 +93,7 @@ def _find_one(dataset: xr.Dataset, label: str, trained: int | str, reference: Re
         reference=beside,
         trajectory=path,
         distinctness=apart,
-        verdicts=verdicts(measures, apart, answers, trained),
+        verdicts=verdicts(measures, apart, answers, trained, beside),
     )
 
 

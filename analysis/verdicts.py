@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from .limits import TAU
+from .measures import MEASURES
 from .rates import ROUNDING_STEPS
 from .stages import STAGE_MEASURES
 from .streaming import Depths, depths_of
@@ -63,6 +64,7 @@ def verdicts(
     distinctness: xr.Dataset | str,
     answers: Answers | None = None,
     trained: int | str = "the trained count is not known",
+    reference: xr.Dataset | str = "",
 ) -> list[Verdict]:
     """The verdicts of one capture.
 
@@ -71,6 +73,7 @@ def verdicts(
         distinctness: result of `distinctness`, or the reason why there is none.
         answers: what a walk with `ANALYSES` found, by name.
         trained: how many recurrences the model was trained with, or why that is not known.
+        reference: agreement of the stages with a feedforward model's, if there is one.
     """
     depths, answers = depths_of(measures), answers or {}
     converged = _converged(measures, depths, answers)
@@ -78,7 +81,7 @@ def verdicts(
         converged,
         _distinct(converged, distinctness),
         _settled(measures, depths),
-        _repeated(measures, depths, answers),
+        _repeated(measures, depths, answers, reference),
         _stable(measures, depths, trained),
     ]
 
@@ -193,7 +196,7 @@ def _distinct(converged: Verdict, distinctness: xr.Dataset | str) -> Verdict:
     )
 
 
-def _repeated(measures: xr.Dataset, depths: Depths, answers: Answers) -> Verdict:
+def _repeated(measures: xr.Dataset, depths: Depths, answers: Answers, reference: xr.Dataset | str) -> Verdict:
     """Whether the recurrences after the first run through the layers as the last one does."""
     value, answer, recurrence = None, None, None
     least_R, parts, reasons = np.full(max(len(depths.core_RL) - 1, 0), np.inf), [], []
@@ -216,7 +219,7 @@ def _repeated(measures: xr.Dataset, depths: Depths, answers: Answers) -> Verdict
         answer = value >= REPEATED_STAGES
         detail = "the least correlation of a recurrence's profile over layers with the last one's, from "
         detail += "recurrence 1 on" if len(least_R) > 1 else "recurrence 0"
-        detail += f": {', '.join(parts)}"
+        detail += f": {', '.join(parts)}{_beside(reference)}"
     return Verdict(
         name="stages_repeat",
         question="Does every recurrence repeat the stages of attention?",
@@ -231,6 +234,20 @@ def _repeated(measures: xr.Dataset, depths: Depths, answers: Answers) -> Verdict
         source=OURS,
         figure="stages_repeat",
     )
+
+
+def _beside(reference: xr.Dataset | str) -> str:
+    """The same correlations with a feedforward model's stages; nothing where there is none."""
+    if isinstance(reference, str):
+        return ""
+    value = reference["correlation"].sel(statistic="value")
+    parts = [
+        f"{MEASURES[name].title.lower()} {float(value.sel(measure=name).min()):.2f}"
+        for name in _ATTENTION_STAGES
+        if name in reference["measure"] and np.isfinite(value.sel(measure=name)).all()
+    ]
+    beside = f"{reference.attrs['reference']} ({reference.attrs['layers']})"
+    return f"; beside {beside} the least of all recurrences: {', '.join(parts)}" if parts else ""
 
 
 def _is_flat(curve: xr.DataArray, depths: Depths) -> bool:

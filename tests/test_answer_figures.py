@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from looptap.analysis import answer_figures
+from looptap.analysis import answer_figures, map_figures, stage_figures
+from looptap.analysis.figures import FIGURES
 from looptap.analysis.findings import find
 from looptap.analysis.limits import LIMITS, limits
 from looptap.analysis.rates import rates
@@ -38,7 +39,7 @@ def table_of(figure):
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_figure_is_a_chart_with_words_and_loads_nothing(findings, name):
-    figure = getattr(answer_figures, name)(findings)
+    figure = {draw.__name__: draw for draw in FIGURES}[name](findings)
     chart = figure.chart().to_dict()  # checked against the Vega-Lite schema
     assert '"url"' not in str(chart).replace("'", '"') and len(chart["datasets"]) == 1
     assert len(figure.caption) == 2 and findings[0].label in figure.caption[1]
@@ -58,17 +59,17 @@ def test_curves_are_drawn_as_found(dataset, findings):
     np.testing.assert_array_equal(table[["value", "low", "high"]].T, rates(dataset)["rate"][:3])
     table = table_of(answer_figures.settling(findings))
     np.testing.assert_array_equal(table[["value", "low", "high"]].T, settling(dataset)["settled"][:3])
-    table, found = table_of(answer_figures.stages_repeat(findings)), stage_agreement(dataset)
+    table, found = table_of(stage_figures.stages_repeat(findings)), stage_agreement(dataset)
     for name in found["measure"].values:
         rows = table[table["measure"] == str(name).replace("_", " ")]
         np.testing.assert_array_equal(rows["value"], found["correlation"].sel(measure=name)[0])
 
 
 def test_a_large_map_is_drawn_as_means_of_its_cells(dataset, findings):
-    figure = answer_figures.residual_similarity(findings)
+    figure = map_figures.residual_similarity(findings)
     table = table_of(figure)
     whole_DD = residual_similarity(dataset)["residual_similarity"].sel(statistic="value").values
-    assert len(whole_DD) > answer_figures.MOST_BINS and len(table) == answer_figures.MOST_BINS**2
+    assert len(whole_DD) > map_figures.MOST_BINS and len(table) == map_figures.MOST_BINS**2
     assert "a cell is the mean of 2 depths or fewer a side" in figure.notes[0]
     edges = set()
     for _, row in table.iloc[::97].iterrows():

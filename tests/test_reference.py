@@ -5,6 +5,7 @@ import pytest
 import xarray as xr
 
 from looptap.analysis.findings import find
+from looptap.analysis.stage_figures import stages_like_the_reference
 from looptap.analysis.stages import STAGE_MEASURES, stage_agreement
 from looptap.tests.synthetic import make_dataset, random_sequences
 
@@ -64,3 +65,21 @@ def test_what_the_reference_lacks_is_named():
     assert isinstance(found, xr.Dataset)
     assert list(found["measure"]) == [name for name in STAGE_MEASURES if name != "sink_score"]
     assert found.attrs["missing"]["sink_score"].startswith("in the reference: ")
+
+
+def test_the_figure_and_the_verdict_hold_what_was_found():
+    findings = find([capture(LOOP, "loop"), capture(PLAIN, "plain")])
+    found = findings[0].reference
+    figure = stages_like_the_reference(findings)
+    (table,) = figure.tables.values()
+    for name in STAGE_MEASURES:
+        rows = table[table["measure"] == name.replace("_", " ")]
+        np.testing.assert_array_equal(rows["value"], found["correlation"].sel(measure=name)[0])
+    assert figure.absent == {findings[1].label: "the model has no loop"}
+    first, last = found["correlation"].sel(measure="sink_score", statistic="value").values[[0, -1]]
+    assert f"sink score {first:.2f} in the first recurrence, {last:.2f} in the last" in figure.caption[1]
+    figure.chart().to_dict()  # checked against the Vega-Lite schema
+    verdict = next(each for each in findings[0].verdicts if each.name == "stages_repeat")
+    least = float(found["correlation"].sel(measure="mixing_score", statistic="value").min())
+    assert f"beside {findings[1].label} (all its layers) the least of all" in verdict.detail
+    assert f"mixing score {least:.2f}" in verdict.detail
