@@ -7,7 +7,7 @@ is None.
 
 from collections.abc import Callable, Sequence
 
-from . import answer_figures
+from . import answer_figures, neuron_figures
 from .findings import Findings
 from .marks import Figure
 from .panels import depth_figure, grouped_figure
@@ -169,6 +169,7 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     stages_by_layer,
     answer_figures.stages_repeat,
     residual_norms,
+    neuron_figures.neurons,
     lens,
     answer_figures.settling,
     exit_gate,
