@@ -76,9 +76,10 @@ def verify(store: StorePath, repair: Annotated[bool, FlagCreatePairsOff] = False
 
 @app.command
 def info(
-    target: Annotated[str, Positional, arg(metavar="STORE-or-MODEL")],
-    loop: Annotated[str | None, arg(metavar="WINDOW")] = None,
+    target: Annotated[str, Positional, arg(metavar="TARGET")],
+    loop: Annotated[str | None, arg(metavar="A-BxN")] = None,
     recurrences: Annotated[int | None, arg(metavar="TIMES")] = None,
+    neurons: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> int:
     """Describe a store or a model: its loop, sizes, and what each quantity takes.
 
@@ -86,15 +87,27 @@ def info(
         target: A store, a model directory, a Hub id, or a random: spec.
         loop: For a feedforward model, the layers to repeat: first-lastxtimes, for example 10-19x8.
         recurrences: For a looped model, passes through the core.
+        neurons: Also show prediction and suppression neurons of every block: of a model from its weights,
+            of a store as they were recorded.
     """
-    from .capture.show import print_model, print_store
+    from .capture.show import print_model, print_neurons, print_store
 
     if target.startswith("s3://") or (Path(target) / ".looptap").is_dir():
         print_store(target)
-    else:
-        from .capture.models.load import find_model
+        if neurons:
+            from .capture.store.commit import Store
+            from .capture.store.neurons import recorded_neurons
 
-        print_model(find_model(target, loop, recurrences))
+            print_neurons(recorded_neurons(Store.open(target).plan))
+        return 0
+    from .capture.models.load import find_model
+
+    source = find_model(target, loop, recurrences)
+    print_model(source)
+    if neurons:
+        from .capture.neurons import logit_moments, summarise
+
+        print_neurons(summarise(logit_moments(source.load())))
     return 0
 
 

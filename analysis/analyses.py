@@ -1,6 +1,7 @@
 """Every analysis that is more than a curve over depth, by name."""
 
 from .limits import ANALYSES as _LIMITS
+from .neurons import ANALYSES as _NEURONS
 from .rates import ANALYSES as _RATES
 from .settling import ANALYSES as _SETTLING
 from .similarity import ANALYSES as _SIMILARITY
@@ -9,5 +10,6 @@ from .two_scale import ANALYSES as _TWO_SCALE
 from .walk import Analysis
 
 ANALYSES: dict[str, Analysis] = {
-    each.name: each for each in (*_LIMITS, *_RATES, *_TWO_SCALE, *_SIMILARITY, *_SETTLING, *_STAGES)
+    each.name: each
+    for each in (*_LIMITS, *_RATES, *_TWO_SCALE, *_SIMILARITY, *_SETTLING, *_STAGES, *_NEURONS)
 }

@@ -7,7 +7,7 @@ is None.
 
 from collections.abc import Callable, Sequence
 
-from . import answer_figures, map_figures, stage_figures
+from . import answer_figures, map_figures, neuron_figures, stage_figures
 from .findings import Findings
 from .marks import Figure
 from .panels import depth_figure, grouped_figure
@@ -170,6 +170,7 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     stage_figures.stages_repeat,
     stage_figures.stages_like_the_reference,
     residual_norms,
+    neuron_figures.neurons,
     lens,
     answer_figures.settling,
     exit_gate,

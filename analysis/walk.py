@@ -50,7 +50,7 @@ class Analysis:
     Attributes:
         name: its key in tables and files.
         title: what a heading shows.
-        needs: quantities that must be captured.
+        needs: quantities that must be captured; none where the plan alone has the answer.
         definition: one line that says what is computed, with its source.
         start: gives a new fold for a dataset and its depths; CannotTellError where there can be none.
         first: a recurrence that must exist (0 or 1: the model must loop at least twice); -1 for none.
@@ -91,7 +91,7 @@ def walk(store: str | Path | xr.Dataset, analyses: Iterable[Analysis]) -> dict[s
                 reason = str(error)
         answers[each.name] = reason or ""
     for group, quantities in together(present):
-        for quantities_of_one in iter_sequences(dataset, quantities):
+        for quantities_of_one in iter_sequences(dataset, quantities) if quantities else ():
             arrays = Arrays(quantities_of_one)
             for each in group:
                 folds[each.name].add(arrays)

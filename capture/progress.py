@@ -43,6 +43,8 @@ def print_plan(plan: Plan) -> None:
         f"{d.depth} block invocations a token",
     )
     table.add_row("quantities", ", ".join(plan.quantities))
+    if plan.settings.neurons:
+        table.add_row("neurons", f"of {d.num_blocks} blocks are told from the weights when the store is made")
     table.add_row("disk", f"up to {to_size(plan.disk_bytes)} in {plan.settings.store}")
     gaps = {
         None: "",

@@ -9,6 +9,7 @@ from pathlib import Path
 from .engines.drive import POLL_S
 from .engines.engine import open_engine
 from .engines.events import Event, UnitDone, UnitFailed
+from .neurons import neurons_of
 from .plan import Plan, PlanError
 from .store.commit import Store
 from .store.errors import StoreLockedError
@@ -65,6 +66,8 @@ def prepare_store(plan: Plan) -> Store:
         _check_disk(plan, len(store.todo()))
         return store
     _check_disk(plan, plan.slots.num_units)
+    if plan.settings.neurons:
+        document["model"]["neurons"] = neurons_of(plan)
     create_store(path, plan=document, coordinates=plan.coordinates(), arrays=plan.arrays())
     return Store.open(path)
 

@@ -60,6 +60,9 @@ class CaptureSettings:
     zero: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SELECTION [SELECTION ...]")] = ()
     """Set outputs to zero: mlp or attention of blocks selected as for --states, such as mlp:core[1] or
     attention:core[all]@0."""
+    neurons: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also tell prediction and suppression neurons of every block, from the weights alone, when the store is
+    made."""
     dtype: Dtype = "auto"
     """The model runs in this; auto is what its files hold."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"

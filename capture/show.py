@@ -129,6 +129,24 @@ def print_store(path: str | Path) -> None:
     console.print(table)
 
 
+def print_neurons(found: dict[str, Any]) -> None:
+    """Prediction and suppression neurons by block, as `summarise` gives them."""
+    first, *levels = ("most" if level == 1 else f"{level:.0%}" for level in found["quantiles"])
+    names = ("block", "neurons", "prediction", "suppression", f"kurtosis {first}", *levels)
+    table = Table(*names, box=None, padding=(0, 2, 0, 0))
+    for block in found["blocks"]:
+        shares = (f"{block[kind]:.2%}" for kind in ("prediction", "suppression"))
+        kurtosis = ("-" if value is None else f"{value:.2f}" for value in block["kurtosis"])
+        table.add_row(f"{block['stage']} {block['layer']}", str(block["num_neurons"]), *shares, *kurtosis)
+    console.print(table)
+    console.print(
+        f"shares of neurons whose effect on the logits has a kurtosis above {found['threshold']:g} (a normal "
+        "distribution's is 3) and a positive (prediction) or negative skew (suppression), from the weights "
+        "alone; in a gated MLP the split between the two depends on how the weights are written, their sum "
+        "does not"
+    )
+
+
 def _start(d: "Description") -> str:
     """What the loop starts from, in words."""
     if not d.core:

@@ -24,6 +24,8 @@ import xarray as xr
 
 import looptap
 from looptap.__main__ import main
+from looptap.capture.models.load import load_model
+from looptap.capture.neurons import logit_moments, summarise
 from looptap.capture.settings import CaptureSettings, DepthStudySettings, InspectSettings
 from looptap.capture.store.commit import Store
 
@@ -203,6 +205,24 @@ def test_info_of_a_store(looptap_command, store):
     assert said["data"] == f"texts.jsonl, 4 sequences, {NUM_TOKENS} tokens"
     assert said["states"] == "core[all]@last of tokens last"
     assert set(said["quantities"].split(", ")) == set(plan["settings"]["quantities"])
+
+
+def test_info_of_neurons(looptap_command, store, tmp_path):
+    told = tmp_path / "told.zarr"
+    looptap.capture(MODEL, ["abc"], told, quantities=("residual",), neurons=True)
+    wanted = summarise(logit_moments(load_model(MODEL)))["blocks"]
+    for target in (MODEL, told):
+        ended = looptap_command("info", target, "--neurons")
+        found = re.findall(r"^(\w+) (\d) +(\d+) +(\S+) +(\S+) +(\S+) +\S+ +\S+ +(\S+)", ended.stdout, re.M)
+        assert ended.code == 0
+        assert found == [
+            (each["stage"], str(each["layer"]), str(each["num_neurons"]), f"{each['prediction']:.2%}",
+             f"{each['suppression']:.2%}", f"{each['kurtosis'][0]:.2f}", f"{each['kurtosis'][-1]:.2f}")
+            for each in wanted
+        ]  # fmt: skip
+    assert "prelude 0" not in looptap_command("info", MODEL).stdout
+    ended = looptap_command("info", store, "--neurons")
+    assert ended.code == 2 and "not asked for when the store was made" in ended.stderr
 
 
 def test_info_of_a_model(looptap_command):

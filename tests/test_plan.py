@@ -192,6 +192,7 @@ CHANGES = [
     {"unit_tokens": 40},
     {"batch_tokens": 16},
     {"gap_memory_gib": 0.0},
+    {"neurons": True},
 ]
 
 

@@ -175,13 +175,15 @@ def unit_arrays(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def plan_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Where two plans differ, as lines "settings.seed: 0 -> 1" (stored -> wanted).
 
-    `versions` and `created` may differ between runs of one plan; `hash` follows from the rest.
+    `versions` and `created` may differ between runs of one plan; `hash` follows from the rest, and so does
+    what the plan tells of the model's neurons, which is taken when the store is made.
     """
     old, new = _flatten(stored), _flatten(json.loads(json.dumps(wanted)))
     return [
         f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
         for field in dict.fromkeys([*old, *new])
         if field.split(".")[0] not in ("versions", "created", "hash")
+        and not field.startswith("model.neurons.")
         and (field not in old or field not in new or old[field] != new[field])
     ]
 
