@@ -124,6 +124,14 @@ def color_scale(group: str, domain: tuple[int, int]) -> alt.Scale:
     return alt.Scale(domain=stops.tolist(), range=list(colors), clamp=True)  # beyond it is not white
 
 
+def spread_colors(scheme: Sequence[str], number: int) -> list[str]:
+    """So many colours from one end of a scheme to the other."""
+    at = np.linspace(0, len(scheme) - 1, number)
+    channels = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in scheme])
+    mixed = np.stack([np.interp(at, range(len(channels)), channel) for channel in channels.T], axis=1)
+    return ["#" + "".join(f"{round(value):02x}" for value in color) for color in mixed]
+
+
 def grouped_lines(
     *,
     x: str,
