@@ -1,9 +1,9 @@
-"""Where convergence ends: the gain at which a random loop's last step rises over the verdict's threshold.
+"""Where convergence ends: the gain from which on a random loop's last step is over the threshold.
 
 Between two gains of a grid it is found by interpolation: the logarithm of the last step is taken as linear in
 the logarithm of the gain. The bracket says how far off that can be.
 
-Source: ours. arXiv 2604.11791, section 4.2, varies neither gain nor embeddings.
+Source: ours, beyond arXiv 2604.11791, section 4.2. The threshold is that of the verdict on convergence.
 """
 
 from typing import NamedTuple
@@ -18,9 +18,9 @@ _AXES = ["norm", "injection", "layers", "recurrences", "width", "embedding_std"]
 
 
 class Crossing(NamedTuple):
-    """Where a series of last steps, by growing gain, first rises over the threshold.
+    """Where convergence ends, coming from small gains.
 
-    Without such a place `gain` is infinite where the largest gain converges, and 0 where none does.
+    Without such a place `gain` is infinite where every gain converges, and 0 where the smallest does not.
     """
 
     gain: float
@@ -29,30 +29,32 @@ class Crossing(NamedTuple):
     high: float
     """smallest gain of the grid above it; infinite where there is none"""
     changes: int
-    """how often the answer changes from one gain to the next: 1 where it is one boundary"""
+    """how often the answer changes from one gain to the next; more than once: there is convergence beyond"""
 
 
 def find_crossing(gain_G: np.ndarray, step_G: np.ndarray, threshold: float = CONVERGED_STEP) -> Crossing:
-    """The first crossing of one series.
+    """Where a series of last steps first rises over the threshold.
 
     Args:
         gain_G: gains in rising order, positive [gain].
         step_G: last step over the norm at each, [gain]; those that are no numbers are left out.
+    Raises:
+        ValueError: none is a number.
     """
     finite_G = np.isfinite(step_G)
+    if not finite_G.any():
+        raise ValueError(f"no last step is a number at the gains {', '.join(f'{gain:g}' for gain in gain_G)}")
     gain_G, step_G = gain_G[finite_G], np.maximum(step_G[finite_G], ROUNDING)
     above_G = step_G > threshold
     changes = int((above_G[1:] != above_G[:-1]).sum())
-    rises = np.flatnonzero(~above_G[:-1] & above_G[1:])
-    if not len(rises):
-        ends_above = not len(gain_G) or bool(above_G[-1])
-        edge = float(gain_G.min(initial=np.inf)) if ends_above else float(gain_G.max())
-        return Crossing(0.0, 0.0, edge, changes) if ends_above else Crossing(np.inf, edge, np.inf, changes)
-    below, above = int(rises[0]), int(rises[0]) + 1
-    gain = np.exp(
-        np.interp(np.log(threshold), np.log(step_G[[below, above]]), np.log(gain_G[[below, above]]))
-    )
-    return Crossing(float(gain), float(gain_G[below]), float(gain_G[above]), changes)
+    if not above_G.any():
+        return Crossing(np.inf, float(gain_G[-1]), np.inf, changes)
+    first = int(above_G.argmax())
+    if first == 0:
+        return Crossing(0.0, 0.0, float(gain_G[0]), changes)
+    around = slice(first - 1, first + 1)
+    gain = np.exp(np.interp(np.log(threshold), np.log(step_G[around]), np.log(gain_G[around])))
+    return Crossing(float(gain), float(gain_G[first - 1]), float(gain_G[first]), changes)
 
 
 def boundary_table(captures: pd.DataFrame) -> pd.DataFrame:

@@ -29,6 +29,7 @@ from .verdicts import CONVERGED_STEP
 _MAP_STOPS = [ROUNDING, 1e-5, CONVERGED_STEP, 3e-2, 1.0]
 _MAP_COLORS = ["#2a3a8c", "#2c93a8", "#f4f3ef", "#e39a2d", "#bf3f55"]
 _INK = "#23231f"
+_MAP_HEIGHT = 330
 _FOOT = 1.4  # from a lone value on an axis to the edges of its cells, a factor
 
 
@@ -108,21 +109,20 @@ def _spread(row: Mapping[Any, Any], ends: Mapping[str, float]) -> dict[str, floa
 
 def _map_panel(label: str, part: pd.DataFrame, line: list[dict[str, Any]], table: pd.DataFrame) -> Panel:
     x, y = (_map_axis(name, table) for name in ("gain", "embedding_std"))
-    scale = alt.Scale(type="log", domain=_MAP_STOPS, range=_MAP_COLORS, clamp=True)
+    scale = alt.Scale(type="log", domain=_MAP_STOPS, range=_MAP_COLORS, clamp=True, interpolate="rgb")
     title = "last step (share of the norm)"
-    legend = alt.Legend(title=title, type="gradient", values=_MAP_STOPS[1:], labelExpr=SHORT_LABEL)
-    stroke = alt.Stroke("last_step:Q", scale=scale, legend=None)  # or the page shows between neighbours
-    cells = alt.Chart().mark_rect(strokeWidth=0.7, clip=True)
+    legend = alt.Legend(title=title, values=_MAP_STOPS[1:], labelExpr=SHORT_LABEL)
+    cells = alt.Chart().mark_rect(stroke="#ffffff", strokeWidth=1, clip=True)
     cells = cells.encode(
         x=alt.X("gain_from:Q", **x),
         x2="gain_to:Q",
         y=alt.Y("embedding_std_from:Q", **y),
         y2="embedding_std_to:Q",
         color=alt.Color("last_step:Q", scale=scale, legend=legend),
-        stroke=stroke,
     )
+    above = min(10.0, _MAP_HEIGHT / len(values_of(table, "embedding_std")) / 6)  # the line
     dark = f"datum.last_step > 0.2 || datum.last_step < {_MAP_STOPS[1] / 4}"
-    words = alt.Chart().mark_text(fontSize=10.5, dy=-10).encode(
+    words = alt.Chart().mark_text(fontSize=10.5, dy=-above).encode(
         x=alt.X("gain:Q", **x),
         y=alt.Y("embedding_std:Q", **y),
         text="answer:N",
@@ -137,6 +137,7 @@ def _map_panel(label: str, part: pd.DataFrame, line: list[dict[str, Any]], table
         columns=(*names, "answer", *edges),
         layers=[cells, words, *(_boundary_marks(line, x, y) if line else [])],
         hover=[cells.encode(tooltip=near, opacity=alt.value(0))],
+        height=_MAP_HEIGHT,
     )
 
 

@@ -34,11 +34,13 @@ class Panel:
     columns: tuple[str, ...]
     layers: Sequence[alt.Chart]
     hover: Sequence[alt.Chart] = ()
+    height: int = PANEL_HEIGHT
+    """pixels; on a page with axes and legend"""
 
     def chart(self, hover: bool) -> alt.LayerChart | alt.FacetChart:
         layers = [*self.layers, *self.hover] if hover else self.layers
         title = alt.Title(self.label, anchor="start", fontSize=12, fontWeight=600, color="#33332f", offset=8)
-        return alt.layer(*layers, data=alt.NamedData(name=self.data), title=title, height=PANEL_HEIGHT)
+        return alt.layer(*layers, data=alt.NamedData(name=self.data), title=title, height=self.height)
 
 
 @dataclass(frozen=True, kw_only=True)

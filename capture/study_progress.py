@@ -27,10 +27,11 @@ def run_all_with_progress(plans: Sequence[Plan]) -> list[Outcome]:
         KeyboardInterrupt: it was told to stop, and captures are left.
     """
     todo = [plan for plan in plans if not _is_done(plan)]
-    _print_plans(plans, todo)
+    expected_s = expected_seconds(todo)
+    _print_plans(plans, todo, sum(expected_s.values()))
     started_s = time.monotonic()
     outcomes = []
-    with Halt() as halt, _study_bar(plans, todo) as bar:
+    with Halt() as halt, _study_bar(len(plans), expected_s) as bar:
 
         def on_event(event: RunBegan | Event) -> None:
             halt.may_be_in_flight |= isinstance(event, WorkerJoined)
@@ -48,14 +49,14 @@ def run_all_with_progress(plans: Sequence[Plan]) -> list[Outcome]:
 
 
 class _StudyBar:
-    """Counts captures; the time left goes by their block invocations times the size of a block."""
+    """Counts captures; the time left is what is expected of the rest, at the pace of those that are done."""
 
-    def __init__(self, progress: Progress, plans: Sequence[Plan], todo: Sequence[Plan]) -> None:
+    def __init__(self, progress: Progress, num_captures: int, expected_s: dict[str, float]) -> None:
         self._progress = progress
-        self._todo = {str(plan.settings.store): to_work(plan) for plan in todo}
-        self._num_captures = len(plans)
-        self._num_done = self._num_said = len(plans) - len(todo)
-        self._work_left, self._work_done = sum(self._todo.values()), 0.0
+        self._expected_s = expected_s
+        self._num_captures = num_captures
+        self._num_done = num_captures - len(expected_s)
+        self._left_s, self._done_s = sum(expected_s.values()), 0.0
         self._began_s = self._said_s = time.monotonic()
         self._task = progress.add_task("", total=self._num_captures, facts="", left="")
 
@@ -63,12 +64,12 @@ class _StudyBar:
         self._show(to_title(plan))
 
     def end(self, plan: Plan) -> None:
-        work = self._todo.get(str(plan.settings.store))
-        if work is None:
+        expected_s = self._expected_s.get(str(plan.settings.store))
+        if expected_s is None:  # it was there before
             return
         self._num_done += 1
-        self._work_done += work
-        self._work_left -= work
+        self._done_s += expected_s
+        self._left_s -= expected_s
         title = to_title(plan)
         self._show(title)
         now_s = time.monotonic()
@@ -81,14 +82,14 @@ class _StudyBar:
         self._progress.update(self._task, completed=self._num_done, facts=title, left=self._left())
 
     def _left(self) -> str:
-        if not self._work_done:
+        if not self._done_s:
             return "-:--:--"
-        pace = (time.monotonic() - self._began_s) / self._work_done
-        return str(timedelta(seconds=round(pace * self._work_left)))
+        pace = (time.monotonic() - self._began_s) / self._done_s
+        return str(timedelta(seconds=round(pace * self._left_s)))
 
 
 @contextmanager
-def _study_bar(plans: Sequence[Plan], todo: Sequence[Plan]) -> Iterator[_StudyBar]:
+def _study_bar(num_captures: int, expected_s: dict[str, float]) -> Iterator[_StudyBar]:
     columns = (
         TextColumn("{task.completed} of {task.total} captures", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None),
@@ -96,14 +97,7 @@ def _study_bar(plans: Sequence[Plan], todo: Sequence[Plan]) -> Iterator[_StudyBa
         TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield _StudyBar(progress, plans, todo)
-
-
-def to_work(plan: Plan) -> float:
-    """Floating-point operations of all matrix products with weights; a measure of time between plans."""
-    d = plan.description
-    of_block = 2 * d.width * (2 * (d.num_heads + d.num_kv_heads) * d.head_width + 3 * d.mlp_width)
-    return float(plan.dataset.num_tokens) * d.depth * of_block
+        yield _StudyBar(progress, num_captures, expected_s)
 
 
 def to_title(plan: Plan) -> str:
@@ -116,7 +110,7 @@ def _is_done(plan: Plan) -> bool:
     return store_exists(path) and not Store.open(path).todo()
 
 
-def _print_plans(plans: Sequence[Plan], todo: Sequence[Plan]) -> None:
+def _print_plans(plans: Sequence[Plan], todo: Sequence[Plan], seconds: float) -> None:
     """How many captures there are, and roughly what they take."""
     table, dataset = Table.grid(padding=(0, 2)), plans[0].dataset
     before = f", {len(plans) - len(todo)} of them are there" if len(todo) < len(plans) else ""
@@ -124,21 +118,28 @@ def _print_plans(plans: Sequence[Plan], todo: Sequence[Plan]) -> None:
         "captures", f"{len(plans)} of {len(dataset.rows)} sequences, {dataset.num_tokens} tokens{before}"
     )
     if todo:
-        work = sum(map(to_work, todo))
-        largest = max(todo, key=to_work)
-        seconds = _time_one_recurrence(largest) * largest.description.recurrences * work / to_work(largest)
-        table.add_row(
-            "time", f"at least {to_duration(seconds)}, going by one recurrence of {to_title(largest)}"
-        )
-        table.add_row("work", f"{work / 1e12:.3g} TFLOP on {largest.device}")
+        table.add_row("time", f"at least {to_duration(seconds)} on {todo[0].device}")
         table.add_row("disk", f"up to {to_size(sum(plan.disk_bytes for plan in todo))}")
         table.add_row("memory", f"about {to_size(max(plan.memory_bytes for plan in todo))}")
     console.print(table)
 
 
+def expected_seconds(plans: Sequence[Plan]) -> dict[str, float]:
+    """What captures take at least, by their store: the time of a block, one for each width, times its
+    invocations. What is measured in a capture comes on top.
+    """
+    block_s: dict[int, float] = {}
+    for plan in plans:
+        if plan.description.width not in block_s:
+            block_s[plan.description.width] = _time_a_block(plan)
+    return {
+        str(plan.settings.store): block_s[plan.description.width] * plan.description.depth for plan in plans
+    }
+
+
 @torch.inference_mode()
-def _time_one_recurrence(plan: Plan) -> float:
-    """Seconds that one recurrence over all data takes without being measured, the better of two."""
+def _time_a_block(plan: Plan) -> float:
+    """Seconds of one block over the longest sequence, the better of two recurrences, for all the data."""
     d = plan.description.with_recurrences(1)
     model = plan.source.origin.load(d, plan.device, torch.float32)
     index, row = max(enumerate(plan.dataset.rows), key=lambda pair: len(pair[1]))
@@ -150,7 +151,7 @@ def _time_one_recurrence(plan: Plan) -> float:
         started_s = time.perf_counter()
         model(batch, initial_state_ND=state_ND).sum().item()  # waits for the device
         best_s = min(best_s, time.perf_counter() - started_s)
-    return best_s * plan.dataset.num_tokens / len(row)
+    return best_s / d.core * plan.dataset.num_tokens / len(row)
 
 
 def to_duration(seconds: float) -> str:
