@@ -25,6 +25,10 @@ from .axes import value_domain, y_axis
 from .boundary_figures import convergence_boundary, convergence_map
 from .marks import Figure, Panel
 
+# a line for each value of the first of these that has several
+_LINES = ("layers", "gain", "embedding_std", "width", "recurrences")
+_HEIGHT = 290  # room for the legend too
+
 
 def figures_of(study: ArchitectureStudy) -> list[Figure]:
     """Those that the study's grid has something for."""
@@ -34,7 +38,8 @@ def figures_of(study: ArchitectureStudy) -> list[Figure]:
 
 def distance_by_recurrence(study: ArchitectureStudy) -> Figure:
     """Distance to where the loop ends, a panel for norms and injection (figures 6, 29, 30, 31)."""
-    group = next(iter(varying(study.distances)), "layers")
+    several = varying(study.distances)
+    group = next((name for name in _LINES if name in several), "layers")
     table, fixed = near_the_paper(study.distances, [name for name in WORDS if name != group])
     value, low, high = (column(table, f"distance{end}") for end in ("", "_low", "_high"))
     domain = value_domain([value, low, high], [], log=True)
@@ -80,6 +85,7 @@ def _distance_panel(
         columns=("recurrence", group, "distance", "distance_low", "distance_high"),
         layers=[area, at.mark_line(strokeWidth=1.6, clip=True)],
         hover=[points],
+        height=_HEIGHT,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from .architecture_axes import WORDS, label_of, values_of, varying
+from .architecture_axes import WORDS, column, label_of, values_of, varying
 from .architecture_figures import figures_of
 from .architecture_study import DISTANCES_AFTER, ArchitectureStudy, architecture_study
 from .captions import number
@@ -17,29 +17,41 @@ from .verdicts import CONVERGED_STEP, DISTINCT_COSINE
 
 _PNG_SCALE = 2.0
 _MOST_ROWS = 24  # that stand open on the page
-# title, unit, definition of what a combination's row shows beside its verdicts
+# what a combination's row shows beside its verdicts: title and definition
 _COLUMNS = {
-    **{
-        f"distance_after_{times}": (f"Distance after {times}", "share of the norm", "")
-        for times in DISTANCES_AFTER
-    },
-    "last_step": (
-        "Last step",
-        "share of the norm",
-        "how far the last recurrence moved the residual, over its norm",
+    **{f"distance_after_{times}": f"distance after {times}" for times in DISTANCES_AFTER},
+    "last_step": "last step",
+    "least_cosine": "least cosine",
+    "half_life": "half-life",
+    "fixed_point": "at rest",
+    "orbit": "on an orbit",
+}
+_VERDICTS = (
+    (
+        "Converges",
+        f"seeds whose last step is at most {number(CONVERGED_STEP)} and that do not merely drift: the "
+        "verdict of the capture's own report",
     ),
+    (
+        "Own points",
+        f"of those, seeds with a least cosine below {DISTINCT_COSINE}: a fixed point for each layer",
+    ),
+)
+_DEFINITIONS = {
+    "distance_after_1": (
+        "Distance after n",
+        "of the residual after n recurrences to that after the last one, over its norm",
+    ),
+    "last_step": ("Last step", "how far the last recurrence moved the residual, over its norm"),
     "least_cosine": (
         "Least cosine",
-        "",
-        "of two layers' residuals after the last recurrence, the pair that is furthest apart",
+        "of two layers' residuals after the last recurrence, the two that are furthest apart",
     ),
-    "half_life": ("Half-life", "recurrences", "in how many recurrences the slowest layer's steps halve"),
-    "fixed_point": ("Settled direction", "share of tokens", ""),
+    "half_life": ("Half-life", "recurrences in which the slowest layer's steps halve"),
     "orbit": (
-        "On an orbit",
-        "share of tokens",
-        "whose last layer comes back again and again, or settled: comes to rest; by its direction alone, our "
-        "reading of appendix C",
+        "At rest, on an orbit",
+        "share of tokens whose last layer comes to rest, or comes back again and again, by its direction "
+        "alone: our reading of appendix C",
     ),
 }
 
@@ -71,7 +83,7 @@ def write_architecture_study(stores: Sequence[str | Path | xr.Dataset], out_dir:
 def _render(study: ArchitectureStudy, figures: Sequence[Figure]) -> str:
     combinations = study.combinations
     places = varying(combinations)
-    shown = [name for name in _COLUMNS if np.isfinite(combinations[name].max())]
+    shown = [name for name in _COLUMNS if not np.isnan(column(combinations, name)).all()]
     seeds = len(values_of(study.captures, "seed"))
     return render_page(
         "architecture_study.html",
@@ -82,12 +94,15 @@ def _render(study: ArchitectureStudy, figures: Sequence[Figure]) -> str:
         findings=[],
         facts=_facts(study),
         places=[WORDS[name] for name in places],
-        head=[_COLUMNS[name][:2] for name in shown],
+        head=[_COLUMNS[name] for name in shown],
         rows=[_row(row, places, shown) for row in combinations.to_dict("records")],
         most_rows=_MOST_ROWS,
         boundary_places=[WORDS[name] for name in varying(study.boundary)],
-        boundary=[_boundary_row(row, varying(study.boundary)) for row in study.boundary.to_dict("records")],
-        definitions=_definitions(shown),
+        boundary=[
+            _boundary_row(row, varying(study.boundary), values_of(study.captures, "gain"))
+            for row in study.boundary.to_dict("records")
+        ],
+        definitions=[*_VERDICTS, *(_DEFINITIONS[name] for name in shown if name in _DEFINITIONS)],
     )
 
 
@@ -103,26 +118,13 @@ def _facts(study: ArchitectureStudy) -> list[tuple[str, list[str]]]:
     return [(name, [value]) for name, value in facts.items()]
 
 
-def _definitions(shown: Sequence[str]) -> list[tuple[str, str]]:
-    said = [
-        (
-            "Converges",
-            f"the last step is at most {number(CONVERGED_STEP)}, and does not merely drift; as in a report's "
-            "verdicts, which say why",
-        ),
-        ("Own fixed points", f"of those that converge, the least cosine is below {DISTINCT_COSINE}"),
-        (
-            "Distance after n",
-            "of the residual after n recurrences to that after the last one, over its norm",
-        ),
-    ]
-    return said + [(_COLUMNS[name][0], _COLUMNS[name][2]) for name in shown if _COLUMNS[name][2]]
-
-
 def _row(row: Mapping[Any, Any], places: Sequence[str], shown: Sequence[str]) -> dict[str, object]:
-    cells = [
-        (_precise(name, row[name]), _band(name, row[f"{name}_low"], row[f"{name}_high"])) for name in shown
-    ]
+    cells = []
+    for name in shown:
+        value, low, high = (
+            _precise(name, row[f"{name}{end}"], row["recurrences"]) for end in ("", "_low", "_high")
+        )
+        cells.append((value, f"{low}\N{EN DASH}{high}" if low != high else ""))
     return {
         "label": label_of(row["norm"], row["injection"]),
         "places": [f"{row[name]:g}" for name in places],
@@ -134,32 +136,33 @@ def _row(row: Mapping[Any, Any], places: Sequence[str], shown: Sequence[str]) ->
     }
 
 
-def _boundary_row(row: Mapping[Any, Any], places: Sequence[str]) -> dict[str, object]:
-    least, largest = row["bracket_low"], row["bracket_high"]
-    ends = [
-        number(row[f"critical_gain_{end}"]) if np.isfinite(row[f"critical_gain_{end}"]) else "beyond"
-        for end in ("low", "high")
-    ]
+def _boundary_row(row: Mapping[Any, Any], places: Sequence[str], gains: Sequence[float]) -> dict[str, object]:
+    below, above = f"below {gains[0]:g}", f"above {gains[-1]:g}"
+    outside = below if row["below"] > row["above"] else above
+    low = row["critical_gain_low"] if not row["below"] else 0.0
+    high = row["critical_gain_high"] if not row["above"] else np.inf
+    ends = [below if not end else above if np.isinf(end) else number(end) for end in (low, high)]
     return {
         "label": label_of(row["norm"], row["injection"]),
         "places": [f"{row[name]:g}" for name in places],
-        "gain": number(row["critical_gain"]) if np.isfinite(row["critical_gain"]) else "beyond the grid",
+        "gain": number(row["critical_gain"]) if np.isfinite(row["critical_gain"]) else outside,
         "seeds": f"{ends[0]} to {ends[1]}" if row["inside"] else "",
         "inside": f"{row['inside']} of {row['seeds']}",
-        "bracket": f"{number(least) if least else 'below'} to "
-        + (number(largest) if np.isfinite(largest) else "above"),
+        "bracket": _between(row["bracket_low"], row["bracket_high"]),
         "changes": int(row["changes"]),
     }
 
 
-def _band(name: str, low: float, high: float) -> str:
-    if not np.isfinite(low) or low == high:
+def _between(low: float, high: float) -> str:
+    if not low:
+        return f"below {high:g}" if np.isfinite(high) else "the whole grid and beyond"
+    return f"{low:g} to {high:g}" if np.isfinite(high) else f"above {low:g}"
+
+
+def _precise(name: str, value: float, recurrences: int) -> str:
+    """A cosine near 1 needs the digits that tell it from 1; a half-life is no more than what was run."""
+    if name == "half_life" and value > recurrences:
+        return f"over {recurrences}"
+    if np.isnan(value):
         return ""
-    return f"{_precise(name, low)} to {_precise(name, high)}"
-
-
-def _precise(name: str, value: float) -> str:
-    """A cosine near 1 needs the digits that tell it from 1; steps that do not shrink never halve."""
-    if name == "half_life" and value == np.inf:
-        return "never"
     return f"{value:.5f}" if name == "least_cosine" and value > 0.99 else number(value)

@@ -26,6 +26,7 @@ from looptap.analysis.architecture_study import (
 from looptap.analysis.boundary import boundary_table, find_crossing
 from looptap.analysis.findings import find
 from looptap.capture import study_progress
+from looptap.capture.models.random import RandomModel
 from looptap.capture.plan import Plan, make_plan
 from looptap.capture.run import Outcome, run_capture
 from looptap.capture.settings import ArchitectureStudySettings
@@ -112,6 +113,7 @@ def test_every_cell_is_an_ordinary_capture(tmp_path):
     settings = settings_in(tmp_path, gains=(0.1, 1e-7), embedding_stds=(2.5,))
     for cell, plan in zip(cells_of(settings), architecture_plans(settings), strict=True):
         assert make_plan(plan.settings).document()["hash"] == plan.document()["hash"]
+        assert isinstance(plan.source.origin, RandomModel)
         d, options = plan.description, plan.source.origin.options
         assert (d.block.norm, d.injection is not None) == (cell.norm, cell.injection)
         assert (d.prelude, d.core, d.recurrences, d.coda) == (0, cell.layers, cell.recurrences, 0)
@@ -443,10 +445,10 @@ def test_the_map_and_the_boundary_hold_the_numbers(scaled, written):
         rows = study.combinations.query(f"width == {width}")
         for name in ("gain", "embedding_std", "last_step"):
             np.testing.assert_allclose(drawn[name], rows[name], rtol=1e-6)
-        assert drawn["answer"] == [f"{row.converged}/2" for row in rows.itertuples()]
+        assert drawn["answer"] == [f"{converged}/2" for converged in rows["converged"]]
         edges = np.sqrt(np.array(GAINS[1:]) * GAINS[:-1])
         np.testing.assert_allclose(sorted(set(drawn["gain_from"]))[1:], edges, rtol=1e-6)
-    inside = study.boundary[np.isfinite(study.boundary["critical_gain"])]
+    inside = study.boundary.dropna(subset=["critical_gain"])
     assert len(inside)
     specs = {spec["table"]: spec["spec"] for spec in page.json(**{"class": "spec"})}
     lines = [
@@ -477,8 +479,10 @@ def test_two_recurrences_of_one_layer_make_a_page(tmp_path):
     """No second distance, no second layer, no rate: what cannot be told is left out."""
     settings = settings_in(tmp_path, layers=(1,), recurrences=(2,), norms=("pre",), gains=(0.3, 0.6))
     study = architecture_study(run_architecture_study(settings, run_all).stores)
-    assert study.combinations[["least_cosine", "half_life", "distance_after_8"]].isna().all(axis=None)
-    assert np.isfinite(study.combinations[["last_step", "distance_after_1"]]).all(axis=None)
+    assert np.isnan(
+        study.combinations[["least_cosine", "half_life", "distance_after_8"]].to_numpy(float)
+    ).all()
+    assert np.isfinite(study.combinations[["last_step", "distance_after_1"]].to_numpy(float)).all()
     page = Page(write_architecture_study(sorted(settings.out.iterdir()), tmp_path / "page")[-1].read_text())
     assert "Least cosine" not in " ".join(page.text) and "convergence_map" in page.ids
 
