@@ -184,10 +184,11 @@ app.command(study, name="study", help="Run many captures that answer one questio
 
 @study.command(name="architecture")
 def study_architecture(settings: OmitArgPrefixes[ArchitectureStudySettings]) -> int:
-    """Capture randomly initialised loops of many architectures, and say which of them converge.
+    """Capture randomly initialised loops of many kinds, and say which converge.
 
-    The grid is the paper's if nothing is given. The same command continues a study that was stopped or
-    killed.
+    The grid is the paper's if nothing is given.
+
+    The same command continues a study that was stopped or killed.
     """
     from .analysis.architecture_page import write_architecture_study
     from .capture.study_architecture import run_architecture_study
