@@ -89,12 +89,10 @@ def architecture_study(stores: Sequence[str | Path | xr.Dataset]) -> Architectur
         curves.append(pd.DataFrame(axes | {"recurrence": range(len(distance_R)), "distance": distance_R}))
         data = dataset.attrs["plan"]["data"]
         captured.setdefault(str(data), (str(data["name"]), row["num_sequences"], row["num_tokens"]))
-    if len(captured) != 1:
-        raise ArchitectureError(
-            f"the data differ: {', '.join(name for name, _, _ in captured.values())}"
-            if captured
-            else "no store was given"
-        )
+    if not captured:
+        raise ArchitectureError("no store was given")
+    if len(captured) > 1:
+        raise ArchitectureError(f"the data differ: {', '.join(name for name, _, _ in captured.values())}")
     captures = pd.DataFrame(rows).drop(columns=["num_sequences", "num_tokens"])
     if (twice := captures.duplicated([*AXES, "seed"])).any():
         raise ArchitectureError(f"two captures of {_in_words(captures[twice].iloc[0])}")
@@ -115,6 +113,8 @@ def _ask(dataset: xr.Dataset) -> tuple[dict[str, object], np.ndarray]:
     axes = _axes_of(dataset)
     if missing := int((dataset["unit_done"].values == 0).sum()):
         raise ArchitectureError(f"{missing} units of a capture are missing: run the study again, it goes on")
+    if lacking := [name for name in ("step_norm", "gap_norm") if name not in dataset]:
+        raise ArchitectureError(f"a capture lacks {' and '.join(lacking)}: run the study itself")
     found = walk(dataset, [*as_analyses(_ASKED), ANALYSES["rates"], ANALYSES["limits"]])
     measures = assembled(dataset, found)
     try:

@@ -113,10 +113,9 @@ def _is_done(plan: Plan) -> bool:
 def _print_plans(plans: Sequence[Plan], todo: Sequence[Plan], seconds: float) -> None:
     """How many captures there are, and roughly what they take."""
     table, dataset = Table.grid(padding=(0, 2)), plans[0].dataset
-    before = f", {len(plans) - len(todo)} of them are there" if len(todo) < len(plans) else ""
-    table.add_row(
-        "captures", f"{len(plans)} of {len(dataset.rows)} sequences, {dataset.num_tokens} tokens{before}"
-    )
+    before = f", {len(plans) - len(todo)} of them there" if len(todo) < len(plans) else ""
+    table.add_row("captures", f"{len(plans)}{before}")
+    table.add_row("each", f"{plans[0].slots.num_sequences} sequences, {dataset.num_tokens} tokens")
     if todo:
         table.add_row("time", f"at least {to_duration(seconds)} on {todo[0].device}")
         table.add_row("disk", f"up to {to_size(sum(plan.disk_bytes for plan in todo))}")
