@@ -135,7 +135,7 @@ def _map_panel(label: str, part: pd.DataFrame, line: list[dict[str, Any]], table
         label=label,
         data=f"map {label}",
         columns=(*names, "answer", *edges),
-        layers=[cells, words, *(_boundary_marks(line, x, y) if line else [])],
+        layers=[cells, *(_boundary_marks(line, x, y) if line else []), words],
         hover=[cells.encode(tooltip=near, opacity=alt.value(0))],
         height=_MAP_HEIGHT,
     )
