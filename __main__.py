@@ -16,7 +16,12 @@ from .benchmarks.kernels import KernelsBench
 from .benchmarks.load import LoadBench
 from .benchmarks.store import StoreBench
 from .benchmarks.watch import WatchBench
-from .capture.settings import CaptureSettings, DepthStudySettings, InspectSettings
+from .capture.settings import (
+    ArchitectureStudySettings,
+    CaptureSettings,
+    DepthStudySettings,
+    InspectSettings,
+)
 
 app = SubcommandApp()
 bench = SubcommandApp()
@@ -189,6 +194,26 @@ def demo(out: Annotated[Path, arg(metavar="DIR")] = Path("demo")) -> int:
 
 
 app.command(study, name="study", help="Run many captures that answer one question, and report on them.")
+
+
+@study.command(name="architecture")
+def study_architecture(settings: OmitArgPrefixes[ArchitectureStudySettings]) -> int:
+    """Capture randomly initialised loops of many kinds, and say which converge.
+
+    The grid is the paper's if nothing is given.
+
+    The same command continues a study that was stopped or killed.
+    """
+    from .analysis.architecture_page import write_architecture_study
+    from .capture.study_architecture import run_architecture_study
+    from .capture.study_progress import run_all_with_progress
+
+    captured = run_architecture_study(settings, run_all_with_progress)
+    if not captured.complete:
+        return 1
+    for path in write_architecture_study(captured.stores, settings.out):
+        print(path)
+    return 0
 
 
 @study.command(name="depth")

@@ -15,7 +15,7 @@ from .axes import is_log, value_domain, y_axis
 from .captions import number
 from .depth_study import ENDS, PLACE_MEASURES
 from .findings import STAGES
-from .marks import DEPTH_COLOR, RECURRENCE_COLORS, Figure, Panel
+from .marks import DEPTH_COLOR, RECURRENCE_COLORS, Figure, Panel, spread_colors
 
 _MOST_NAMES = 12  # of places below a panel
 _WIDEST_BAND = 3  # times what the lines run through, as for the report's figures
@@ -85,10 +85,7 @@ def place_names(study: xr.Dataset) -> list[str]:
 
 def _count_color(counts: Sequence[int]) -> alt.Color:
     """Green to night blue from the fewest recurrences to the most, as in every other figure."""
-    at = np.linspace(0, len(RECURRENCE_COLORS) - 1, len(counts))
-    channels = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in RECURRENCE_COLORS])
-    mixed = np.stack([np.interp(at, range(len(channels)), channel) for channel in channels.T], axis=1)
-    colors = ["#" + "".join(f"{round(value):02x}" for value in color) for color in mixed]
+    colors = spread_colors(RECURRENCE_COLORS, len(counts))
     legend = alt.Legend(
         title="recurrences", symbolType="stroke", symbolOpacity=1, symbolStrokeWidth=2, orient="bottom"
     )

@@ -34,11 +34,13 @@ class Panel:
     columns: tuple[str, ...]
     layers: Sequence[alt.Chart]
     hover: Sequence[alt.Chart] = ()
+    height: int = PANEL_HEIGHT
+    """pixels; on a page with axes and legend"""
 
     def chart(self, hover: bool) -> alt.LayerChart | alt.FacetChart:
         layers = [*self.layers, *self.hover] if hover else self.layers
         title = alt.Title(self.label, anchor="start", fontSize=12, fontWeight=600, color="#33332f", offset=8)
-        return alt.layer(*layers, data=alt.NamedData(name=self.data), title=title, height=PANEL_HEIGHT)
+        return alt.layer(*layers, data=alt.NamedData(name=self.data), title=title, height=self.height)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,14 @@ def color_scale(group: str, domain: tuple[int, int]) -> alt.Scale:
     colors = GROUP_COLORS[group]
     stops = np.linspace(domain[0], max(domain[1], domain[0] + 1), len(colors))
     return alt.Scale(domain=stops.tolist(), range=list(colors), clamp=True)  # beyond it is not white
+
+
+def spread_colors(scheme: Sequence[str], number: int) -> list[str]:
+    """So many colours from one end of a scheme to the other."""
+    at = np.linspace(0, len(scheme) - 1, number)
+    channels = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in scheme])
+    mixed = np.stack([np.interp(at, range(len(channels)), channel) for channel in channels.T], axis=1)
+    return ["#" + "".join(f"{round(value):02x}" for value in color) for color in mixed]
 
 
 def grouped_lines(

@@ -168,3 +168,44 @@ class DepthStudySettings:
     """Of drawn initial states, which are the same for every count."""
     batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureStudySettings:
+    """Capture randomly initialised loops of every combination; the same command goes on where it stopped."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """For the stores, one a combination and seed, the tables, the figures and report.html."""
+    norms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NORM [NORM ...]")] = ("pre", "huginn", "ouro")
+    """Where norms stand: pre, huginn, ouro or olmo2. This and the next seven are the axes of the study, which
+    is their product; defaults are those of the paper's section 4.2."""
+    injection: Annotated[tuple[Literal["yes", "no"], ...], tyro.conf.arg(metavar="yes|no [yes|no]")] = (
+        "yes",
+        "no",
+    )
+    """Whether every recurrence is given the embeddings, and starts from a drawn state."""
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(metavar="LAYERS [LAYERS ...]")] = (4, 12, 16)
+    """Layers of the core; there is no prelude and no coda."""
+    recurrences: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TIMES [TIMES ...]")] = (128,)
+    """Passes through the core, at least 2."""
+    widths: Annotated[tuple[int, ...], tyro.conf.arg(metavar="CHANNELS [CHANNELS ...]")] = (256,)
+    """Channels of the residual stream."""
+    gains: Annotated[tuple[float, ...], tyro.conf.arg(metavar="GAIN [GAIN ...]")] = (0.32,)
+    """Standard deviation of every matrix but the embeddings, times the square root of the width."""
+    embedding_stds: Annotated[tuple[float, ...], tyro.conf.arg(metavar="STD [STD ...]")] = (1.0,)
+    """Standard deviation of the embeddings."""
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = (0, 1, 2)
+    """Of the weights, and of the drawn initial states."""
+    head_width: Annotated[int, tyro.conf.arg(metavar="CHANNELS")] = 64
+    """Channels of an attention head, the same for every width; a smaller width has one head."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """.jsonl (with --field), .txt (a document a line), token ids as .npy [S, T] or .safetensors; prompts that
+    come with looptap if not given."""
+    field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
+    """Field of each .jsonl line that holds the text."""
+    limit: Annotated[int, tyro.conf.arg(metavar="ROWS")] = 4
+    """Only the first so many rows of the data."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""

@@ -26,7 +26,12 @@ import looptap
 from looptap.__main__ import main
 from looptap.capture.models.load import load_model
 from looptap.capture.neurons import logit_moments, summarise
-from looptap.capture.settings import CaptureSettings, DepthStudySettings, InspectSettings
+from looptap.capture.settings import (
+    ArchitectureStudySettings,
+    CaptureSettings,
+    DepthStudySettings,
+    InspectSettings,
+)
 from looptap.capture.store.commit import Store
 
 MODEL = "random:(1,2x3,1)I,width=32,heads=2,norm=huginn"
@@ -273,7 +278,7 @@ HELP = [
     *([name] for name in ("capture", "status", "verify", "info", "analyze", "report", "inspect", "demo")),
     ["study"],
     ["bench"],
-    *(["study", name] for name in ("depth",)),
+    *(["study", name] for name in ("architecture", "depth")),
     *(["bench", name] for name in ("analysis", "capture", "engine", "kernels", "load", "store", "watch")),
 ]
 
@@ -317,7 +322,12 @@ def test_help(command):
     for name, text in entries.items():
         said = re.sub(r"\((default:.*|required)\)", "", text)
         assert len(said.split()) >= 3, f"{name}: {text}"
-    known = {"capture": CaptureSettings, "inspect": InspectSettings, "study depth": DepthStudySettings}
+    known = {
+        "capture": CaptureSettings,
+        "inspect": InspectSettings,
+        "study architecture": ArchitectureStudySettings,
+        "study depth": DepthStudySettings,
+    }
     if settings := known.get(" ".join(command)):
         assert len(entries) == len(fields(settings)) + 1  # -h
 
