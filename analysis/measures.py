@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
+from . import by_head
 from .loop_state import mean_at_loop_state, settled_share, to_depths
 from .streaming import (
     Depths,
@@ -32,7 +33,6 @@ SINK_SCORE = (
 )
 STATISTICS = ("value", "low", "high", "sequences")
 _FOLDS = {"mean": MeanFold, "max": MaxFold, "median": MedianFold}
-_BLOCK_BYTES = 2**25  # float64 workspace of the column sums, so that a long sequence does not multiply memory
 
 
 @dataclass(frozen=True)
@@ -95,38 +95,21 @@ def _sink_rate(arrays: Arrays, depths: Depths) -> np.ndarray:
 
 
 def _colsum_concentration(arrays: Arrays, depths: Depths) -> np.ndarray:
-    received_TDH = arrays["attention_received"]
-    T, D, H = received_TDH.shape
-    concentration_D = np.full(D, np.nan)
-    if T == 1:  # one key takes everything: neither concentrated nor spread
-        return concentration_D
-    block = max(1, _BLOCK_BYTES // (8 * T * H))
-    for start in range(0, D, block):
-        share_TDH = received_TDH[:, start : start + block].astype(np.float64) / T
-        log_TDH = np.log(share_TDH, out=np.zeros_like(share_TDH), where=share_TDH > 0)
-        entropy_DH = -(share_TDH * log_TDH).sum(axis=0)
-        concentration_D[start : start + block] = finite_mean(1 - entropy_DH / np.log(T), 1)
-    return concentration_D
+    return finite_mean(by_head.concentration(arrays["attention_received"]), 1)
 
 
-def _change(name: str, scale: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays, Depths], np.ndarray]:
-    """Mean over heads of `scale` of the absolute change of `name` from one recurrence to the next."""
-
-    def of_sequence(arrays: Arrays, depths: Depths) -> np.ndarray:
-        values_TDH, core_RL = arrays[name], depths.core_RL
-        change_D = np.full(len(depths), np.nan)
-        for before_L, now_L in pairwise(core_RL):
-            change_TLH = np.abs(values_TDH[:, now_L] - values_TDH[:, before_L])
-            change_D[now_L] = finite_mean(scale(change_TLH), 1)
-        return change_D
-
-    return of_sequence
+def _entropy_change(arrays: Arrays, depths: Depths) -> np.ndarray:
+    return finite_mean(by_head.entropy_change(arrays["attention_entropy"], depths.core_RL), 1)
 
 
-_entropy_change = _change("attention_entropy", lambda change_TLH: finite_mean(change_TLH, 0))
-_received_change = _change(  # total variation of the share that each key receives
-    "attention_received", lambda change_TLH: change_TLH.sum(axis=0, dtype=np.float64) / (2 * len(change_TLH))
-)
+def _received_change(arrays: Arrays, depths: Depths) -> np.ndarray:
+    """Total variation of the share that each key receives, from one recurrence to the next, mean of heads."""
+    received_TDH, change_D = arrays["attention_received"], np.full(len(depths), np.nan)
+    for before_L, now_L in pairwise(depths.core_RL):
+        change_TLH = np.abs(received_TDH[:, now_L] - received_TDH[:, before_L])
+        change_D[now_L] = finite_mean(change_TLH.sum(axis=0, dtype=np.float64) / (2 * len(change_TLH)), 1)
+    return change_D
+
 
 _RESIDUAL, _SHARE, _COSINE, _NAT = "residual units", "share of the norm", "cosine", "nat"
 
