@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 
 from . import answer_figures
 from .findings import Findings
+from .head_figure import attention_heads
 from .marks import Figure
 from .panels import depth_figure, grouped_figure
 from .paths import path_figure
+from .sequence_figure import single_sequences
 from .verdicts import CONVERGED_STEP, SETTLED_ENTROPY
 
 _STAGE_MEASURES = ("mixing_score", "sink_rate", "colsum_concentration")
@@ -164,11 +166,13 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     attention_settling,
     attention_distances,
     answer_figures.attention_distance,
+    attention_heads,
     stages_by_depth,
     stages_by_recurrence,
     stages_by_layer,
     answer_figures.stages_repeat,
     residual_norms,
+    single_sequences,
     lens,
     answer_figures.settling,
     exit_gate,

@@ -39,13 +39,13 @@ def _mean(quantity: str) -> Callable[[Arrays, Depths], np.ndarray]:
 HEAD_MEASURES: dict[str, HeadMeasure] = {
     each.name: each
     for each in (
-        HeadMeasure("sink_score", _mean("attention_sink"), "mean attention to the first keys over queries"),
-        HeadMeasure("mixing_score", _mean("attention_entropy"), "mean entropy of attention rows"),
         HeadMeasure(
             "entropy_change",
             lambda arrays, depths: by_head.entropy_change(arrays["attention_entropy"], depths.core_RL),
             "mean absolute change of a row's entropy since the recurrence before",
         ),
+        HeadMeasure("sink_score", _mean("attention_sink"), "mean attention to the first keys over queries"),
+        HeadMeasure("mixing_score", _mean("attention_entropy"), "mean entropy of attention rows"),
         HeadMeasure(
             "colsum_concentration",
             lambda arrays, depths: by_head.concentration(arrays["attention_received"]),

@@ -193,7 +193,7 @@ def grouped_lines(
     )
     if not alone:  # hovering finds what is chosen
         points = points.transform_filter(is_shown(group))
-    return [*_chosen_place(x, place), *layers], [focus, points.add_params(near)]
+    return [*chosen_place(x, place), *layers], [focus, points.add_params(near)]
 
 
 def _line_style(domain: tuple[int, int]) -> tuple[float, float]:
@@ -204,7 +204,7 @@ def _line_style(domain: tuple[int, int]) -> tuple[float, float]:
     return (1.2, 0.8) if num_lines <= _SOME_LINES else (0.7, 0.6)
 
 
-def _chosen_place(x: str, place: alt.X) -> list[alt.Chart]:
+def chosen_place(x: str, place: alt.X) -> list[alt.Chart]:
     """A rule where the layer or recurrence that a reader has chosen stands on an axis of them."""
     base = alt.Chart(alt.InlineData(values=[{}])).transform_calculate(at=chosen(x))
     base = base.transform_filter(f"datum.at != {ALL}").mark_rule(color=CHOSEN_COLOR, opacity=0.6, clip=True)
