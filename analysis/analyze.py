@@ -5,8 +5,11 @@ from pathlib import Path
 import pandas as pd
 import xarray as xr
 
+from . import heads, sequences
 from .findings import Findings, find, long_table
+from .walk import CannotTellError
 
+_TOGETHER = {"heads": heads, "sequences": sequences}  # whose analyses make one table
 TABLE_FORMATS = ("parquet", "csv")
 FIGURE_FORMATS = ("png", "svg")
 _PNG_SCALE = 2.0  # pixels a point: sharp on paper and on dense screens
@@ -32,7 +35,8 @@ def write_analysis(
     Returns:
         paths written: `measures` (a row per measure and depth), `verdicts`, `non_finite`, `trajectory` and
         `distinctness` where states are kept, one or several of each analysis that the store can answer
-        (such as `limits_share`), and one file per figure and format.
+        (such as `limits_share`; `heads` has a row per measure, depth and head, `sequences` one per depth of
+        up to sixteen sequences), and one file per figure and format.
     Raises:
         FormatError: a format is unknown.
         NothingCapturedError: the store has no finished sequence yet.
@@ -62,9 +66,15 @@ def tables(findings: Findings) -> dict[str, pd.DataFrame]:
     if isinstance(findings.distinctness, xr.Dataset):
         pairs = findings.distinctness[["cosine", "relative_distance"]]
         result["distinctness"] = pairs.to_dataframe().reset_index()
+    alone = set(findings.answers) - {each.name for part in _TOGETHER.values() for each in part.ANALYSES}
     for name, found in findings.answers.items():
-        if isinstance(found, xr.Dataset):
+        if isinstance(found, xr.Dataset) and name in alone:
             result |= _answer_tables(name, found)
+    for name, part in _TOGETHER.items():
+        try:
+            result[name] = part.long_table(part.gathered(findings.answers))
+        except CannotTellError:
+            continue  # why stands in the report, with every measure that is missing
     return result
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 
 from . import answer_figures, map_figures, neuron_figures, stage_figures
 from .findings import Findings
+from .head_figure import attention_heads
 from .marks import Figure
 from .panels import depth_figure, grouped_figure
 from .paths import path_figure
+from .sequence_figure import single_sequences
 from .verdicts import CONVERGED_STEP, SETTLED_ENTROPY
 
 _STAGE_MEASURES = ("mixing_score", "sink_rate", "colsum_concentration")
@@ -164,6 +166,7 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     attention_settling,
     attention_distances,
     map_figures.attention_distance,
+    attention_heads,
     stages_by_depth,
     stages_by_recurrence,
     stages_by_layer,
@@ -171,6 +174,7 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     stage_figures.stages_like_the_reference,
     residual_norms,
     neuron_figures.neurons,
+    single_sequences,
     lens,
     answer_figures.settling,
     exit_gate,

@@ -5,7 +5,7 @@ page lets them be and with hover, are what the report shows. Captures share the 
 eyes can compare.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .axes import PANEL_HEIGHT, depth_axis
+from .choices import ALL, Choice, chosen, fading, is_picked, is_shown, parameters
 
 # one scheme per grouping, everywhere: recurrences from green to night blue, layers from amber to plum,
 # realised depth in grey; lightness falls along each scheme, so that order shows without colour too
@@ -21,6 +22,7 @@ RECURRENCE_COLORS = ("#4fb58c", "#2c93a8", "#2b66a8", "#2a3a8c", "#1c1347")
 LAYER_COLORS = ("#e39a2d", "#d96b3a", "#bf3f55", "#8a2a6b", "#4a1a55")
 GROUP_COLORS = {"recurrence": RECURRENCE_COLORS, "layer": LAYER_COLORS}
 DEPTH_COLOR = "#4a4a48"
+CHOSEN_COLOR = "#bf3f55"  # of what a reader has chosen, where lines have no colour of their own
 FONT = "Inter, Helvetica Neue, Arial, sans-serif"  # vl-convert brings its own for the last
 FEW_LINES, _SOME_LINES = 16, 48  # up to here: bands beside the lines; from here on: hairlines
 
@@ -36,11 +38,20 @@ class Panel:
     hover: Sequence[alt.Chart] = ()
     height: int = PANEL_HEIGHT
     """pixels; on a page with axes and legend"""
+    chosen: Mapping[str, int] = field(default_factory=dict)
+    """choices that its expressions name, with what they are at first"""
+    when: Mapping[str, str] = field(default_factory=dict)
+    """choices that it is drawn for: a value, or "one" or "all" """
+    instead: Sequence["Panel"] = ()
+    """what stands in its place for other choices"""
 
-    def chart(self, hover: bool) -> alt.LayerChart | alt.FacetChart:
+    def chart(self, hover: bool, alone: bool = True) -> alt.LayerChart | alt.FacetChart:
+        """The plot; one that does not stand alone leaves the parameters of its choices to what holds it."""
         layers = [*self.layers, *self.hover] if hover else self.layers
         title = alt.Title(self.label, anchor="start", fontSize=12, fontWeight=600, color="#33332f", offset=8)
-        return alt.layer(*layers, data=alt.NamedData(name=self.data), title=title, height=self.height)
+        options: dict[str, Any] = {"params": parameters(self.chosen)} if alone and self.chosen else {}
+        data = alt.NamedData(name=self.data)
+        return alt.layer(*layers, data=data, title=title, height=self.height, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +68,8 @@ class Figure:
     tables: dict[str, pd.DataFrame]
     group: str | None = None
     group_domain: tuple[int, int] = (0, 1)
+    choices: Sequence[Choice] = ()
+    """controls of this figure alone"""
     absent: dict[str, str] = field(default_factory=dict)
     """capture -> why it is not drawn"""
     notes: Sequence[str] = ()
@@ -66,9 +79,11 @@ class Figure:
 
     def chart(self, width: int = 420) -> alt.ConcatChart:
         """The whole figure as one chart that holds its data; nothing in it is loaded from elsewhere."""
-        charts = [panel.chart(hover=False).properties(width=width) for panel in self.panels]
+        charts = [panel.chart(hover=False, alone=False).properties(width=width) for panel in self.panels]
         title = alt.Title(self.title, subtitle=self.subtitle, anchor="start", fontSize=16, offset=14)
-        chart = alt.concat(*charts, columns=self.columns, title=title, spacing=28)
+        defaults = {name: value for panel in self.panels for name, value in panel.chosen.items()}
+        options: dict[str, Any] = {"params": parameters(defaults)} if defaults else {}
+        chart = alt.concat(*charts, columns=self.columns, title=title, spacing=28, **options)
         columns = {
             name: [c for p in self.panels if p.data == name for c in p.columns] for name in self.tables
         }
@@ -145,22 +160,28 @@ def grouped_lines(
     log: bool,
     band: bool,
     tooltip: Sequence[alt.Tooltip],
+    where: str = "datum.recurrence >= 0",
 ) -> tuple[list[alt.Chart], list[alt.Chart]]:
-    """A line per layer or recurrence, thinner the more there are; and what hovering shows."""
-    num_lines = domain[1] - domain[0] + 1
-    width, opacity = (
-        (1.8, 0.95) if num_lines <= FEW_LINES else (1.2, 0.8) if num_lines <= _SOME_LINES else (0.7, 0.6)
-    )
-    shown = f"datum.recurrence >= 0 && isValid(datum.{y})" + (f" && datum.{y} > 0" if log else "")
+    """A line per layer or recurrence, thinner the more there are; and what hovering shows.
+
+    The panel must hold the choices `group` and `x`: the line that is chosen stands out, a rule marks the
+    chosen place.
+    """
+    width, opacity = _line_style(domain)
+    shown = f"{where} && isValid(datum.{y})" + (f" && datum.{y} > 0" if log else "")
     single = x_domain[0] == x_domain[1]
     ends = [x_domain[0] - 0.5, x_domain[1] + 0.5] if single else list(x_domain)
     place = alt.X(
         f"{x}:Q", axis=alt.Axis(title=x, tickMinStep=1, format="d"), scale=alt.Scale(domain=ends, nice=False)
     )
     color = color_by(group, domain)
+    alone = domain[0] == domain[1]  # what has no layers has none to choose
     base = alt.Chart().transform_filter(shown)
     base = base.encode(x=place, y=alt.Y(f"{y}:Q", **y_options), color=color, detail=f"{group}:N")
     line = base.mark_line(strokeWidth=width, opacity=opacity, clip=True, interpolate="linear")
+    if not alone:
+        stands_out = alt.condition(is_picked(group), alt.value(width + 1), alt.value(width))
+        line = line.encode(opacity=fading(opacity, group), strokeWidth=stands_out)
     layers = [line]
     if band:
         area = (
@@ -170,7 +191,7 @@ def grouped_lines(
             .encode(x=place, y=alt.Y(f"{y}_low:Q", **y_options), y2=f"{y}_high:Q", detail=f"{group}:N",
                     fill=alt.Fill(f"{group}:Q", scale=color_scale(group, domain), legend=None))
         )  # fmt: skip
-        layers = [area, line]
+        layers = [area if alone else area.encode(opacity=fading(0.13, group)), line]
     if single:  # a line needs two points
         layers.append(base.mark_point(filled=True, size=18, opacity=1))
     near = alt.selection_point(
@@ -180,7 +201,24 @@ def grouped_lines(
     points = base.mark_point(filled=True, size=34).encode(
         opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=list(tooltip)
     )
-    return layers, [focus, points.add_params(near)]
+    if not alone:  # hovering finds what is chosen
+        points = points.transform_filter(is_shown(group))
+    return [*chosen_place(x, place), *layers], [focus, points.add_params(near)]
+
+
+def _line_style(domain: tuple[int, int]) -> tuple[float, float]:
+    """Width and opacity of a line among so many."""
+    num_lines = domain[1] - domain[0] + 1
+    if num_lines <= FEW_LINES:
+        return 1.8, 0.95
+    return (1.2, 0.8) if num_lines <= _SOME_LINES else (0.7, 0.6)
+
+
+def chosen_place(x: str, place: alt.X) -> list[alt.Chart]:
+    """A rule where the layer or recurrence that a reader has chosen stands on an axis of them."""
+    base = alt.Chart(alt.InlineData(values=[{}])).transform_calculate(at=chosen(x))
+    base = base.transform_filter(f"datum.at != {ALL}").mark_rule(color=CHOSEN_COLOR, opacity=0.6, clip=True)
+    return [base.encode(x=alt.X("at:Q", axis=place["axis"], scale=place["scale"]))]
 
 
 def depth_lines(
@@ -192,9 +230,13 @@ def depth_lines(
     band: bool,
     tooltip: Sequence[alt.Tooltip],
     dash: bool = False,
+    where: str = "true",
 ) -> tuple[list[alt.Chart], list[alt.Chart]]:
-    """One grey line along realised depth with its band; and what hovering shows."""
-    shown = f"isValid(datum.{y})" + (f" && datum.{y} > 0" if log else "")
+    """One grey line along realised depth with its band; and what hovering shows.
+
+    The panel must hold the choices layer and recurrence: the blocks of the core that are chosen stand out.
+    """
+    shown = f"{where} && isValid(datum.{y})" + (f" && datum.{y} > 0" if log else "")
     base = (
         alt.Chart()
         .transform_filter(shown)
@@ -208,6 +250,8 @@ def depth_lines(
     layers = [area.transform_filter(f"isValid(datum.{y}_low)"), line] if band else [line]
     if num_depths <= 64:
         layers.append(base.mark_point(filled=True, size=16, opacity=1))
+    picked = base.transform_filter(f"datum.recurrence >= 0 && {is_picked('layer', 'recurrence')}")
+    layers.append(picked.mark_point(filled=True, size=42, opacity=1).encode(color=alt.value(CHOSEN_COLOR)))
     near = alt.selection_point(
         on="pointerover", clear="pointerout", nearest=True, fields=["depth"], empty=False
     )

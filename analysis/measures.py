@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
+from . import by_head
 from .loop_state import mean_at_loop_state, settled_share, to_depths
 from .streaming import (
     Depths,
@@ -31,7 +32,6 @@ SINK_SCORE = (
 )
 STATISTICS = ("value", "low", "high", "sequences")
 _FOLDS = {"mean": MeanFold, "max": MaxFold, "median": MedianFold}
-_BLOCK_BYTES = 2**25  # float64 workspace of the column sums, so that a long sequence does not multiply memory
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class Measure:
 
     def curve(self, arrays: Arrays, depths: Depths) -> np.ndarray:
         """What `of_sequence` gives, computed once for all analyses of a walk."""
-        if self.name not in arrays.curves:
-            arrays.curves[self.name] = self.of_sequence(arrays, depths)
-        return arrays.curves[self.name]
+        return arrays.once(self.name, lambda: self.of_sequence(arrays, depths))
 
 
 def _mean(name: str) -> Callable[[Arrays, Depths], np.ndarray]:
@@ -94,43 +92,26 @@ def _largest_peak(arrays: Arrays, depths: Depths) -> np.ndarray:
 
 
 def _sink_rate(arrays: Arrays, depths: Depths) -> np.ndarray:
-    score_DH = finite_mean(arrays["attention_sink"], 0)
+    score_DH = by_head.mean(arrays, "attention_sink")
     finite_DH = np.isfinite(score_DH)
     return _ratio(((score_DH >= SINK_SCORE) & finite_DH).sum(axis=1), finite_DH.sum(axis=1))
 
 
 def _colsum_concentration(arrays: Arrays, depths: Depths) -> np.ndarray:
-    received_TDH = arrays["attention_received"]
-    T, D, H = received_TDH.shape
-    concentration_D = np.full(D, np.nan)
-    if T == 1:  # one key takes everything: neither concentrated nor spread
-        return concentration_D
-    block = max(1, _BLOCK_BYTES // (8 * T * H))
-    for start in range(0, D, block):
-        share_TDH = received_TDH[:, start : start + block].astype(np.float64) / T
-        log_TDH = np.log(share_TDH, out=np.zeros_like(share_TDH), where=share_TDH > 0)
-        entropy_DH = -(share_TDH * log_TDH).sum(axis=0)
-        concentration_D[start : start + block] = finite_mean(1 - entropy_DH / np.log(T), 1)
-    return concentration_D
+    return finite_mean(by_head.concentration(arrays), 1)
 
 
-def _change(name: str, scale: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays, Depths], np.ndarray]:
-    """Mean over heads of `scale` of the absolute change of `name` from one recurrence to the next."""
-
-    def of_sequence(arrays: Arrays, depths: Depths) -> np.ndarray:
-        core_TCH, L = arrays[name][:, depths.core], depths.core_RL.shape[1]
-        change_D = np.full(len(depths), np.nan)
-        change_TCH = core_TCH[:, L:] - core_TCH[:, :-L]
-        change_D[depths.core][L:] = finite_mean(scale(np.abs(change_TCH, out=change_TCH)), 1)
-        return change_D
-
-    return of_sequence
+def _entropy_change(arrays: Arrays, depths: Depths) -> np.ndarray:
+    return finite_mean(by_head.entropy_change(arrays, depths), 1)
 
 
-_entropy_change = _change("attention_entropy", lambda change_TCH: finite_mean(change_TCH, 0))
-_received_change = _change(  # total variation of the share that each key receives
-    "attention_received", lambda change_TCH: change_TCH.sum(axis=0, dtype=np.float64) / (2 * len(change_TCH))
-)
+def _received_change(arrays: Arrays, depths: Depths) -> np.ndarray:
+    """Total variation of the share that each key receives, from one recurrence to the next, mean of heads."""
+    change_TCH, change_D = by_head.changes(arrays["attention_received"], depths), np.full(len(depths), np.nan)
+    moved_CH = change_TCH.sum(axis=0, dtype=np.float64) / (2 * len(change_TCH))
+    change_D[depths.core][depths.core_RL.shape[1] :] = finite_mean(moved_CH, 1)
+    return change_D
+
 
 _RESIDUAL, _SHARE, _COSINE, _NAT = "residual units", "share of the norm", "cosine", "nat"
 

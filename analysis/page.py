@@ -21,7 +21,8 @@ from .findings import Findings
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from .marks import Figure
+    from .choices import Choice
+    from .marks import Figure, Panel
 
 
 def render_page(
@@ -38,6 +39,7 @@ def render_page(
             lead=lead,
             findings=findings,
             figures=[_with_caption(figure, findings) for figure in figures],
+            choices=_choices(figures, findings),
             panel_height=axes.PANEL_HEIGHT,
             colors={group: ", ".join(colors) for group, colors in marks.GROUP_COLORS.items()},
             bundle=_bundle(),
@@ -91,23 +93,42 @@ def _environment() -> "Environment":
 
 
 def _with_caption(figure: "Figure", findings: Sequence[Findings]) -> dict[str, Any]:
-    panels = []
-    for index, panel in enumerate(figure.panels):
-        spec = panel.chart(hover=True).properties(
-            width="container", description=f"{figure.title}, {panel.label}"
-        )
-        body = spec.to_dict(validate=False)
-        if figure.group:  # the page draws that legend once
-            body = _without_legends(body)
-        body |= {"autosize": {"type": "fit", "contains": "padding"}}
-        body.pop("config", None)
-        packed = {"table": panel.data, "columns": list(dict.fromkeys(panel.columns)), "spec": body}
-        panels.append({"id": f"{figure.name}-{index}", "packed": packed, "label": panel.label})
+    panels = [
+        {
+            "id": f"{figure.name}-{index}",
+            "label": panel.label,
+            "when": dict(panel.when),
+            "packed": _packed(panel, figure),
+            "instead": [(dict(other.when), _packed(other, figure)) for other in panel.instead],
+        }
+        for index, panel in enumerate(figure.panels)
+    ]
     return {
         "figure": figure,
         "panels": panels,
         "caption": list(figure.caption) or caption(figure.name, findings),
     }
+
+
+def _packed(panel: "Panel", figure: "Figure") -> dict[str, Any]:
+    """A panel's specification, and the table and columns that it draws from."""
+    spec = panel.chart(hover=True).properties(width="container", description=f"{figure.title}, {panel.label}")
+    body = spec.to_dict(validate=False)
+    if figure.group:  # the page draws that legend once
+        body = _without_legends(body)
+    body |= {"autosize": {"type": "fit", "contains": "padding"}}
+    body.pop("config", None)
+    return {"table": panel.data, "columns": list(dict.fromkeys(panel.columns)), "spec": body}
+
+
+def _choices(figures: Sequence["Figure"], findings: Sequence[Findings]) -> list["Choice"]:
+    """The controls that all figures follow, as far as one of them does and there is something to choose."""
+    from .choices import EVERYWHERE, numbered
+
+    followed = {name for figure in figures for panel in figure.panels for name in panel.chosen}
+    shapes = [each.depths.core_RL.shape for each in findings]
+    most = {"recurrence": max(R for R, _ in shapes), "layer": max(L for _, L in shapes)}
+    return [numbered(name, most[name]) for name in EVERYWHERE if name in followed and most[name] > 1]
 
 
 def _without_legends(spec: Any) -> Any:
@@ -123,7 +144,7 @@ def _by_column(figures: Sequence["Figure"]) -> dict[str, dict[str, list[Any]]]:
 
     packed: dict[str, dict[str, list[Any]]] = {}
     for figure in figures:
-        for panel in figure.panels:
+        for panel in (each for first in figure.panels for each in (first, *first.instead)):
             table, columns = figure.tables[panel.data], packed.setdefault(panel.data, {})
             columns |= {c: to_json_column(np.asarray(table[c])) for c in panel.columns if c not in columns}
     return packed

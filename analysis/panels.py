@@ -21,6 +21,7 @@ from .axes import (
     value_domain,
     y_axis,
 )
+from .choices import ALL, EVERYWHERE
 from .findings import Findings
 from .marks import FEW_LINES, Figure, Panel, depth_lines, grouped_lines
 from .measures import MEASURES
@@ -66,7 +67,7 @@ def grouped_figure(
         name=name,
         title=title,
         paper=paper,
-        subtitle=_counts(drawn, banded),
+        subtitle=means_over(drawn, banded),
         columns=len(drawn) if len(drawn) > 1 else len(panels),
         panels=panels,
         tables=tables,
@@ -126,7 +127,7 @@ def depth_figure(
         name=name,
         title=title,
         paper=paper,
-        subtitle=_counts(drawn, banded),
+        subtitle=means_over(drawn, banded),
         columns=len(drawn) if len(drawn) > 1 or len(drawn[0].depths) > _WIDE else len(panels),
         panels=panels,
         tables=tables,
@@ -207,7 +208,14 @@ def _panel(
     values = [column for name in held for column in (name, f"{name}_low", f"{name}_high")]
     columns = ("depth", "stage", "layer", "recurrence", *values)
     label = each.label if beside else MEASURES[measured[0]].title
-    return Panel(label=label, data=_table_name(each), columns=columns, layers=layers, hover=hover)
+    return Panel(
+        label=label,
+        data=_table_name(each),
+        columns=columns,
+        layers=layers,
+        hover=hover,
+        chosen=dict.fromkeys(EVERYWHERE, ALL),
+    )
 
 
 def _empty_panel(each: Findings, measured: str) -> Panel:
@@ -234,11 +242,13 @@ def _has(each: Findings, measures: Sequence[str]) -> bool:
 
 
 def group_domain(findings: Sequence[Findings], group: str) -> tuple[int, int]:
+    """First and last layer or recurrence of the core over all captures."""
     shapes = [each.depths.core_RL.shape for each in findings]
     return 0, max(shape[0 if group == "recurrence" else 1] for shape in shapes) - 1
 
 
-def _counts(findings: Sequence[Findings], banded: bool) -> str:
+def means_over(findings: Sequence[Findings], banded: bool) -> str:
+    """Over how many sequences and tokens the captures of a figure are means."""
     sizes = [each.measures.attrs for each in findings]
     counts = dict.fromkeys((size["num_sequences"], size["num_tokens"]) for size in sizes)
     if len(counts) == 1 and sizes[0]["num_sequences"] == 1:

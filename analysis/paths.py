@@ -8,6 +8,7 @@ import pandas as pd
 import xarray as xr
 
 from .axes import SHORT_LABEL
+from .choices import ALL, EVERYWHERE, FADED, fading, is_shown
 from .findings import Findings
 from .marks import DEPTH_COLOR, Figure, Panel, color_by, color_scale
 from .panels import group_domain
@@ -26,7 +27,13 @@ def path_figure(findings: Sequence[Findings], *, name: str, title: str, paper: s
         tables[data] = table
         columns, last = tuple(table.columns), int(path["recurrence"].max())
         panels.append(
-            Panel(label=each.label, data=data, columns=columns, layers=_path_layers(axes, last, domain))
+            Panel(
+                label=each.label,
+                data=data,
+                columns=columns,
+                layers=_path_layers(axes, last, domain),
+                chosen=dict.fromkeys(EVERYWHERE, ALL),
+            )
         )
         tokens.append(f"sequence {path.attrs['sequence_id']} (position {path.attrs['token_position']})")
     tokens = list(dict.fromkeys(tokens))
@@ -63,17 +70,20 @@ def _path_layers(axes: Sequence[alt.Axis], last: int, domain: tuple[int, int]) -
     )
     tooltip = [alt.Tooltip(f"{name}:Q", format="d") for name in ("layer", "recurrence", "depth")]
     line = base.mark_line(strokeWidth=0.8, color=DEPTH_COLOR, opacity=0.35).encode(order="depth:Q")
-    fading = alt.Scale(domain=[0, max(1, last)], range=[0.35, 0.95])
+    rising = alt.Scale(domain=[0, max(1, last)], range=[0.35, 0.95])
+    by_recurrence = alt.Opacity("recurrence:Q", scale=rising, legend=None)
     points = base.mark_point(filled=True, size=26).encode(
         color=color_by("layer", domain),
-        opacity=alt.Opacity("recurrence:Q", scale=fading, legend=None),
+        opacity=alt.condition(is_shown(*EVERYWHERE), by_recurrence, alt.value(0.35 * FADED)),
         tooltip=tooltip,
     )
     ends = (
         base.transform_filter(f"datum.recurrence == {last}")
         .mark_point(filled=False, size=90, strokeWidth=1.6, opacity=1)
         .encode(
-            stroke=alt.Stroke("layer:Q", scale=color_scale("layer", domain), legend=None), tooltip=tooltip
+            stroke=alt.Stroke("layer:Q", scale=color_scale("layer", domain), legend=None),
+            opacity=fading(1.0, *EVERYWHERE),
+            tooltip=tooltip,
         )
     )
     return [line, points, ends]

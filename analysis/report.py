@@ -11,8 +11,10 @@ import xarray as xr
 from .analyses import ANALYSES
 from .captions import number
 from .findings import Findings, find
+from .heads import ANALYSES as HEADS
 from .measures import MEASURES
 from .page import model_facts, render_page, write_page
+from .sequences import ANALYSES as SEQUENCES
 from .verdicts import Verdict
 
 _TABLE_MEASURES = (
@@ -26,6 +28,7 @@ _TABLE_MEASURES = (
     "colsum_concentration",
 )
 _MOST_ROWS = 16
+_OF_MEASURES = {each.name for each in (*HEADS, *SEQUENCES)}  # missing where the measure itself is
 
 
 def write_report(
@@ -139,7 +142,7 @@ def _missing(findings: Sequence[Findings]) -> list[tuple[str, list[tuple[str, st
         for name, why in each.measures.attrs["missing"].items():
             reasons.setdefault(why, []).append(MEASURES[name].title.lower())
         for name, value in each.answers.items():
-            if isinstance(value, str):
+            if isinstance(value, str) and name not in _OF_MEASURES:
                 reasons.setdefault(value, []).append(ANALYSES[name].title.lower())
         for name in ("trajectory", "distinctness"):
             value = getattr(each, name)

@@ -24,7 +24,13 @@ class Arrays(dict[str, np.ndarray]):
 
     def __init__(self, quantities: Mapping[str, np.ndarray]) -> None:
         super().__init__(quantities)
-        self.curves: dict[str, np.ndarray] = {}
+        self._made: dict[str, np.ndarray] = {}
+
+    def once(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `compute` gives, computed by the first that asks for this name."""
+        if name not in self._made:
+            self._made[name] = compute()
+        return self._made[name]
 
 
 class CannotTellError(ValueError):

@@ -77,7 +77,8 @@ def test_every_weight_of_a_small_prompt_is_in_the_page(tmp_path):
             expected_TT = attention[int(depth), head]
             np.testing.assert_allclose(square(weights, len(TOKENS)), expected_TT, atol=5.1e-4)
     assert maps["names"]["0"] == "prelude layer 0" and maps["names"]["4"] == "core layer 1, recurrence 1"
-    assert page.tags.count("option") == 10 + 1  # every block, and the head chosen at first
+    # every block, and the head chosen at first; of the figures all, two layers, four recurrences
+    assert page.tags.count("option") == 10 + 1 + (1 + 2) + (1 + 4)
 
 
 def test_page_holds_prompt_lens_and_figures_and_loads_nothing(tmp_path):

@@ -42,6 +42,8 @@ NAMES = (
     "exit_gate",
     "rates",
     "settling",
+    "attention_heads",
+    "single_sequences",
 )
 
 
@@ -77,7 +79,7 @@ def test_report_holds_every_figure_and_loads_nothing(tmp_path):
 def test_every_panel_finds_its_table_and_columns(tmp_path):
     page = page_of(tmp_path, capture(), contraction(0.5, 5 * np.eye(3, 8)), feedforward())
     (tables,) = page.json(id="tables")
-    for spec in page.json(**{"class": "spec"}):
+    for spec in page.json(**{"class": "spec"}) + page.json(**{"class": "instead"}):
         table = tables[spec["table"]]
         lengths = {len(table[column]) for column in spec["columns"]}
         assert len(lengths) == 1 and lengths.pop() > 0
