@@ -6,10 +6,11 @@ from .rates import ANALYSES as _RATES
 from .settling import ANALYSES as _SETTLING
 from .similarity import ANALYSES as _SIMILARITY
 from .stages import ANALYSES as _STAGES
+from .trajectories import ANALYSES as _PATHS
 from .two_scale import ANALYSES as _TWO_SCALE
 from .walk import Analysis
 
 ANALYSES: dict[str, Analysis] = {
     each.name: each
-    for each in (*_LIMITS, *_RATES, *_TWO_SCALE, *_SIMILARITY, *_SETTLING, *_STAGES, *_NEURONS)
+    for each in (*_LIMITS, *_RATES, *_TWO_SCALE, *_SIMILARITY, *_SETTLING, *_STAGES, *_NEURONS, *_PATHS)
 }

@@ -11,7 +11,7 @@ from . import answer_figures, neuron_figures
 from .findings import Findings
 from .marks import Figure
 from .panels import depth_figure, grouped_figure
-from .paths import path_figure
+from .paths import path_figure, trajectories
 from .verdicts import CONVERGED_STEP, SETTLED_ENTROPY
 
 _STAGE_MEASURES = ("mixing_score", "sink_rate", "colsum_concentration")
@@ -160,6 +160,7 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     answer_figures.rates,
     answer_figures.limits,
     trajectory,
+    trajectories,
     answer_figures.residual_similarity,
     attention_settling,
     attention_distances,
