@@ -8,6 +8,7 @@ from .sequences import ANALYSES as _SEQUENCES
 from .settling import ANALYSES as _SETTLING
 from .similarity import ANALYSES as _SIMILARITY
 from .stages import ANALYSES as _STAGES
+from .trajectories import ANALYSES as _PATHS
 from .two_scale import ANALYSES as _TWO_SCALE
 from .walk import Analysis
 
@@ -23,5 +24,6 @@ ANALYSES: dict[str, Analysis] = {
         *_HEADS,
         *_SEQUENCES,
         *_NEURONS,
+        *_PATHS,
     )
 }

@@ -12,7 +12,7 @@ from .findings import Findings
 from .head_figure import attention_heads
 from .marks import Figure
 from .panels import depth_figure, grouped_figure
-from .paths import path_figure
+from .paths import path_figure, trajectories
 from .sequence_figure import single_sequences
 from .verdicts import CONVERGED_STEP, SETTLED_ENTROPY
 
@@ -162,6 +162,7 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     answer_figures.rates,
     answer_figures.limits,
     trajectory,
+    trajectories,
     map_figures.residual_similarity,
     attention_settling,
     attention_distances,

@@ -42,11 +42,10 @@ def trajectory(
     """
     dataset = as_dataset(store)
     depths = depths_of(dataset)
-    kept = _kept_depths(dataset)
-    core = np.flatnonzero(depths.recurrence[kept] >= 0)
-    if len(core) < 2:
-        raise StatesMissingError(_advice(depths, f"{len(core)} core depths", "--states core"))
-    row, sequence = _last_row(dataset, sequence_id)
+    core, depth = core_states(dataset, depths)
+    rows = last_rows(dataset)
+    sequence = next(iter(rows)) if sequence_id is None else sequence_id
+    row = row_of(rows, sequence)
     states = dataset["state"].isel({dataset["state"].dims[0]: row, "depth_state": core})
     x_PD = _decoded(states).astype(np.float64)
     finite = np.isfinite(x_PD).all(axis=1)
@@ -54,14 +53,13 @@ def trajectory(
         raise StatesMissingError(
             f"the states of sequence {sequence} are not finite: there is no path to draw"
         )
-    x_PD, depth = x_PD[finite], kept[core][finite]
+    x_PD, depth = x_PD[finite], depth[finite]
     u_PK, scale_K, _ = np.linalg.svd(x_PD - x_PD.mean(axis=0), full_matrices=False)
     position_PK = (u_PK * scale_K)[:, :components]
     position_PK *= np.where(
         position_PK[-1] < 0, -1, 1
     )  # a sign is arbitrary: the path ends on the positive side
     explained_K = scale_K**2 / max((scale_K**2).sum(), _TINY)
-    slot = _slot(dataset, row)
     return xr.Dataset(
         {
             "position": (("point", "component"), position_PK, {"units": "residual units"}),
@@ -74,7 +72,7 @@ def trajectory(
         },
         {
             "sequence_id": sequence,
-            "token_position": int(dataset["token_position"][slot]),
+            "token_position": position_of(dataset, row),
             "num_points": len(depth),
             "non_finite": int((~finite).sum()),
         },
@@ -171,29 +169,50 @@ def _iter_state_sequences(dataset: xr.Dataset) -> Iterator[np.ndarray]:
             yield x[owner == sequence]
 
 
-def _last_row(dataset: xr.Dataset, sequence_id: int | None) -> tuple[int, int]:
-    """Row of `state` of a sequence's last kept token, and the sequence's id."""
+def core_states(dataset: xr.Dataset, depths: Depths) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the kept core states on `depth_state`, and their depths.
+
+    Raises:
+        StatesMissingError: fewer than two are kept.
+    """
+    kept = _kept_depths(dataset)
+    core = np.flatnonzero(depths.recurrence[kept] >= 0)
+    if len(core) < 2:
+        raise StatesMissingError(_advice(depths, f"{len(core)} core depths", "--states core"))
+    return core, kept[core]
+
+
+def last_rows(dataset: xr.Dataset) -> dict[int, int]:
+    """Row of `state` of each sequence's last kept token, by the sequence's id, in the order of ids.
+
+    Raises:
+        NothingCapturedError: no token with a kept state is captured yet.
+    """
+    owner = dataset["token_sequence"].values
     if "state_token" in dataset.coords:
         slot = dataset["state_token"].values
-        owner = np.where(slot >= 0, dataset["token_sequence"].values[slot], -1)
-    else:
-        owner = dataset["token_sequence"].values
-    ids = np.where(owner >= 0, dataset["sequence_id"].values[owner], -1)
-    if not (ids >= 0).any():
+        owner = np.where(slot >= 0, owner[slot], -1)
+    rows = np.flatnonzero(owner >= 0)
+    if not len(rows):
         raise NothingCapturedError(
             "no token with a kept state is captured yet: run the capture command again"
         )
-    sequence = int(ids[ids >= 0].min()) if sequence_id is None else sequence_id
-    rows = np.flatnonzero(ids == sequence)
-    if not len(rows):
-        raise StatesMissingError(
-            f"no state of sequence {sequence} is kept; kept are {_some(np.unique(ids[ids >= 0]))}"
-        )
-    return int(rows[-1]), sequence
+    ids = dataset["sequence_id"].values[owner[rows]]
+    found, from_end = np.unique(ids[::-1], return_index=True)
+    return dict(zip(found.tolist(), rows[::-1][from_end].tolist(), strict=True))
 
 
-def _slot(dataset: xr.Dataset, row: int) -> int:
-    return int(dataset["state_token"][row]) if "state_token" in dataset.coords else row
+def position_of(dataset: xr.Dataset, row: int) -> int:
+    """Place in its sequence of the token that a row of `state` is of."""
+    slot = int(dataset["state_token"][row]) if "state_token" in dataset.coords else row
+    return int(dataset["token_position"][slot])
+
+
+def row_of(rows: dict[int, int], sequence: int) -> int:
+    """A sequence's row among `last_rows`; StatesMissingError where none of it is kept."""
+    if sequence not in rows:
+        raise StatesMissingError(f"no state of sequence {sequence} is kept; kept are {_some(list(rows))}")
+    return rows[sequence]
 
 
 def _kept_depths(dataset: xr.Dataset) -> np.ndarray:
@@ -218,5 +237,5 @@ def _decoded(states: xr.DataArray) -> np.ndarray:
     return values
 
 
-def _some(values: np.ndarray) -> str:
+def _some(values: list[int]) -> str:
     return ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")

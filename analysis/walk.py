@@ -141,7 +141,8 @@ def why_missing(each: _Needing, dataset: xr.Dataset, depths: Depths) -> str | No
         return "the model has no exit gate"
     if absent:
         groups = dict.fromkeys(QUANTITIES[name].group for name in absent)
-        return f"needs {' and '.join(absent)}: capture again with --quantities {' '.join(groups)}"
+        states = " --states core" if "state" in absent else ""  # which must be said with it
+        return f"needs {' and '.join(absent)}: capture again with --quantities {' '.join(groups)}{states}"
     return None
 
 

@@ -67,10 +67,13 @@ def assert_close(found: Moments, wanted: tuple[np.ndarray, np.ndarray]) -> None:
     np.testing.assert_allclose(found.skewness_I, wanted[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cosines", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_moments_equal_their_definitions(name):
+def test_moments_equal_their_definitions(name, cosines):
     model = load_model(str(GOLDEN / name))
-    found, (u_VD, writes), d = logit_moments(model), folded(model), model.description
+    found, (u_VD, writes), d = logit_moments(model, cosines=cosines), folded(model), model.description
+    if cosines:
+        u_VD = u_VD / np.sqrt((u_VD**2).sum(1, keepdims=True))
     assert [(each.stage, each.layer) for each in found] == [
         *(("prelude", i) for i in range(d.prelude)),
         *(("core", i) for i in range(d.core)),

@@ -32,6 +32,7 @@ NAMES = (
     "steps",
     "distance_to_the_fixed_point",
     "trajectory",
+    "trajectories",
     "attention_settling",
     "attention_distances",
     "stages_by_depth",
@@ -179,6 +180,7 @@ def test_analysis_writes_every_table(tmp_path, table_format):
     pd.testing.assert_frame_equal(tables["measures"], long_table(measure(dataset)), check_dtype=False)
     assert len(tables["verdicts"]) == 5 and len(tables["non_finite"]) == 0
     assert len(tables["trajectory"]) == 3 * SHAPE[1] * SHAPE[2]
+    assert len(tables["trajectories_position"]) == 3 * 3 * SHAPE[1] * SHAPE[2]
 
 
 def test_analysis_draws_every_figure(tmp_path):
