@@ -5,8 +5,7 @@ Each is computed once a sequence, for all analyses of a walk.
 
 import numpy as np
 
-from .streaming import Depths, finite_mean
-from .walk import Arrays
+from .streaming import Arrays, Depths, finite_mean
 
 _BLOCK_BYTES = 2**25  # float64 workspace of the column sums, so that a long sequence does not multiply memory
 

@@ -7,7 +7,7 @@ Source: arXiv 2604.11791, section 5.2 (figures 11, 12, 47 to 52). Which measures
 reading; so are the output's cosine and the share of equal answers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import xarray as xr
 
 from .findings import STAGES
 from .measures import MEASURES, STATISTICS, measure
-from .streaming import Depths, MeanFold, as_dataset, depths_of, finite_mean, iter_sequences
+from .streaming import Arrays, Depths, MeanFold, as_dataset, depths_of, finite_mean, iter_sequences
 from .verdicts import worst_over_layers
 
 PLACE_MEASURES = ("mixing_score", "sink_rate", "colsum_concentration", "residual_norm")
@@ -174,12 +174,19 @@ def _ends(datasets: Sequence[xr.Dataset], own: int) -> dict[str, np.ndarray]:
     return {name: fold.result().T for name, fold in folds.items()}
 
 
-def _of_sequence(name: str, here: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> float:
+def _of_sequence(name: str, here: Arrays, own: Arrays) -> float:
     if name == "lens_entropy":
         return float(finite_mean(here[name][:, -1], 0))
     if name == "same_answer":
         return float((here["lens_token"][:, -1] == own["lens_token"][:, -1]).mean())
-    a_TD, b_TD = here["state"][:, 0].astype(np.float64), own["state"][:, 0].astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosine_T = (a_TD * b_TD).sum(1) / np.sqrt((a_TD**2).sum(1) * (b_TD**2).sum(1))
-    return float(finite_mean(cosine_T, 0))
+    cosines = []
+    for a_T1D, b_T1D in zip(_states(here), _states(own), strict=True):
+        a_TD, b_TD = a_T1D[:, 0].astype(np.float64), b_T1D[:, 0].astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            cosines.append((a_TD * b_TD).sum(1) / np.sqrt((a_TD**2).sum(1) * (b_TD**2).sum(1)))
+    return float(finite_mean(np.concatenate(cosines), 0))
+
+
+def _states(arrays: Arrays) -> Iterator[np.ndarray]:
+    assert arrays.states is not None  # checked with the stores
+    return arrays.states.blocks(slice(0, 1))

@@ -17,8 +17,8 @@ import xarray as xr
 
 from . import by_head
 from .measures import MEASURES, STATISTICS
-from .streaming import Depths, MeanFold
-from .walk import Analysis, Arrays, CannotTellError, walk
+from .streaming import Arrays, Depths, MeanFold
+from .walk import Analysis, CannotTellError, walk
 
 _PREFIX = "heads_"
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from .streaming import BAND_Z, Depths
-from .walk import Analysis, Arrays, CannotTellError, answer
+from .streaming import BAND_Z, Arrays, Depths
+from .walk import Analysis, CannotTellError, answer
 
 LIMITS = ("fixed_point", "orbit", "slider", "unknown")
 FIXED_POINT, ORBIT, SLIDER, UNKNOWN = range(len(LIMITS))

@@ -18,6 +18,7 @@ from ..capture.store.quantities import QUANTITIES
 from . import by_head
 from .loop_state import mean_at_loop_state, settled_share, to_depths
 from .streaming import (
+    Arrays,
     Depths,
     MaxFold,
     MeanFold,
@@ -25,7 +26,7 @@ from .streaming import (
     as_dataset,
     finite_mean,
 )
-from .walk import Analysis, Arrays, count_captured, walk
+from .walk import Analysis, count_captured, walk
 
 SINK_SCORE = (
     0.3  # a head whose mean mass on the first key reaches this counts as a sink head, as in the paper

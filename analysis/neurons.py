@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 
 from ..capture.store.neurons import NoNeuronsError, recorded_neurons
-from .streaming import Depths
-from .walk import Analysis, Arrays, CannotTellError, answer
+from .streaming import Arrays, Depths
+from .walk import Analysis, CannotTellError, answer
 
 KINDS = ("prediction", "suppression")
 

@@ -82,6 +82,7 @@ def trajectories(findings: Sequence[Findings]) -> Figure | None:
         )
     counts = dict.fromkeys(
         f"{each.sizes['path']} sequences in the plane of {each.attrs['num_states']:,} states"
+        + (f", every {each.attrs['every']}th kept token's" if each.attrs["every"] > 1 else "")
         for each in planes.values()
     )
     caption = "The last kept token of each of several sequences after every core block, joined in the order "

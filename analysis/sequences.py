@@ -13,8 +13,8 @@ import pandas as pd
 import xarray as xr
 
 from .measures import MEASURES
-from .streaming import Depths
-from .walk import Analysis, Arrays, CannotTellError, walk
+from .streaming import Arrays, Depths
+from .walk import Analysis, CannotTellError, walk
 
 SEQUENCE_MEASURES = (
     "relative_step",

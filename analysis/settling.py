@@ -9,8 +9,8 @@ import numpy as np
 import xarray as xr
 
 from .measures import STATISTICS
-from .streaming import Depths, MeanFold
-from .walk import Analysis, Arrays, answer
+from .streaming import Arrays, Depths, MeanFold
+from .walk import Analysis, answer
 
 
 def settled_at(token_TR: np.ndarray) -> np.ndarray:

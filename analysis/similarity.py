@@ -13,8 +13,8 @@ import numpy as np
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
-from .streaming import Depths, MeanFold
-from .walk import Analysis, Arrays, CannotTellError, answer
+from .streaming import Arrays, Depths, MeanFold
+from .walk import Analysis, CannotTellError, answer
 
 STATISTICS = ["value", "low", "high", "sequences"]
 

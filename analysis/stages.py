@@ -16,8 +16,8 @@ import numpy as np
 import xarray as xr
 
 from .measures import MEASURES, STATISTICS, measure
-from .streaming import Depths, MeanFold
-from .walk import Analysis, Arrays, CannotTellError, walk
+from .streaming import Arrays, Depths, MeanFold
+from .walk import Analysis, CannotTellError, walk
 
 STAGE_MEASURES = ("mixing_score", "sink_score", "colsum_concentration", "residual_norm")
 LEAST_LAYERS = 4  # fewer points correlate by chance

@@ -6,14 +6,13 @@ Both read the few rows and depths they need, never the whole `state` array.
 Source: arXiv 2604.11791, section 4.1, figure 5, and section 4.2.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
-from ..capture.store.reader import iter_units
-from .streaming import Depths, MeanFold, NothingCapturedError, as_dataset, depths_of
+from .state_rows import decoded
+from .streaming import Depths, MeanFold, NothingCapturedError, as_dataset, depths_of, iter_sequences
 
 _BLOCK_BYTES = 2**25  # float64 workspace, so that a long sequence does not multiply memory
 _TINY = np.finfo(float).tiny  # keeps 0 / 0 at 0
@@ -47,7 +46,7 @@ def trajectory(
     sequence = next(iter(rows)) if sequence_id is None else sequence_id
     row = row_of(rows, sequence)
     states = dataset["state"].isel({dataset["state"].dims[0]: row, "depth_state": core})
-    x_PD = _decoded(states).astype(np.float64)
+    x_PD = decoded(states).astype(np.float64)
     finite = np.isfinite(x_PD).all(axis=1)
     if finite.sum() < 2:
         raise StatesMissingError(
@@ -95,12 +94,17 @@ def distinctness(store: str | Path | xr.Dataset) -> xr.Dataset:
     last = _last_core_states(dataset, depths)
     num_layers = last.sizes["depth_state"]
     fold, num_tokens, bad = MeanFold((2, num_layers, num_layers)), 0, 0
-    for x_TLD in _iter_state_sequences(last):
-        finite = np.isfinite(x_TLD).all(axis=(1, 2))
-        bad += int((~finite).sum())
-        num_tokens += int(finite.sum())
-        if finite.any():
-            fold.add(_mean_pairs(x_TLD[finite]))
+    for arrays in iter_sequences(last, []):
+        assert arrays.states is not None
+        total_2LL, num_finite = np.zeros((2, num_layers, num_layers)), 0
+        for x_TLD in arrays.states.blocks():
+            finite = np.isfinite(x_TLD).all(axis=(1, 2))
+            bad += int((~finite).sum())
+            num_finite += int(finite.sum())
+            total_2LL += _sum_of_pairs(x_TLD[finite])
+        num_tokens += num_finite
+        if num_finite:
+            fold.add(total_2LL / num_finite)
     if not num_tokens:
         raise NothingCapturedError(
             "no kept token of a finished unit has finite states: there is nothing to compare"
@@ -137,8 +141,8 @@ def _last_core_states(dataset: xr.Dataset, depths: Depths) -> xr.Dataset:
     return dataset.isel(depth_state=np.concatenate(found))
 
 
-def _mean_pairs(x_TLD: np.ndarray) -> np.ndarray:
-    """Cosine and relative distance of every pair of layers, mean over tokens, float64 [2, layer, layer]."""
+def _sum_of_pairs(x_TLD: np.ndarray) -> np.ndarray:
+    """Cosine and relative distance of every pair of layers, sum over tokens, float64 [2, layer, layer]."""
     T, L, D = x_TLD.shape
     total_2LL = np.zeros((2, L, L))
     block = max(1, _BLOCK_BYTES // (8 * L * D))
@@ -152,21 +156,7 @@ def _mean_pairs(x_TLD: np.ndarray) -> np.ndarray:
         mean_TLL = (norm_TL[:, :, None] + norm_TL[:, None, :]) / 2
         total_2LL[0] += np.clip(gram_TLL / np.maximum(product_TLL, _TINY), -1, 1).sum(axis=0)
         total_2LL[1] += (np.sqrt(np.maximum(square_TLL, 0)) / np.maximum(mean_TLL, _TINY)).sum(axis=0)
-    return total_2LL / T
-
-
-def _iter_state_sequences(dataset: xr.Dataset) -> Iterator[np.ndarray]:
-    """States of one sequence after another, [token, depth, hidden]."""
-    for unit in iter_units(dataset, ["state"]):
-        x = _decoded(unit["state"])
-        owner = unit["token_sequence"].values
-        if "state_token" in unit.coords:
-            slot = unit["state_token"].values
-            owner = np.where(
-                slot >= 0, owner[slot % len(owner)], -1
-            )  # a unit's slots start at a multiple of its size
-        for sequence in np.unique(owner[owner >= 0]):
-            yield x[owner == sequence]
+    return total_2LL
 
 
 def core_states(dataset: xr.Dataset, depths: Depths) -> tuple[np.ndarray, np.ndarray]:
@@ -202,6 +192,15 @@ def last_rows(dataset: xr.Dataset) -> dict[int, int]:
     return dict(zip(found.tolist(), rows[::-1][from_end].tolist(), strict=True))
 
 
+def num_kept(dataset: xr.Dataset) -> int:
+    """Tokens whose states are kept, of finished units."""
+    owner = dataset["token_sequence"].values
+    if "state_token" in dataset.coords:
+        slot = dataset["state_token"].values
+        return int((owner[slot[slot >= 0]] >= 0).sum())
+    return int((owner >= 0).sum())
+
+
 def position_of(dataset: xr.Dataset, row: int) -> int:
     """Place in its sequence of the token that a row of `state` is of."""
     slot = int(dataset["state_token"][row]) if "state_token" in dataset.coords else row
@@ -227,14 +226,6 @@ def _advice(depths: Depths, kept: str, states: str) -> str:
     if not len(depths.core_RL):
         return "the model has no loop"
     return f"states of {kept} are kept: capture again with --quantities all,state {states}"
-
-
-def _decoded(states: xr.DataArray) -> np.ndarray:
-    """Values as float32, also where the bits of bfloat16 are stored."""
-    values = states.values
-    if states.attrs.get("bits_of") == "bfloat16" and values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values
 
 
 def _some(values: list[int]) -> str:

@@ -5,7 +5,7 @@ much as a short one and the band around a curve tells how much sequences differ.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ..capture.store.reader import iter_units, open_store, to_float32
+from ..capture.store.reader import iter_units, open_store
+from .state_rows import StateRows
 
 BAND_Z = 1.96  # standard errors on either side of a mean: 95 % if the means of sequences are about normal
 
@@ -58,22 +59,40 @@ def depths_of(dataset: xr.Dataset) -> Depths:
     return Depths(*(dataset[name].values.astype(np.int64) for name in ("stage", "layer", "recurrence")))
 
 
-def iter_sequences(dataset: xr.Dataset, names: list[str]) -> Iterator[dict[str, np.ndarray]]:
-    """The named arrays of one finished sequence after another, each [token, depth, ...]; those that have one
-    value for the whole sequence as if it had one token. `state` has the kept tokens alone, decoded, and is
-    empty where none of a sequence is kept.
+class Arrays(dict[str, np.ndarray]):
+    """The quantities of one sequence by name, each [token, depth, ...]; those that have one value for the
+    whole sequence as if it had one token. And what analyses that come first have made of them for others.
+
+    Attributes:
+        states: of its kept tokens, read when asked for; None where the store keeps none.
     """
+
+    def __init__(self, quantities: Mapping[str, np.ndarray], states: StateRows | None = None) -> None:
+        super().__init__(quantities)
+        self.states = states
+        self._made: dict[str, np.ndarray] = {}
+
+    def once(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `compute` gives, computed by the first that asks for this name."""
+        if name not in self._made:
+            self._made[name] = compute()
+        return self._made[name]
+
+
+def iter_sequences(dataset: xr.Dataset, names: Iterable[str]) -> Iterator[Arrays]:
+    """The named quantities of one finished sequence after another; states need not be named."""
+    names, state = [name for name in names if name != "state"], dataset.get("state")
     for unit in _one_ahead(iter_units(dataset, names)):
         owner = unit["token_sequence"].values
-        rows = {name: sequence_spans(owner) for name in names}
-        for name in names:
-            if unit[name].dims[0] == "sequence":
-                rows[name] = [(index, index + 1) for index in range(len(rows[name]))]
-            elif unit[name].dims[0] == "token_state":
-                rows[name] = _kept_spans(owner, unit["state_token"].values)
-        arrays = {name: decoded(unit[name]) for name in names}
-        for index in range(len(sequence_spans(owner))):
-            yield {name: array[slice(*rows[name][index])] for name, array in arrays.items()}
+        kept = _kept_spans(unit, owner) if state is not None else []
+        arrays = {name: unit[name].values for name in names}
+        of_sequence = {name for name in names if unit[name].dims[0] == "sequence"}
+        for index, (start, stop) in enumerate(sequence_spans(owner)):
+            rows = {
+                name: slice(index, index + 1) if name in of_sequence else slice(start, stop) for name in names
+            }
+            states = None if state is None else StateRows(state, slice(*kept[index]))
+            yield Arrays({name: array[rows[name]] for name, array in arrays.items()}, states)
 
 
 def _one_ahead(units: Iterator[xr.Dataset]) -> Iterator[xr.Dataset]:
@@ -85,19 +104,18 @@ def _one_ahead(units: Iterator[xr.Dataset]) -> Iterator[xr.Dataset]:
             yield unit
 
 
-def decoded(values: xr.DataArray) -> np.ndarray:
-    """Values as float32, also where the bits of bfloat16 are stored."""
-    array = values.values
-    is_bits = values.attrs.get("bits_of") == "bfloat16" and array.dtype == np.uint16
-    return to_float32(array) if is_bits else array
-
-
-def _kept_spans(owner: np.ndarray, slot: np.ndarray) -> list[tuple[int, int]]:
-    """First and past-the-last row of every sequence among a unit's kept tokens, which stand at `slot`."""
+def _kept_spans(unit: xr.Dataset, owner: np.ndarray) -> list[tuple[int, int]]:
+    """First and past-the-last row of `state`, in the whole store, of every sequence of a unit."""
+    number = unit.attrs["unit"]
+    if "state_token" not in unit.coords:  # every token is kept
+        start = number * len(owner)
+        return [(start + first, start + stop) for first, stop in sequence_spans(owner)]
+    slot = unit["state_token"].values
+    start = number * len(slot)
     used = slot[slot >= 0] % len(owner)  # a unit's slots start at a multiple of its size
     return [
-        (int(np.searchsorted(used, start)), int(np.searchsorted(used, stop)))
-        for start, stop in sequence_spans(owner)
+        (start + int(np.searchsorted(used, first)), start + int(np.searchsorted(used, stop)))
+        for first, stop in sequence_spans(owner)
     ]
 
 

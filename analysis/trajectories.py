@@ -1,11 +1,12 @@
 """Paths of several tokens through the loop in one plane: that of all kept core states of a store.
 
 A token's own plane (`states.trajectory`, figure 5) shows its path as wide as a plane can, and no two tokens
-share it. Here all do, so that it shows whether they come to the same points. The components are exact: mean
-and scatter of all states are put together a block at a time, in float64, and the axes are eigenvectors of
-what comes out. That takes one reading of the states and a few matrices of 8 D² bytes (D their width; 128 MiB
-at 4096), however large the store is, and D² multiply-adds a state: on one core 0.02 ms at 576, 0.5 ms at 2048
-and 1.8 ms at 4096, and for the eigenvectors, once, 0.1, 6 and 32 s.
+share it. Here all do, so that it shows whether they come to the same points. Mean and scatter of the states
+are put together a block at a time, in float64, and the axes are eigenvectors of what comes out: exact, in a
+few matrices of 8 D² bytes (D the states' width; 128 MiB at 4096), however large the store is. It takes D²
+multiply-adds a state, on one core 0.02 ms at 576 and 1.8 ms at 4096, a hundred times what reading one does.
+So of a store that would take more than some seconds every n-th kept token is used, spread evenly over it.
+The eigenvectors take 0.1 s at 576, 6 s at 2048 and 32 s at 4096, once.
 
 Source: arXiv 2604.11791, section 4.1, figure 5, which has one token alone: the common plane is ours.
 Merging blocks: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
@@ -19,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from .states import StatesMissingError, core_states, last_rows, position_of, row_of
-from .streaming import Depths, NothingCapturedError, decoded
-from .walk import Analysis, Arrays, CannotTellError, answer
+from .state_rows import decoded
+from .states import StatesMissingError, core_states, last_rows, num_kept, position_of, row_of
+from .streaming import Arrays, Depths, NothingCapturedError
+from .walk import Analysis, CannotTellError, answer
 
 MOST_PATHS = 8
 _BLOCK_BYTES = 2**25  # float64 of the states that are merged at once: few passes over the matrix
+_MOST_PRODUCTS = 10**11  # multiply-adds of the scatter matrix: about 6 s of one core
 
 
 class Scatter:
@@ -75,16 +78,18 @@ class _PlaneFold:
             raise CannotTellError(str(error)) from error
         self._dataset, self._depths = dataset, depths
         self._components, self._bad = components, 0
-        self._scatter = Scatter(dataset.sizes["hidden"])
+        D, num_tokens = dataset.sizes["hidden"], num_kept(dataset)
+        self._every = -(-num_tokens * len(self._places) * D**2 // _MOST_PRODUCTS)
+        self._place, self._scatter = 0, Scatter(D)
 
     def add(self, arrays: Arrays) -> None:
-        T, _, D = arrays["state"].shape
-        few = max(1, _BLOCK_BYTES // (4 * len(self._places) * D))
-        for start in range(0, T, few):
-            x_PD = arrays["state"][start : start + few, self._places].reshape(-1, D)
+        assert arrays.states is not None  # as it is asked for where states are kept
+        for x_TKD in arrays.states.blocks(self._places, self._every, -self._place % self._every):
+            x_PD = x_TKD.reshape(-1, x_TKD.shape[-1])
             finite_P = np.isfinite(x_PD).all(axis=1)
             self._bad += int((~finite_P).sum())
             self._scatter.add(x_PD[finite_P])
+        self._place += len(arrays.states)
 
     def result(self) -> xr.Dataset:
         self._scatter.merge()
@@ -109,7 +114,7 @@ class _PlaneFold:
                 "layer": ("point", self._depths.layer[depth]),
                 "recurrence": ("point", self._depths.recurrence[depth]),
             },
-            {"num_states": self._scatter.count, "non_finite": self._bad},
+            {"num_states": self._scatter.count, "every": self._every, "non_finite": self._bad},
         )
 
     def _path(self, row: int) -> np.ndarray:
@@ -139,7 +144,8 @@ def _analysis(sequence_ids: Sequence[int] | None, components: int) -> Analysis:
         "Paths in the plane of all states",
         ("state",),
         "the last kept token of several sequences, at every kept core depth, on the principal components of "
-        "all kept core states of the store (mean and covariance in float64)",
+        "all kept core states of the store, or of every n-th token's where there are too many (mean and "
+        "covariance in float64)",
         partial(_PlaneFold, sequence_ids, components),
         first=0,
     )
@@ -163,7 +169,8 @@ def trajectories(
         `explained` [component] (share of the variance of all states); `axis` [component, hidden] and `mean`
         [hidden], which put any other state into the plane: (x − mean) · axis. Coordinates sequence_id and
         token_position on path, depth, layer and recurrence on point; attributes `num_states` (that the
-        plane was fitted to) and `non_finite` (that were left out).
+        plane was fitted to), `every` (1, or of which n-th kept tokens these are) and `non_finite` (states
+        that were left out).
     Raises:
         CannotTellError: no core states, or none of such a sequence, are kept.
         NothingCapturedError: no sequence is finished yet.

@@ -17,8 +17,8 @@ import numpy as np
 import xarray as xr
 
 from .loop_state import to_depths
-from .streaming import Depths, MeanFold, finite_mean
-from .walk import Analysis, Arrays, CannotTellError, answer
+from .streaming import Arrays, Depths, MeanFold, finite_mean
+from .walk import Analysis, CannotTellError, answer
 
 STATISTICS = ["value", "low", "high", "sequences"]
 _BLOCK_BYTES = 2**23  # float64 of one block of tokens' steps
@@ -94,16 +94,19 @@ class _AccelerationFold:
         self._curves = _ByDepth(dataset, units | {"step_turn": "cosine"})
 
     def add(self, arrays: Arrays) -> None:
-        x_TKD = arrays["state"]
-        T, _, D = x_TKD.shape
+        assert arrays.states is not None  # as it is asked for where states are kept
+        T, _, D = arrays.states.shape
         if T == 0:
             return
-        curves_3TD = np.full((3, T, self._num_depths), np.nan)
+        curves_3TD, done = np.full((3, T, self._num_depths), np.nan), 0
         few = max(1, _BLOCK_BYTES // (8 * D))
-        for start in range(0, T, few):
-            rows = slice(start, start + few)
-            for depth, *places in self._triples:
-                curves_3TD[:, rows, depth] = accelerations(*(x_TKD[rows, place] for place in places))
+        for block_TKD in arrays.states.blocks():
+            for start in range(0, len(block_TKD), few):
+                x_TKD = block_TKD[start : start + few]
+                rows = slice(done + start, done + start + len(x_TKD))
+                for depth, *places in self._triples:
+                    curves_3TD[:, rows, depth] = accelerations(*(x_TKD[:, place] for place in places))
+            done += len(block_TKD)
         self._num_tokens += T
         self._bad += T * len(self._triples) - int(np.isfinite(curves_3TD[0]).sum())
         names = ("acceleration", "relative_acceleration", "step_turn")

@@ -1,36 +1,20 @@
-"""One walk over a store feeds every analysis: each array is read once, one unit of it in memory at a time.
+"""One walk over a store feeds every analysis: each array is read once, one unit of it in memory at a time
+(states in smaller blocks, by each of the two analyses that need them).
 
 An analysis says which quantities it needs and starts a fold, which takes one sequence after another and
 ends in a Dataset. Analyses that share a quantity walk together; others walk one after the other, so that
 memory holds the arrays of one such group alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import numpy as np
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
-from .streaming import Depths, NothingCapturedError, as_dataset, depths_of, iter_sequences
-
-
-class Arrays(dict[str, np.ndarray]):
-    """The quantities of one sequence, each [token, depth] or [token, depth, head]; and what analyses that
-    come first have made of them for those that follow.
-    """
-
-    def __init__(self, quantities: Mapping[str, np.ndarray]) -> None:
-        super().__init__(quantities)
-        self._made: dict[str, np.ndarray] = {}
-
-    def once(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """What `compute` gives, computed by the first that asks for this name."""
-        if name not in self._made:
-            self._made[name] = compute()
-        return self._made[name]
+from .streaming import Arrays, Depths, NothingCapturedError, as_dataset, depths_of, iter_sequences
 
 
 class CannotTellError(ValueError):
@@ -97,8 +81,7 @@ def walk(store: str | Path | xr.Dataset, analyses: Iterable[Analysis]) -> dict[s
                 reason = str(error)
         answers[each.name] = reason or ""
     for group, quantities in together(present):
-        for quantities_of_one in iter_sequences(dataset, quantities) if quantities else ():
-            arrays = Arrays(quantities_of_one)
+        for arrays in iter_sequences(dataset, quantities) if quantities else ():
             for each in group:
                 folds[each.name].add(arrays)
         for each in group:
