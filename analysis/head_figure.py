@@ -28,6 +28,7 @@ _DECADES = ("entropy_change", "attention_step", "attention_gap")  # what spans d
 _LEAST = 1e-8  # of the largest value: below it is rounding
 _CHOSEN: dict[str, int] = dict.fromkeys((*EVERYWHERE, "head"), ALL)
 _WIDE = 400  # from so many depths on a cell is thinner than a pixel where two maps stand side by side
+_LABEL = SHORT_LABEL.replace(".6~g", ".3~g")  # a legend's ends are no round numbers
 _Drawn = list[tuple[Findings, xr.Dataset]]
 
 
@@ -148,7 +149,7 @@ def _cells(
     is_log, about = name in _DECADES, MEASURES[name]
     shades = alt.Scale(scheme="viridis", domain=list(domain), clamp=True, type="log" if is_log else "linear")
     ticks: dict[str, Any] = {"values": log_ticks(*domain)[-5:]} if is_log else {"tickCount": 4}
-    legend = alt.Legend(title=f"{about.title} ({about.unit})", labelExpr=SHORT_LABEL, **ticks)
+    legend = alt.Legend(title=f"{about.title} ({about.unit})", labelExpr=_LABEL, **ticks)
     y = alt.Y(
         "head_from:Q",
         scale=alt.Scale(domain=[-0.5, num_heads - 0.5], nice=False, reverse=True),
