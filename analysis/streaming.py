@@ -88,11 +88,9 @@ def iter_sequences(dataset: xr.Dataset, names: Iterable[str]) -> Iterator[Arrays
         arrays = {name: unit[name].values for name in names}
         of_sequence = {name for name in names if unit[name].dims[0] == "sequence"}
         for index, (start, stop) in enumerate(sequence_spans(owner)):
-            rows = {
-                name: slice(index, index + 1) if name in of_sequence else slice(start, stop) for name in names
-            }
-            states = None if state is None else StateRows(state, slice(*kept[index]))
-            yield Arrays({name: array[rows[name]] for name, array in arrays.items()}, states)
+            tokens, itself = slice(start, stop), slice(index, index + 1)
+            here = {name: array[itself if name in of_sequence else tokens] for name, array in arrays.items()}
+            yield Arrays(here, None if state is None else StateRows(state, slice(*kept[index])))
 
 
 def _one_ahead(units: Iterator[xr.Dataset]) -> Iterator[xr.Dataset]:
