@@ -30,6 +30,8 @@ class AnalysisBench:
         "lens",
     )
     """Quantities of the store that is made."""
+    states: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SELECTION [SELECTION ...]")] = ()
+    """States of the store that is made, as a capture takes them, of every token."""
     repeats: int = 3
     """Rounds, of which the median counts."""
 

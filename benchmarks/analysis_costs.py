@@ -124,7 +124,13 @@ def make_store(path: Path, settings: "AnalysisBench") -> Path:
     from ..capture.settings import CaptureSettings
 
     data, rng = path.with_suffix(".safetensors"), np.random.default_rng(0)
-    wanted = CaptureSettings(model=settings.model, data=data, store=path, quantities=settings.quantities)
+    wanted = CaptureSettings(
+        model=settings.model,
+        data=data,
+        store=path,
+        quantities=settings.quantities,
+        states=settings.states,
+    )
     _write_data(data, _PROBE)
     of_the_probe = make_plan(wanted).disk_bytes
     _write_data(data, max(1, round(_PROBE * settings.gigabytes * 1e9 / of_the_probe)))
@@ -167,6 +173,8 @@ def _values(
 ) -> np.ndarray:
     """Numbers between 0 and 1; where recurrences count, of a loop that comes to rest, but for noise."""
     about = QUANTITIES[name]
+    if name == "state":
+        return rng.standard_normal(shape, np.float32)
     if about.dtype == "int32":
         return rng.integers(0, 256, shape, dtype=np.int32)
     value = rng.random(shape, dtype=np.float32)
