@@ -5,7 +5,7 @@ share it. Here all do, so that it shows whether they come to the same points. Me
 are put together a block at a time, in float64, and the axes are eigenvectors of what comes out: exact, in a
 few matrices of 8 D² bytes (D the states' width; 128 MiB at 4096), however large the store is. It takes D²
 multiply-adds a state, on one core 0.02 ms at 576 and 1.8 ms at 4096, a hundred times what reading one does.
-So of a store that would take more than some seconds every n-th kept token is used, spread evenly over it.
+So of a store that would take more than about 2 s every n-th kept token is used, spread evenly over it.
 The eigenvectors take 0.1 s at 576, 6 s at 2048 and 32 s at 4096, once.
 
 Source: arXiv 2604.11791, section 4.1, figure 5, which has one token alone: the common plane is ours.
@@ -27,7 +27,7 @@ from .walk import Analysis, CannotTellError, answer
 
 MOST_PATHS = 8
 _BLOCK_BYTES = 2**25  # float64 of the states that are merged at once: few passes over the matrix
-_MOST_PRODUCTS = 10**11  # multiply-adds of the scatter matrix: about 6 s of one core
+_MOST_PRODUCTS = 4 * 10**10  # multiply-adds of the scatter matrix: about 2 s of one core
 
 
 class Scatter:
