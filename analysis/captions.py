@@ -195,6 +195,22 @@ def _norms(each: Findings) -> str:
     return text + "."
 
 
+def _entropy(each: Findings) -> str:
+    if "residual_entropy" not in each.measures:
+        return ""
+    value_D = each.measures["residual_entropy"].sel(statistic="value").values
+    if not np.isfinite(value_D).any():
+        return f"In {each.label} no residual entropy is finite."
+    low, high = _ends(value_D)
+    text = f"In {each.label} it runs from {number(value_D[low])} nat ({place(each.depths, low)}) "
+    text += f"to {number(value_D[high])} ({place(each.depths, high)})"
+    value_RL = _core(each, "residual_entropy")
+    if value_RL is not None and len(value_RL) > 1:
+        moved = np.abs(value_RL[-1] - value_RL[0]).max()
+        text += f"; from the first recurrence to the last a layer's changes by up to {number(moved)}"
+    return text + "."
+
+
 def _core(each: Findings, name: str, looped: bool = True) -> np.ndarray | None:
     """A measure's values over the core, [recurrence, layer]; None where one is not finite."""
     core_RL = each.depths.core_RL
@@ -276,6 +292,11 @@ _CAPTIONS: dict[str, tuple[str, Callable[[Findings], str]]] = {
         "Distance of each layer's residual to its own after the last recurrence, the approximate fixed "
         "point, over the norm there.",
         _distance,
+    ),
+    "residual_entropy": (
+        "Matrix-based entropy of a sequence's residuals: low where all tokens point one way, at most the "
+        "logarithm of the number of tokens.",
+        _entropy,
     ),
     "trajectory": (
         "The residual of one token after every core block, in the order the blocks run, on the first two "

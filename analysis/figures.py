@@ -128,6 +128,17 @@ def residual_norms(findings: Sequence[Findings]) -> Figure | None:
     )
 
 
+def residual_entropy(findings: Sequence[Findings]) -> Figure | None:
+    """Matrix-based entropy of the residuals along realised depth (with figures 32 and 33)."""
+    return depth_figure(
+        findings,
+        name="residual_entropy",
+        title="Residual entropy by depth",
+        paper="the appendix's residual entropy",
+        rows=[("residual_entropy",)],
+    )
+
+
 def lens(findings: Sequence[Findings]) -> Figure | None:
     """What the loop state predicts after each recurrence, through the model's own head (logit lens)."""
     return grouped_figure(
@@ -173,7 +184,9 @@ FIGURES: tuple[Callable[[Sequence[Findings]], Figure | None], ...] = (
     stages_by_layer,
     stage_figures.stages_repeat,
     stage_figures.stages_like_the_reference,
+    stage_figures.profiles_beside_the_reference,
     residual_norms,
+    residual_entropy,
     neuron_figures.neurons,
     single_sequences,
     lens,

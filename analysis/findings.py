@@ -82,7 +82,8 @@ def _find_one(dataset: xr.Dataset, label: str, trained: int | str, reference: Re
     path, apart = _or_reason(trajectory, dataset), _or_reason(distinctness, dataset)
     stages = _or_reason(lambda _: gathered(STAGE_MEASURES, found), dataset)
     if isinstance(reference, Reference):
-        beside = _or_reason(lambda _: reference.gathered(found), dataset)
+        num_layers = depths_of(dataset).core_RL.shape[1]
+        beside = _or_reason(lambda _: reference.gathered(found, num_layers), dataset)
     else:
         beside = reference
     return Findings(

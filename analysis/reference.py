@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from .stages import STAGE_MEASURES, gathered, reference_profiles, stages_of
+from .stages import STAGE_MEASURES, gathered, reference_profiles, resampled, stages_of
 from .walk import Analysis
 
 
@@ -24,7 +24,7 @@ class Reference:
     """A feedforward capture's mean profiles."""
 
     label: str
-    profiles: Mapping[str, np.ndarray | None]
+    profiles: Mapping[str, np.ndarray]
     """by measure, [layer]"""
     missing: Mapping[str, str]
     """measure -> why it has no profile"""
@@ -35,14 +35,21 @@ class Reference:
         """What to ask of the looped capture's walk."""
         return [stages_of(name, profile) for name, profile in self.profiles.items()]
 
-    def gathered(self, answers: Mapping[str, xr.Dataset | str]) -> xr.Dataset:
-        """What the walk found, as `stage_agreement` returns it; attributes `reference` and
-        `layers` say what was compared with.
+    def gathered(self, answers: Mapping[str, xr.Dataset | str], num_layers: int) -> xr.Dataset:
+        """What the walk found, as `stage_agreement` returns it.
 
+        Args:
+            num_layers: of the core.
+        Returns:
+            with `profile` [measure, layer], the reference's at the core's layers, and the attributes
+            `reference` and `layers`, which say what was compared with.
         Raises:
             CannotTellError: no measure could be compared.
         """
         found = gathered(STAGE_MEASURES, answers, self.missing, "reference")
+        profiles = [self.profiles[str(name)] for name in found["measure"].values]
+        profile_ML = np.stack([resampled(each, num_layers) for each in profiles])
+        found = found.assign(profile=(("measure", "layer"), profile_ML))
         return found.assign_attrs(reference=self.label, layers=self.layers)
 
 

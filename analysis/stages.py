@@ -124,7 +124,8 @@ def stage_agreement(
     profiles: dict[str, np.ndarray | None] = dict.fromkeys(names)
     missing: dict[str, str] = {}
     if reference is not None:
-        profiles, missing = reference_profiles(measure(reference, names), names, layers)
+        held, missing = reference_profiles(measure(reference, names), names, layers)
+        profiles = dict[str, np.ndarray | None](held)
     elif unknown := [name for name in names if name not in MEASURES]:
         raise ValueError(f"{unknown[0]!r} is not a measure: choose from {', '.join(MEASURES)}")
     asked = [stages_of(name, profile) for name, profile in profiles.items()]
@@ -134,7 +135,7 @@ def stage_agreement(
 
 def reference_profiles(
     curves: xr.Dataset, names: Iterable[str], layers: slice | None = None
-) -> tuple[dict[str, np.ndarray | None], dict[str, str]]:
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Mean profiles [depth] of a reference's measures, and why others are missing."""
     names = list(names)
     missing = {

@@ -5,7 +5,8 @@ import pytest
 import xarray as xr
 
 from looptap.analysis.findings import find
-from looptap.analysis.stage_figures import stages_like_the_reference
+from looptap.analysis.measures import MEASURES
+from looptap.analysis.stage_figures import profiles_beside_the_reference, stages_like_the_reference
 from looptap.analysis.stages import STAGE_MEASURES, stage_agreement
 from looptap.tests.synthetic import make_dataset, random_sequences
 
@@ -83,3 +84,20 @@ def test_the_figure_and_the_verdict_hold_what_was_found():
     least = float(found["correlation"].sel(measure="mixing_score", statistic="value").min())
     assert f"beside {findings[1].label} (all its layers) the least of all" in verdict.detail
     assert f"mixing score {least:.2f}" in verdict.detail
+
+
+def test_profiles_are_drawn_beside_the_reference_at_the_core_s_layers():
+    findings = find([capture(LOOP, "loop"), capture(PLAIN, "plain")])
+    figure = profiles_beside_the_reference(findings)
+    assert [panel.label for panel in figure.panels] == [MEASURES[name].title for name in STAGE_MEASURES]
+    (table,) = figure.tables.values()
+    plain = findings[1].measures
+    for name in STAGE_MEASURES:
+        value_RL = findings[0].measures[name].sel(statistic="value").values[1:-1].reshape(3, 5)
+        for recurrence in range(3):
+            rows = table[table["recurrence"] == recurrence]
+            np.testing.assert_array_equal(rows.sort_values("layer")[name], value_RL[recurrence])
+        at = (np.arange(5) + 0.5) / 5 * 9 - 0.5  # the middle of each of 5 layers among 9
+        wanted_L = np.interp(at, np.arange(9), plain[name].sel(statistic="value").values)
+        np.testing.assert_allclose(table[table["recurrence"] == -1].sort_values("layer")[name], wanted_L)
+    figure.chart().to_dict()  # checked against the Vega-Lite schema
