@@ -33,7 +33,8 @@ def y_axis(title: str, domain: tuple[float, float], log: bool) -> dict[str, Any]
 
 def is_log(name: str) -> bool:
     """Whether a measure spans decades: distances, changes, norms and largest channels do."""
-    spans = ("relative_", "step_norm", "gap_norm", "entropy_", "received_", "residual_", "lens_kl")
+    spans = ("relative_", "step_norm", "gap_norm", "entropy_", "received_", "lens_kl")
+    spans += ("residual_norm", "residual_peak", "attention_step", "attention_gap")
     return name.startswith(spans)
 
 

@@ -42,7 +42,7 @@ def stages_by_count(study: xr.Dataset, tables: dict[str, pd.DataFrame]) -> Figur
 
 
 def ends_by_count(study: xr.Dataset, tables: dict[str, pd.DataFrame]) -> Figure:
-    """What is read at the end of every count, against the model's own (section 5.2)."""
+    """What is read at the end of every count, against the model's own (with figures 11 and 12)."""
     panels = [_end_panel(name, study, tables["counts"]) for name in ENDS if _has(study, name)]
     return Figure(
         name="ends_by_count",

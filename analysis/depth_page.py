@@ -13,7 +13,7 @@ from .depth_figures import ends_by_count, stages_by_count
 from .depth_study import ENDS, depth_study, study_tables
 from .findings import Findings, find
 from .marks import Figure
-from .page import model_facts, render_page, write_page
+from .page import model_facts, render_page, unchecked_charts, write_page
 from .streaming import as_dataset
 
 _OF_THE_LARGEST = ("steps", "distance_to_the_fixed_point", "stages_by_recurrence", "lens")
@@ -48,6 +48,7 @@ def write_depth_study(stores: Sequence[str | Path | xr.Dataset], own: int, out_d
     return [*paths, write_page(page, out_dir / "report.html")]
 
 
+@unchecked_charts()
 def _render(study: xr.Dataset, counts: pd.DataFrame, figures: Sequence[Figure], largest: Findings) -> str:
     from .figures import FIGURES
 

@@ -134,7 +134,7 @@ def residual_entropy(findings: Sequence[Findings]) -> Figure | None:
         findings,
         name="residual_entropy",
         title="Residual entropy by depth",
-        paper="the appendix's residual entropy",
+        paper="figures 32 and 33 by our reading",
         rows=[("residual_entropy",)],
     )
 

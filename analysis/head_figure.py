@@ -33,7 +33,7 @@ _Drawn = list[tuple[Findings, xr.Dataset]]
 
 
 def attention_heads(findings: Sequence[Findings]) -> Figure | None:
-    """Which heads settle and which are sinks: any measure of every head at every depth, as a map."""
+    """Which heads settle and which are sinks: any measure of every head at every depth (with figure 2)."""
     drawn, absent = _drawn(findings)
     if not drawn:
         return None
@@ -49,7 +49,7 @@ def attention_heads(findings: Sequence[Findings]) -> Figure | None:
     return Figure(
         name="attention_heads",
         title="Every attention head",
-        paper="",
+        paper="the claim of figure 2, by head",
         subtitle=means_over([each for each, _ in drawn], banded=False),
         columns=len(panels),
         panels=panels,

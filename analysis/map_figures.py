@@ -12,6 +12,7 @@ from .captions import number
 from .findings import Findings
 from .marks import Figure, Panel
 
+MAP_HEIGHT = 420  # pixels; beside another capture's a map is about square
 MOST_BINS = 128  # cells a side of a map: a page holds as many as a screen can show
 
 
@@ -58,6 +59,7 @@ def _map_figure(findings: Sequence[Findings], name: str, title: str, paper: str)
             data=f"{name} {each.label}",
             columns=("from", "to", "other_from", "other_to", "value"),
             layers=[_map_layer(len(each.depths), domain, unit)],
+            height=MAP_HEIGHT,
         )
         for each, _ in drawn
     ]

@@ -18,7 +18,7 @@ KIND_COLORS = ("#2b66a8", "#d96b3a")
 
 
 def neurons(findings: Sequence[Findings]) -> Figure | None:
-    """Share of neurons that promote or suppress tokens, by block (the appendix's, independent of input)."""
+    """Share of neurons that promote or suppress tokens, by block (figure 63 by our reading)."""
     found = {each.label: each.answers.get("neurons", "not asked") for each in findings}
     drawn = {label: each for label, each in found.items() if isinstance(each, xr.Dataset)}
     if not drawn:
@@ -39,7 +39,7 @@ def neurons(findings: Sequence[Findings]) -> Figure | None:
     return Figure(
         name="neurons",
         title="Prediction and suppression neurons",
-        paper="the appendix's neuron fractions",
+        paper="figure 63 by our reading: the neuron fractions",
         subtitle=f"kurtosis of the logit effect above {' and '.join(thresholds)} (normal distribution: 3)",
         columns=len(panels),
         panels=panels,

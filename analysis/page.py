@@ -7,7 +7,8 @@ names the table and columns it draws from. A page is a template that extends `pa
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 
     from .choices import Choice
     from .marks import Figure, Panel
+
+
+@contextmanager
+def unchecked_charts() -> Iterator[None]:
+    """Charts are made without comparing each with the schema, which the tests do: twice as quick."""
+    from altair.utils import schemapi
+
+    with schemapi.debug_mode(False):
+        yield
 
 
 def render_page(

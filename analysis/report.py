@@ -13,7 +13,7 @@ from .captions import number
 from .findings import Findings, find
 from .heads import ANALYSES as HEADS
 from .measures import MEASURES
-from .page import model_facts, render_page, write_page
+from .page import model_facts, render_page, unchecked_charts, write_page
 from .sequences import ANALYSES as SEQUENCES
 from .verdicts import Verdict
 
@@ -51,6 +51,7 @@ def write_report(
     return write_page(render(find(stores), title), out_path)
 
 
+@unchecked_charts()
 def render(findings: Sequence[Findings], title: str | None = None) -> str:
     """The page as HTML."""
     from . import figures

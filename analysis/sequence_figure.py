@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .axes import is_log, note_in_place, stage_shading, value_domain, y_axis
+from .axes import depth_axis, is_log, note_in_place, stage_shading, value_domain, y_axis
 from .captions import number
 from .choices import ALL, EVERYWHERE, Choice, chosen, fading
 from .findings import Findings
@@ -163,7 +163,10 @@ def _over_recurrences(
         tooltip=_tooltip(name),
         where=f"datum.recurrence >= 0 && {_OWN}",
     )
-    return [_mean(name, y_options, "recurrence", (first, last)), *lines], hover
+    axis = alt.Axis(title="recurrence", tickMinStep=1, format="d")
+    place = alt.X("recurrence:Q", axis=axis, scale=alt.Scale(domain=[first, last], nice=False))
+    mean = _mean(name, y_options, place).transform_filter("datum.recurrence >= 0")
+    return [mean.encode(detail="layer:N", opacity=fading(1.0, "layer")), *lines], hover
 
 
 def _along_depth(each: Findings, name: str, y_options: dict[str, Any], looped: Sequence[Findings]) -> _Marks:
@@ -177,25 +180,15 @@ def _along_depth(each: Findings, name: str, y_options: dict[str, Any], looped: S
         where=_OWN,
     )
     shading = stage_shading(each.depths.stage, each.depths.recurrence)
-    ends = (-0.5, len(each.depths) - 0.5)
-    return [*shading, _mean(name, y_options, "depth", ends), *lines], hover
+    return [*shading, _mean(name, y_options, depth_axis(len(each.depths))), *lines], hover
 
 
-def _mean(name: str, y_options: dict[str, Any], x: str, domain: tuple[float, float]) -> alt.Chart:
-    """The mean over all sequences in grey, a line per layer where x is the recurrence."""
-    shown = f"datum.sequence == {_MEAN} && isValid(datum.{name})" + (
-        f" && datum.{name} > 0" if is_log(name) else ""
-    )
-    if x == "recurrence":
-        shown += " && datum.recurrence >= 0"
+def _mean(name: str, y_options: dict[str, Any], x: alt.X) -> alt.Chart:
+    """The mean over all sequences in grey."""
+    shown = f"datum.sequence == {_MEAN} && isValid(datum.{name})"
+    shown += f" && datum.{name} > 0" if is_log(name) else ""
     base = alt.Chart().transform_filter(shown).mark_line(color=_GREY, strokeWidth=1.4, clip=True)
-    place = alt.X(
-        f"{x}:Q",
-        scale=alt.Scale(domain=list(domain), nice=False),
-        axis=alt.Axis(title=x, tickMinStep=1, format="d"),
-    )
-    base = base.encode(x=place, y=alt.Y(f"{name}:Q", **y_options))
-    return base.encode(detail="layer:N", opacity=fading(1.0, "layer")) if x == "recurrence" else base
+    return base.encode(x=x, y=alt.Y(f"{name}:Q", **y_options))
 
 
 def _not_kept(sequence_id: np.ndarray) -> alt.Chart:
