@@ -42,6 +42,6 @@ def test_figures_say_the_numbers_that_the_page_gives_them():
     here = {name: numbers_in(row[1]) for row in rows for name in re.findall(r"`([a-z_]+)`", row[3])}
     for draw in (*FIGURES, *STUDIES):
         assert draw.__doc__ is not None
-        said = re.search(r"\((?!beyond)[^)]*?figures? ([\d, andto]+)", draw.__doc__)
+        said = re.search(r"\((?!beyond)[^)]*?figures?\s+([\d, andto]+)", draw.__doc__)
         assert not said or numbers_in(said[1]) & here[draw.__name__], draw.__name__
         assert said or draw.__name__ not in here, draw.__name__
