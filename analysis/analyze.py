@@ -33,10 +33,10 @@ def write_analysis(
         table_format: parquet or csv.
         figure_format: any of png and svg; none for tables alone.
     Returns:
-        paths written: `measures` (a row per measure and depth), `verdicts`, `non_finite`, `trajectory` and
-        `distinctness` where states are kept, one or several of each analysis that the store can answer
-        (such as `limits_share`; `heads` has a row per measure, depth and head, `sequences` one per depth of
-        up to sixteen sequences), and one file per figure and format.
+        paths written: `measures` (a row per measure and depth), `verdicts`, `non_finite`, `trajectory`,
+        `distinctness` and `cycle` where states are kept, one or several of each analysis that the store can
+        answer (such as `limits_share`; `heads` has a row per measure, depth and head, `sequences` one per
+        depth of up to sixteen sequences), and one file per figure and format.
     Raises:
         FormatError: a format is unknown.
         NothingCapturedError: the store has no finished sequence yet.
@@ -66,6 +66,8 @@ def tables(findings: Findings) -> dict[str, pd.DataFrame]:
     if isinstance(findings.distinctness, xr.Dataset):
         pairs = findings.distinctness[["cosine", "relative_distance"]]
         result["distinctness"] = pairs.to_dataframe().reset_index()
+        of_all = findings.distinctness[["least_cosine", "cycle_size"]]
+        result["cycle"] = of_all.to_dataframe().reset_index()
     alone = set(findings.answers) - {each.name for part in _TOGETHER.values() for each in part.ANALYSES}
     for name, found in findings.answers.items():
         if isinstance(found, xr.Dataset) and name in alone:

@@ -47,7 +47,7 @@ def fit_rates(step_RS: np.ndarray, floor_RS: np.ndarray) -> tuple[np.ndarray, np
 
 
 class _TokenRates(MedianFold):
-    """Median and quartiles of rates from 0.0001 to 10, within 0.2 %."""
+    """Median and quartiles of rates; of more than are kept from 0.0001 to 10 and within 0.2 %."""
 
     LOWEST, DECADES, BINS_PER_DECADE = 1e-4, 5, 1024
 

@@ -84,7 +84,9 @@ def distinctness(store: str | Path | xr.Dataset) -> xr.Dataset:
     Returns:
         Dataset: `cosine` and `relative_distance` (over the mean of the two norms) [layer, other_layer], means
         over sequences of means over kept tokens; `least_cosine` [statistic: value, low, high, sequences] of
-        the pair of layers with the least mean cosine; attributes `pair`, `num_tokens`, `non_finite`.
+        the pair of layers with the least mean cosine; `cycle_size` [statistic], the root mean square distance
+        of a token's layers from their mean over the mean of their norms, which is 0 where all layers share
+        one point; attributes `pair`, `num_tokens`, `non_finite`.
     Raises:
         StatesMissingError: not every core layer's state is kept for the last recurrence.
         NothingCapturedError: no kept token is captured yet.
@@ -93,18 +95,20 @@ def distinctness(store: str | Path | xr.Dataset) -> xr.Dataset:
     depths = depths_of(dataset)
     last = _last_core_states(dataset, depths)
     num_layers = last.sizes["depth_state"]
-    fold, num_tokens, bad = MeanFold((2, num_layers, num_layers)), 0, 0
+    fold, size, num_tokens, bad = MeanFold((2, num_layers, num_layers)), MeanFold(1), 0, 0
     for arrays in iter_sequences(last, []):
         assert arrays.states is not None
-        total_2LL, num_finite = np.zeros((2, num_layers, num_layers)), 0
+        total_2LL, total_size, num_finite = np.zeros((2, num_layers, num_layers)), 0.0, 0
         for x_TLD in arrays.states.blocks():
             finite = np.isfinite(x_TLD).all(axis=(1, 2))
             bad += int((~finite).sum())
             num_finite += int(finite.sum())
-            total_2LL += _sum_of_pairs(x_TLD[finite])
+            of_block_2LL, of_block = _sums_of_pairs(x_TLD[finite])
+            total_2LL, total_size = total_2LL + of_block_2LL, total_size + of_block
         num_tokens += num_finite
         if num_finite:
             fold.add(total_2LL / num_finite)
+            size.add(np.array([total_size / num_finite]))
     if not num_tokens:
         raise NothingCapturedError(
             "no kept token of a finished unit has finite states: there is nothing to compare"
@@ -120,6 +124,7 @@ def distinctness(store: str | Path | xr.Dataset) -> xr.Dataset:
             "cosine": (("layer", "other_layer"), cosine_LL, {"units": "cosine"}),
             "relative_distance": (("layer", "other_layer"), distance_LL, {"units": "share of the norm"}),
             "least_cosine": ("statistic", statistics_42LL[:, 0, *pair]),
+            "cycle_size": ("statistic", size.result()[:, 0], {"units": "share of the norm"}),
         },
         {"layer": layer, "other_layer": layer, "statistic": ["value", "low", "high", "sequences"]},
         {"pair": [int(index) for index in pair], "num_tokens": num_tokens, "non_finite": bad},
@@ -141,10 +146,12 @@ def _last_core_states(dataset: xr.Dataset, depths: Depths) -> xr.Dataset:
     return dataset.isel(depth_state=np.concatenate(found))
 
 
-def _sum_of_pairs(x_TLD: np.ndarray) -> np.ndarray:
-    """Cosine and relative distance of every pair of layers, sum over tokens, float64 [2, layer, layer]."""
+def _sums_of_pairs(x_TLD: np.ndarray) -> tuple[np.ndarray, float]:
+    """Cosine and relative distance of every pair of layers, float64 [2, layer, layer], and the size of the
+    cycle, both summed over tokens.
+    """
     T, L, D = x_TLD.shape
-    total_2LL = np.zeros((2, L, L))
+    total_2LL, total_size = np.zeros((2, L, L)), 0.0
     block = max(1, _BLOCK_BYTES // (8 * L * D))
     for start in range(0, T, block):
         block_TLD = x_TLD[start : start + block].astype(np.float64)
@@ -156,7 +163,10 @@ def _sum_of_pairs(x_TLD: np.ndarray) -> np.ndarray:
         mean_TLL = (norm_TL[:, :, None] + norm_TL[:, None, :]) / 2
         total_2LL[0] += np.clip(gram_TLL / np.maximum(product_TLL, _TINY), -1, 1).sum(axis=0)
         total_2LL[1] += (np.sqrt(np.maximum(square_TLL, 0)) / np.maximum(mean_TLL, _TINY)).sum(axis=0)
-    return total_2LL
+        # the mean square distance of points from their mean is half that of all pairs of them
+        spread_T = np.sqrt(np.maximum(square_TLL, 0).mean(axis=(1, 2)) / 2)
+        total_size += float((spread_T / np.maximum(norm_TL.mean(axis=1), _TINY)).sum())
+    return total_2LL, total_size
 
 
 def core_states(dataset: xr.Dataset, depths: Depths) -> tuple[np.ndarray, np.ndarray]:

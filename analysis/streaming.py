@@ -188,20 +188,35 @@ class MaxFold:
 
 
 class MedianFold:
-    """Median and quartiles over all tokens, per depth, from a histogram on a logarithmic axis.
+    """Median and quartiles over all tokens, per depth: exact, or of more values than are kept from a
+    histogram on a logarithmic axis.
 
-    An exact median would keep every token. Bins of 1/64 decade bound the error by 1.9 %, far finer than the
-    decades that thresholds on distances are about. Values below `LOWEST` count as 0.
+    Its bins of 1/64 decade bound the error by 1.9 %, far finer than the decades that thresholds on distances
+    are about. Values below `LOWEST` count as 0 there.
     """
 
     LOWEST, DECADES, BINS_PER_DECADE = 1e-12, 18, 64
+    MOST_KEPT = 2**21  # values: 16 MiB
 
     def __init__(self, num_depths: int) -> None:
         self.num_bins = self.DECADES * self.BINS_PER_DECADE + 1  # bin 0 holds zeros
         self.count = np.zeros(num_depths)
         self.histogram = np.zeros((num_depths, self.num_bins), np.int64)
+        self._kept: list[np.ndarray] = [np.empty((0, num_depths))]
+        self._num_kept, self._keeps = 0, True
 
     def add(self, value_TD: np.ndarray) -> None:
+        self.count += np.isfinite(value_TD).any(axis=0)
+        self._kept.append(value_TD)
+        self._num_kept += value_TD.size
+        if self._keeps and self._num_kept <= self.MOST_KEPT:
+            return
+        self._keeps = False
+        for each_TD in self._kept:
+            self._count_in_bins(each_TD)
+        self._kept.clear()
+
+    def _count_in_bins(self, value_TD: np.ndarray) -> None:
         finite_TD = np.isfinite(value_TD)
         floor_TD = np.maximum(np.where(finite_TD, value_TD, 0), self.LOWEST * 0.5)
         bin_TD = np.floor(np.log10(floor_TD / self.LOWEST) * self.BINS_PER_DECADE).astype(np.int64) + 1
@@ -209,13 +224,14 @@ class MedianFold:
         self.histogram += np.bincount(bin_TD[finite_TD], minlength=self.histogram.size).reshape(
             self.histogram.shape
         )
-        self.count += finite_TD.any(axis=0)
 
     def result(self) -> np.ndarray:
         """float64 [4, depth]: median, lower quartile, upper quartile, number of sequences."""
         return np.stack([*(self._quantile(q) for q in (0.5, 0.25, 0.75)), self.count])
 
     def _quantile(self, share: float) -> np.ndarray:
+        if self._keeps:
+            return _finite_quantile(np.concatenate(self._kept), share)
         cumulative = self.histogram.cumsum(axis=1)
         rank = share * (cumulative[:, -1:] - 1)
         found = (cumulative > rank).argmax(axis=1)
@@ -224,3 +240,13 @@ class MedianFold:
         part = (rank[:, 0] - (cumulative[rows, found] - inside) + 0.5) / np.maximum(inside, 1)
         value = self.LOWEST * 10 ** ((found - 1 + np.clip(part, 0, 1)) / self.BINS_PER_DECADE)
         return np.where(cumulative[:, -1] > 0, np.where(found == 0, 0.0, value), np.nan)
+
+
+def _finite_quantile(value_TD: np.ndarray, share: float) -> np.ndarray:
+    """Quantile of the finite values of each column, linear between two; NaN where there is none."""
+    found_D = np.full(value_TD.shape[1], np.nan)
+    for depth, value_T in enumerate(value_TD.T):
+        finite_F = value_T[np.isfinite(value_T)]
+        if len(finite_F):
+            found_D[depth] = np.quantile(finite_F, share)
+    return found_D

@@ -175,7 +175,9 @@ def _distinct(converged: Verdict, distinctness: xr.Dataset | str) -> Verdict:
     else:
         value = float(distinctness["least_cosine"].sel(statistic="value"))
         layer, other = distinctness.attrs["pair"]
-        detail = f"the least mean cosine of two layers, {layer} and {other}, after the last recurrence"
+        size = float(distinctness["cycle_size"].sel(statistic="value"))
+        detail = f"the least mean cosine of two layers, {layer} and {other}, after the last recurrence; the "
+        detail += f"layers lie {size:.2g} of the norm around their mean"
         if converged.answer:
             answer, recurrence = value < DISTINCT_COSINE, converged.recurrence
         else:

@@ -24,7 +24,7 @@ RTOL = 1e-5
 # a change is the difference of two float32 values, so that it is as exact as these are: nat, shares, cosines
 ATOL = {"entropy_change": 1e-6, "received_change": 1e-6, "lens_kl": 1e-6, "attention_step": 1e-6,
         "attention_gap": 1e-6}  # fmt: skip
-MEDIANS = {"relative_step_median", "relative_gap_median"}  # read from bins 2 % wide: see test_measures.py
+MEDIANS = {"relative_step_median", "relative_gap_median"}  # over the tokens of all sequences: below
 _SILENT = -1e4  # stands for ln 0, whose softmax is 0
 
 
@@ -186,3 +186,20 @@ def test_maps_of_all_pairs_equal_their_definitions(name):
     for key, wanted_LL in wanted.items():
         got_LL = answer(dataset, ANALYSES[key])[key].sel(statistic="value").values
         np.testing.assert_allclose(got_LL, wanted_LL, rtol=RTOL, atol=1e-6, err_msg=f"{key} of {name}")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("llama", "olmo2")])
+def test_medians_over_tokens_equal_their_definitions(name):
+    dataset, x_S2TLD, *_, (prelude, core, recurrences, _) = replayed(name)
+    core_depths = slice(prelude, prelude + core * recurrences)
+    x_NRLD = x_S2TLD[:, 1, :, core_depths].reshape(-1, recurrences, core, x_S2TLD.shape[-1])
+    norm_NRL = np.linalg.norm(x_NRLD, axis=-1)
+    step_NRL = np.linalg.norm(np.diff(x_NRLD, axis=1), axis=-1) / norm_NRL[:, 1:]
+    gap_NRL = np.linalg.norm(x_NRLD - x_NRLD[:, -1:], axis=-1) / norm_NRL[:, -1:]
+    wanted = {"relative_step_median": step_NRL, "relative_gap_median": gap_NRL}
+    found = measure(dataset, MEDIANS)
+    for key, value_NRL in wanted.items():
+        got_RL = found[key].values[:, core_depths].reshape(4, recurrences, core)[:, -value_NRL.shape[1] :]
+        for statistic, share in enumerate((0.5, 0.25, 0.75)):
+            wanted_RL = np.quantile(value_NRL, share, axis=0)
+            np.testing.assert_allclose(got_RL[statistic], wanted_RL, rtol=RTOL, atol=1e-7, err_msg=key)

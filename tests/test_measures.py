@@ -85,8 +85,11 @@ def test_measure_equals_its_definition(name):
     assert np.isfinite(mean).any()
 
 
+# kept values give the median itself; what is beyond them goes into bins
+@pytest.mark.parametrize("most_kept, error", [(2**21, 1e-6), (0, 0.02), (60 * 10, 0.02)])
 @pytest.mark.parametrize("name", ["relative_step_median", "relative_gap_median"])
-def test_median_over_tokens(name):
+def test_median_over_tokens(monkeypatch, name, most_kept, error):
+    monkeypatch.setattr(MedianFold, "MOST_KEPT", most_kept)
     sequences, _ = random_sequences([40, 21, 30], SHAPE)
     got = measure(make_dataset(sequences, SHAPE), [name])[name].sel(statistic="value").values
     kind, (prelude, core, recurrences, _) = name.split("_")[1], SHAPE
@@ -95,10 +98,12 @@ def test_median_over_tokens(name):
         exact = np.median(
             np.concatenate([q[f"{kind}_norm"][:, depth] / q["residual_norm"][:, below] for q in sequences])
         )
-        assert got[depth] == pytest.approx(exact, rel=0.02)
+        assert got[depth] == pytest.approx(exact, rel=error)
 
 
-def test_median_fold_of_zeros_and_of_values_beyond_its_bins():
+@pytest.mark.parametrize("most_kept", [0, 2**21])
+def test_median_fold_of_zeros_and_of_values_beyond_its_bins(monkeypatch, most_kept):
+    monkeypatch.setattr(MedianFold, "MOST_KEPT", most_kept)
     fold = MedianFold(3)
     fold.add(np.array([[0.0, 1e30, np.nan], [0.0, 1e30, np.nan], [1.0, 1e30, np.inf]]))
     median, low, high, count = fold.result()
@@ -342,6 +347,9 @@ def test_distinctness_equals_its_definition():
     assert float(got["relative_distance"][1, 0]) == pytest.approx(np.mean(distance), rel=1e-5)
     low = np.mean(cosine) - BAND_Z * np.std(cosine, ddof=1) / np.sqrt(3)
     assert float(got["least_cosine"].sel(statistic="low")) == pytest.approx(low, rel=1e-4)
+    spread = [np.sqrt(np.mean(np.sum((x - x.mean(0)) ** 2, 1))) for x in pair]
+    size = [far / np.linalg.norm(x, axis=1).mean() for far, x in zip(spread, pair, strict=True)]
+    assert float(got["cycle_size"].sel(statistic="value")) == pytest.approx(np.mean(size), rel=1e-5)
 
 
 def test_states_that_were_not_kept_are_asked_for():

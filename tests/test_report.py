@@ -39,6 +39,7 @@ NAMES = (
     "stages_by_recurrence",
     "stages_by_layer",
     "residual_norms",
+    "residual_entropy",
     "lens",
     "exit_gate",
     "rates",
@@ -177,7 +178,7 @@ def test_analysis_writes_every_table(tmp_path, table_format):
     paths = write_analysis(dataset, tmp_path, table_format, figure_format=())
     read = pd.read_parquet if table_format == "parquet" else pd.read_csv
     tables = {path.stem: read(path) for path in paths}
-    assert {"measures", "verdicts", "non_finite", "trajectory", "distinctness"} <= set(tables)
+    assert {"measures", "verdicts", "non_finite", "trajectory", "distinctness", "cycle"} <= set(tables)
     pd.testing.assert_frame_equal(tables["measures"], long_table(measure(dataset)), check_dtype=False)
     assert len(tables["verdicts"]) == 5 and len(tables["non_finite"]) == 0
     assert len(tables["trajectory"]) == 3 * SHAPE[1] * SHAPE[2]

@@ -192,6 +192,9 @@ def test_kept_states_of_the_authors_residuals(name):
     if core < 2:
         return
     found, end_SLD = distinctness(dataset), last_SPD[:, -core:]
+    apart_SLD = end_SLD - end_SLD.mean(1, keepdims=True)
+    size = (np.sqrt((apart_SLD**2).sum(-1).mean(1)) / np.sqrt((end_SLD**2).sum(-1)).mean(1)).mean()
+    assert float(found["cycle_size"].sel(statistic="value")) == pytest.approx(size, rel=RTOL)
     for a, b in combinations(range(core), 2):
         x, y = end_SLD[:, a], end_SLD[:, b]
         long, other = np.sqrt((x**2).sum(1)), np.sqrt((y**2).sum(1))
