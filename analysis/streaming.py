@@ -196,7 +196,7 @@ class MedianFold:
     """
 
     LOWEST, DECADES, BINS_PER_DECADE = 1e-12, 18, 64
-    MOST_KEPT = 2**21  # values: 16 MiB
+    MOST_KEPT = 2**15  # values: 256 KiB, a few tokens of many depths or thousands of one
 
     def __init__(self, num_depths: int) -> None:
         self.num_bins = self.DECADES * self.BINS_PER_DECADE + 1  # bin 0 holds zeros
