@@ -16,6 +16,7 @@ from .axes import value_domain, y_axis
 from .findings import Findings
 from .limits import LIMITS
 from .marks import DEPTH_COLOR, Figure, Panel
+from .walk import CannotTellError
 
 LIMIT_COLORS = ("#2b66a8", "#e39a2d", "#bf3f55", "#c9c8c2")
 Drawn = list[tuple[Findings, xr.Dataset]]
@@ -79,6 +80,19 @@ def drawn_of(findings: Sequence[Findings], analysis: str) -> tuple[Drawn, dict[s
             drawn.append((each, found))
         else:
             absent[each.label] = found
+    return drawn, absent
+
+
+def drawn_by(
+    findings: Sequence[Findings], answer: Callable[[Findings], xr.Dataset]
+) -> tuple[Drawn, dict[str, str]]:
+    """Captures of which `answer` has something, and why it has nothing of others."""
+    drawn, absent = [], {}
+    for each in findings:
+        try:
+            drawn.append((each, answer(each)))
+        except CannotTellError as error:
+            absent[each.label] = str(error)
     return drawn, absent
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from .answer_figures import drawn_by
 from .axes import SHORT_LABEL, log_ticks, note_in_place
 from .captions import number
 from .choices import ALL, EVERYWHERE, Choice, chosen, fading, is_shown, numbered
@@ -22,19 +23,17 @@ from .marks import Figure, Panel, chosen_place
 from .measures import MEASURES, SINK_SCORE
 from .panels import means_over
 from .verdicts import SETTLED_ENTROPY
-from .walk import CannotTellError
 
 _DECADES = ("entropy_change", "attention_step", "attention_gap")  # what spans decades while heads settle
 _LEAST = 1e-8  # of the largest value: below it is rounding
 _CHOSEN: dict[str, int] = dict.fromkeys((*EVERYWHERE, "head"), ALL)
 _WIDE = 400  # from so many depths on a cell is thinner than a pixel where two maps stand side by side
 _LABEL = SHORT_LABEL.replace(".6~g", ".3~g")  # a legend's ends are no round numbers
-_Drawn = list[tuple[Findings, xr.Dataset]]
 
 
 def attention_heads(findings: Sequence[Findings]) -> Figure | None:
     """Which heads settle and which are sinks: any measure of every head at every depth (with figure 2)."""
-    drawn, absent = _drawn(findings)
+    drawn, absent = drawn_by(findings, lambda each: gathered(each.answers))
     if not drawn:
         return None
     names = [name for name in HEAD_MEASURES if any(name in found for _, found in drawn)]
@@ -70,16 +69,6 @@ def attention_heads(findings: Sequence[Findings]) -> Figure | None:
             *filter(None, (_seen(each, found) for each, found in drawn)),
         ],
     )
-
-
-def _drawn(findings: Sequence[Findings]) -> tuple[_Drawn, dict[str, str]]:
-    drawn, absent = [], {}
-    for each in findings:
-        try:
-            drawn.append((each, gathered(each.answers)))
-        except CannotTellError as error:
-            absent[each.label] = str(error)
-    return drawn, absent
 
 
 def _table_name(each: Findings) -> str:

@@ -18,7 +18,7 @@ import xarray as xr
 from . import by_head
 from .measures import MEASURES, STATISTICS
 from .streaming import Arrays, Depths, MeanFold
-from .walk import Analysis, CannotTellError, walk
+from .walk import Analysis, merged, walk
 
 _PREFIX = "heads_"
 
@@ -118,16 +118,7 @@ def heads(store: str | Path | xr.Dataset) -> xr.Dataset:
 
 def gathered(answers: Mapping[str, xr.Dataset | str]) -> xr.Dataset:
     """What a walk found of all heads, as `heads` returns it."""
-    found, missing = {}, {}
-    for name in HEAD_MEASURES:
-        each = answers.get(_PREFIX + name, "not asked")
-        if isinstance(each, str):
-            missing[name] = each
-        else:
-            found[name] = each
-    if not found:
-        raise CannotTellError("; ".join(dict.fromkeys(missing.values())))
-    return xr.Dataset({name: each[name] for name, each in found.items()}, attrs={"missing": missing})
+    return merged(answers, HEAD_MEASURES, _PREFIX)
 
 
 def long_table(found: xr.Dataset) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from .answer_figures import Drawn, drawn_by
 from .axes import depth_axis, is_log, note_in_place, stage_shading, value_domain, y_axis
 from .captions import number
 from .choices import ALL, EVERYWHERE, Choice, chosen, fading
@@ -17,16 +18,14 @@ from .marks import Figure, Panel, depth_lines, grouped_lines
 from .measures import MEASURES
 from .panels import group_domain, means_over
 from .sequences import SEQUENCE_MEASURES, gathered
-from .walk import CannotTellError
 
 _MEAN = -1  # stands for the mean in the column of sequence ids
 _GREY = "#b5b4ad"
-_Drawn = list[tuple[Findings, xr.Dataset]]
 
 
 def single_sequences(findings: Sequence[Findings]) -> Figure | None:
     """Measures of up to sixteen single sequences: a line per layer over recurrences, or one along depth."""
-    drawn, absent = _drawn(findings)
+    drawn, absent = drawn_by(findings, lambda each: gathered(each.answers))
     if not drawn:
         return None
     names = [name for name in SEQUENCE_MEASURES if any(name in found for _, found in drawn)]
@@ -69,16 +68,6 @@ def single_sequences(findings: Sequence[Findings]) -> Figure | None:
     )
 
 
-def _drawn(findings: Sequence[Findings]) -> tuple[_Drawn, dict[str, str]]:
-    drawn, absent = [], {}
-    for each in findings:
-        try:
-            drawn.append((each, gathered(each.answers)))
-        except CannotTellError as error:
-            absent[each.label] = str(error)
-    return drawn, absent
-
-
 def _table_name(each: Findings) -> str:
     return f"sequences {each.label}"
 
@@ -96,7 +85,7 @@ def _table(each: Findings, found: xr.Dataset) -> pd.DataFrame:
     return pd.concat([own, whole], ignore_index=True).loc[:, columns]
 
 
-def _sequences(drawn: _Drawn) -> Choice:
+def _sequences(drawn: Drawn) -> Choice:
     """The sequences by their row in the data, with their numbers of tokens; first those that all have."""
     tokens: dict[int, list[int]] = {}
     for _, found in drawn:

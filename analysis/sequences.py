@@ -14,7 +14,7 @@ import xarray as xr
 
 from .measures import MEASURES
 from .streaming import Arrays, Depths
-from .walk import Analysis, CannotTellError, walk
+from .walk import Analysis, merged, walk
 
 SEQUENCE_MEASURES = (
     "relative_step",
@@ -88,16 +88,7 @@ def sequences(store: str | Path | xr.Dataset) -> xr.Dataset:
 
 def gathered(answers: Mapping[str, xr.Dataset | str]) -> xr.Dataset:
     """What a walk found of single sequences, as `sequences` returns it."""
-    found, missing = {}, {}
-    for name in SEQUENCE_MEASURES:
-        each = answers.get(_PREFIX + name, "not asked")
-        if isinstance(each, str):
-            missing[name] = each
-        else:
-            found[name] = each
-    if not found:
-        raise CannotTellError("; ".join(dict.fromkeys(missing.values())))
-    return xr.Dataset({name: each[name] for name, each in found.items()}, attrs={"missing": missing})
+    return merged(answers, SEQUENCE_MEASURES, _PREFIX)
 
 
 def long_table(found: xr.Dataset) -> pd.DataFrame:

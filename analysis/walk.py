@@ -6,7 +6,7 @@ ends in a Dataset. Analyses that share a quantity walk together; others walk one
 memory holds the arrays of one such group alone.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -95,6 +95,26 @@ def answer(store: str | Path | xr.Dataset, analysis: Analysis) -> xr.Dataset:
     if isinstance(found, str):
         raise CannotTellError(f"{analysis.name}: {found}")
     return found
+
+
+def merged(answers: Mapping[str, xr.Dataset | str], names: Iterable[str], prefix: str) -> xr.Dataset:
+    """The variables `name` that analyses `prefix + name` found, in one Dataset.
+
+    Returns:
+        with the attribute `missing` (name -> why it is absent).
+    Raises:
+        CannotTellError: none was found; the message says why.
+    """
+    found, missing = {}, {}
+    for name in names:
+        each = answers.get(prefix + name, "not asked")
+        if isinstance(each, str):
+            missing[name] = each
+        else:
+            found[name] = each[name]
+    if not found:
+        raise CannotTellError("; ".join(dict.fromkeys(missing.values())))
+    return xr.Dataset(found, attrs={"missing": missing})
 
 
 def _result(each: Analysis, fold: Fold) -> xr.Dataset | str:
