@@ -137,7 +137,10 @@ def _choices(figures: Sequence["Figure"], findings: Sequence[Findings]) -> list[
 
     followed = {name for figure in figures for panel in figure.panels for name in panel.chosen}
     shapes = [each.depths.core_RL.shape for each in findings]
-    most = {"recurrence": max(R for R, _ in shapes), "layer": max(L for _, L in shapes)}
+    most = {
+        name: max((shape[axis] for shape in shapes), default=0)
+        for axis, name in enumerate(("recurrence", "layer"))
+    }
     return [numbered(name, most[name]) for name in EVERYWHERE if name in followed and most[name] > 1]
 
 

@@ -84,9 +84,8 @@ def test_every_count_is_an_ordinary_capture(tmp_path):
         assert plan.settings.loop == f"2-3x{count}" and plan.settings.recurrences is None
         assert Path(plan.settings.store).name == f"recurrences-{count}.zarr"
         assert plan.state_depths == (plan.description.depth - 1,)
-        assert looptap.capture.plan.make_plan(plan.settings).document() == plan.document() | {
-            "created": looptap.capture.plan.make_plan(plan.settings).document()["created"]
-        }
+        again, first = looptap.capture.plan.make_plan(plan.settings).document(), plan.document()
+        assert again | {"created": ""} == first | {"created": ""}
     _, plans = depth_plans(settings_in(tmp_path, model="random:(0,2x3,0),width=32"))
     assert [plan.settings.recurrences for plan in plans] == list(COUNTS)
     assert [plan.state_depths for plan in plans] == [(2 * count - 1,) for count in COUNTS]
