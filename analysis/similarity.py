@@ -65,16 +65,13 @@ def across_and_within(value_DD: np.ndarray, core_RL: np.ndarray) -> tuple[np.nda
     """
     R, L = core_RL.shape
     same_L, other_L = np.full((2, L), np.nan)
+    core_C = core_RL.ravel()
+    value_RLRL = value_DD[np.ix_(core_C, core_C)].astype(np.float64).reshape(R, L, R, L)
+    itself_L = np.einsum("rlrl->l", value_RLRL)
     if R > 1:
-        for layer, depth_R in enumerate(core_RL.T):
-            here_RR = value_DD[np.ix_(depth_R, depth_R)].astype(np.float64)
-            same_L[layer] = (here_RR.sum() - here_RR.trace()) / (R * (R - 1))
+        same_L = (np.einsum("rlsl->l", value_RLRL) - itself_L) / (R * (R - 1))
     if R and L > 1:
-        total_L = np.zeros(L)
-        for depth_L in core_RL:
-            here_LL = value_DD[np.ix_(depth_L, depth_L)].astype(np.float64)
-            total_L += (here_LL.sum(axis=1) - here_LL.diagonal()) / (L - 1)
-        other_L = total_L / R
+        other_L = (np.einsum("rlrm->l", value_RLRL) - itself_L) / (R * (L - 1))
     return same_L, other_L
 
 

@@ -153,11 +153,14 @@ class MeanFold:
 
     def add(self, value: np.ndarray) -> None:
         finite = np.isfinite(value)
-        value = np.where(finite, value, self.mean)
+        if not finite.all():
+            value = np.where(finite, value, self.mean)
         self.count += finite
         delta = value - self.mean
-        self.mean += delta / np.maximum(self.count, 1)
-        self.squares += delta * (value - self.mean)
+        change = delta / np.maximum(self.count, 1)
+        self.mean += change
+        delta *= np.subtract(value, self.mean, out=change)
+        self.squares += delta
 
     def result(self) -> np.ndarray:
         """float64 [4, ...]: mean, low, high, number of sequences."""

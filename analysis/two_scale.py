@@ -11,6 +11,8 @@ recurrence earlier, as there; the larger scale is the way through the blocks, wh
 of several.
 """
 
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from .streaming import Arrays, Depths, MeanFold, finite_mean
 from .walk import Analysis, CannotTellError, answer
 
 STATISTICS = ["value", "low", "high", "sequences"]
-_BLOCK_BYTES = 2**23  # float64 of one block of tokens' steps
+_BLOCK_BYTES = 2**21  # float64 of one block of tokens, of which a few copies stay in the cache
 
 
 class _ByDepth:
@@ -78,13 +80,9 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 class _AccelerationFold:
     def __init__(self, dataset: xr.Dataset, depths: Depths) -> None:
         kept = {int(depth): place for place, depth in enumerate(dataset["state_depth"].values)}
-        self._triples = [  # depth, and the places of the layer's last three states
-            (int(three[-1]), *(kept[int(depth)] for depth in three))
-            for layer_R in depths.core_RL.T
-            for three in zip(layer_R, layer_R[1:], layer_R[2:], strict=False)
-            if all(int(depth) in kept for depth in three)
-        ]
-        if not self._triples:
+        runs = [run for layer_R in depths.core_RL.T for run in _kept_runs(layer_R, kept)]
+        self._runs = [(run[2:], np.array([kept[depth] for depth in run])) for run in runs]
+        if not self._runs:
             raise CannotTellError(
                 "no core layer's state is kept for three successive recurrences: capture again with at least "
                 "3 recurrences and --quantities all,state --states core"
@@ -99,16 +97,17 @@ class _AccelerationFold:
         if T == 0:
             return
         curves_3TD, done = np.full((3, T, self._num_depths), np.nan), 0
-        few = max(1, _BLOCK_BYTES // (8 * D))
+        few = max(1, _BLOCK_BYTES // (8 * D * max(len(places) for _, places in self._runs)))
         for block_TKD in arrays.states.blocks():
             for start in range(0, len(block_TKD), few):
                 x_TKD = block_TKD[start : start + few]
                 rows = slice(done + start, done + start + len(x_TKD))
-                for depth, *places in self._triples:
-                    curves_3TD[:, rows, depth] = accelerations(*(x_TKD[:, place] for place in places))
+                for run, places in self._runs:
+                    curves_3TD[:, rows, run] = accelerations(x_TKD[:, places])
             done += len(block_TKD)
         self._num_tokens += T
-        self._bad += T * len(self._triples) - int(np.isfinite(curves_3TD[0]).sum())
+        due = T * sum(len(run) for run, _ in self._runs)
+        self._bad += due - int(np.isfinite(curves_3TD[0]).sum())
         names = ("acceleration", "relative_acceleration", "step_turn")
         self._curves.add(dict(zip(names, finite_mean(curves_3TD, 1), strict=True)))
 
@@ -118,22 +117,34 @@ class _AccelerationFold:
         return self._curves.result(num_tokens=self._num_tokens, non_finite=self._bad)
 
 
-def accelerations(first_TD: np.ndarray, second_TD: np.ndarray, third_TD: np.ndarray) -> np.ndarray:
+def _kept_runs(layer_R: np.ndarray, kept: Mapping[int, int]) -> list[list[int]]:
+    """Depths of a layer that are kept at three or more successive recurrences."""
+    groups = groupby(layer_R.tolist(), key=lambda depth: depth in kept)
+    runs = [list(run) for is_kept, run in groups if is_kept]
+    return [run for run in runs if len(run) > 2]
+
+
+def accelerations(x_TRD: np.ndarray) -> np.ndarray:
     """Length of the difference of two steps, that over the third state's norm, and the steps' cosine.
 
     Args:
-        first_TD, second_TD, third_TD: a layer's states at three successive recurrences, [token, hidden].
+        x_TRD: a layer's states at successive recurrences, [token, recurrence, hidden].
     Returns:
-        float64 [3, token]; the cosine is NaN where a step is 0.
+        float64 [3, token, recurrence - 2]; the cosine is NaN where a step is 0.
     """
+    x_TRD = x_TRD.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        before_TD = second_TD.astype(np.float64) - first_TD
-        now_TD = third_TD.astype(np.float64) - second_TD
-        length_T = np.linalg.norm(now_TD - before_TD, axis=1)
-        relative_T = length_T / np.linalg.norm(third_TD.astype(np.float64), axis=1)
-        product_T = np.linalg.norm(now_TD, axis=1) * np.linalg.norm(before_TD, axis=1)
-        turn_T = np.einsum("td,td->t", now_TD, before_TD) / product_T
-    return np.stack([length_T, relative_T, turn_T])
+        step_TRD = np.diff(x_TRD, axis=1)
+        length_TR = _norms(np.diff(step_TRD, axis=1))
+        relative_TR = length_TR / _norms(x_TRD[:, 2:])
+        step_TR = _norms(step_TRD)
+        product_TR = np.einsum("trd,trd->tr", step_TRD[:, 1:], step_TRD[:, :-1])
+        turn_TR = product_TR / (step_TR[:, 1:] * step_TR[:, :-1])
+    return np.stack([length_TR, relative_TR, turn_TR])
+
+
+def _norms(x_TRD: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("trd,trd->tr", x_TRD, x_TRD))
 
 
 _TWO_SCALE = Analysis(

@@ -86,7 +86,7 @@ def test_known_motions():
 def test_a_step_of_nothing_has_no_direction_and_bad_states_are_counted():
     x = np.ones((4, 3))
     x[1, 2], x[3] = np.nan, 0
-    length, relative, turn = accelerations(np.zeros((4, 3)), x, x)
+    length, relative, turn = accelerations(np.stack([np.zeros((4, 3)), x, x], axis=1))[..., 0]
     np.testing.assert_allclose(length, [3**0.5, np.nan, 3**0.5, 0])
     np.testing.assert_allclose(relative, [1, np.nan, 1, np.nan])
     assert np.isnan(turn).all()
