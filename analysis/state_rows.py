@@ -14,18 +14,39 @@ _BLOCK_BYTES = 2**25  # float32 of one block
 _Places = np.ndarray | slice
 
 
-class StateRows:
-    """Rows of `state` [token, depth, hidden] that belong to one sequence.
+class StateWindow:
+    """Rows of `state` [token, depth, hidden] one after another, read ahead as many as make a block.
 
     Args:
         state: the store's array, lazy.
+        stop: past the last row that is wanted.
+    """
+
+    def __init__(self, state: xr.DataArray, stop: int) -> None:
+        self.state, self._stop = state, stop
+        self._first, self._read_TKD = 0, np.empty((0, *state.shape[1:]), np.float32)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """These rows, float32 [token, depth, hidden]; no more of them than a block."""
+        if not self._first <= start <= stop <= self._first + len(self._read_TKD):
+            _, K, D = self.state.shape
+            ahead = max(stop, min(self._stop, start + _BLOCK_BYTES // (4 * K * D)))
+            self._read_TKD = decoded(self.state.isel({self.state.dims[0]: slice(start, ahead)}))
+            self._first = start
+        return self._read_TKD[start - self._first : stop - self._first]
+
+
+class StateRows:
+    """Rows of `state` that belong to one sequence.
+
+    Args:
+        window: of the store's array.
         rows: the sequence's rows of it; empty where none of its tokens is kept.
     """
 
-    def __init__(self, state: xr.DataArray, rows: slice) -> None:
-        self._state, self._rows = state, rows
-        self.shape = (rows.stop - rows.start, *state.shape[1:])
-        self._whole: np.ndarray | None = None
+    def __init__(self, window: StateWindow, rows: slice) -> None:
+        self._window, self._rows = window, rows
+        self.shape = (rows.stop - rows.start, *window.state.shape[1:])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -33,7 +54,7 @@ class StateRows:
     def blocks(self, places: _Places = slice(None), every: int = 1, first: int = 0) -> Iterator[np.ndarray]:
         """States of a few tokens after another, float32 [token, place, hidden].
 
-        A sequence that is one block is read once, whoever asks for it.
+        A sequence that is no more than a block is read once, whoever asks for it, with those after it.
 
         Args:
             places: on the axis of kept depths.
@@ -43,7 +64,7 @@ class StateRows:
         token_bytes = 4 * D * (K if isinstance(places, slice) else len(places))
         if 4 * T * K * D <= _BLOCK_BYTES:
             if first < T:
-                yield self._all()[first::every, places]
+                yield self._window.rows(self._rows.start, self._rows.stop)[first::every, places]
             return
         chosen = np.arange(self._rows.start + first, self._rows.stop, every)
         few = max(1, _BLOCK_BYTES // token_bytes)
@@ -51,12 +72,8 @@ class StateRows:
             some = chosen[start : start + few]
             # neighbours are named by a slice, which is copied as one piece
             token = slice(int(some[0]), int(some[-1]) + 1) if every == 1 else some
-            yield decoded(self._state.isel({self._state.dims[0]: token, "depth_state": places}))
-
-    def _all(self) -> np.ndarray:
-        if self._whole is None:
-            self._whole = decoded(self._state.isel({self._state.dims[0]: self._rows}))
-        return self._whole
+            state = self._window.state
+            yield decoded(state.isel({state.dims[0]: token, "depth_state": places}))
 
 
 def decoded(values: xr.DataArray) -> np.ndarray:

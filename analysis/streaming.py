@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from ..capture.store.reader import iter_units, open_store
-from .state_rows import StateRows
+from .state_rows import StateRows, StateWindow
 
 BAND_Z = 1.96  # standard errors on either side of a mean: 95 % if the means of sequences are about normal
 
@@ -85,12 +85,13 @@ def iter_sequences(dataset: xr.Dataset, names: Iterable[str]) -> Iterator[Arrays
     for unit in _one_ahead(iter_units(dataset, names)):
         owner = unit["token_sequence"].values
         kept = _kept_spans(unit, owner) if state is not None else []
+        window = None if state is None else StateWindow(state, max((stop for _, stop in kept), default=0))
         arrays = {name: unit[name].values for name in names}
         of_sequence = {name for name in names if unit[name].dims[0] == "sequence"}
         for index, (start, stop) in enumerate(sequence_spans(owner)):
             tokens, itself = slice(start, stop), slice(index, index + 1)
             here = {name: array[itself if name in of_sequence else tokens] for name, array in arrays.items()}
-            yield Arrays(here, None if state is None else StateRows(state, slice(*kept[index])))
+            yield Arrays(here, None if window is None else StateRows(window, slice(*kept[index])))
 
 
 def _one_ahead(units: Iterator[xr.Dataset]) -> Iterator[xr.Dataset]:

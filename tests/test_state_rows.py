@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 
 from looptap.analysis import state_rows
-from looptap.analysis.state_rows import StateRows
+from looptap.analysis.state_rows import StateRows, StateWindow
 from looptap.analysis.states import distinctness
 from looptap.analysis.streaming import iter_sequences
 from looptap.analysis.trajectories import trajectories
@@ -51,7 +51,7 @@ def test_blocks_are_the_rows(every_token, monkeypatch, tokens_a_block, every, fi
     K = x_TLD.shape[1] if isinstance(places, slice) else len(places)
     monkeypatch.setattr(state_rows, "_BLOCK_BYTES", tokens_a_block * 4 * K * x_TLD.shape[2])
     start = int(dataset["sequence_start"][1])
-    rows = StateRows(dataset["state"], slice(start, start + len(x_TLD)))
+    rows = StateRows(StateWindow(dataset["state"], dataset.sizes["token"]), slice(start, start + len(x_TLD)))
     blocks = list(rows.blocks(places, every, first))
     assert all(len(block) <= tokens_a_block for block in blocks)
     wanted = x_TLD[first::every, places]
@@ -71,7 +71,7 @@ def test_bits_of_bfloat16_are_read_as_float32(every_token):
     _, states = every_token
     bits = (states[1].astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     state = xr.DataArray(bits, dims=("token", "depth_state", "hidden"), attrs={"bits_of": "bfloat16"})
-    (block,) = StateRows(state, slice(0, len(bits))).blocks()
+    (block,) = StateRows(StateWindow(state, len(bits)), slice(0, len(bits))).blocks()
     assert block.dtype == np.float32
     np.testing.assert_array_equal(block.view(np.uint32), bits.astype(np.uint32) << 16)
 
@@ -87,3 +87,20 @@ def test_a_plane_of_many_states_is_fitted_to_some_spread_over_the_store(every_to
     np.testing.assert_allclose(found["mean"], chosen.mean(0, dtype=np.float64), rtol=1e-6, atol=1e-7)
     scale_K = np.linalg.svd(chosen - chosen.mean(0, dtype=np.float64), compute_uv=False)
     np.testing.assert_allclose(found["explained"], (scale_K**2 / (scale_K**2).sum())[:3], rtol=1e-6)
+
+
+# a window of all, of a sequence and some of the next, of less than one
+@pytest.mark.parametrize("tokens_a_block", [100, 9, 3])
+def test_short_sequences_are_read_ahead(every_token, monkeypatch, tokens_a_block):
+    dataset, states = every_token
+    _, K, D = states[0].shape
+    monkeypatch.setattr(state_rows, "_BLOCK_BYTES", tokens_a_block * 4 * K * D)
+    num_read = []
+    monkeypatch.setattr(state_rows, "decoded", lambda values: num_read.append(len(values)) or values.values)
+    for arrays, x_TLD in zip(iter_sequences(dataset, []), states, strict=True):
+        for _ in range(2):  # two analyses
+            found = np.concatenate(list(arrays.states.blocks()))
+            np.testing.assert_array_equal(found, x_TLD.astype(np.float32))
+    assert max(num_read) <= tokens_a_block
+    if tokens_a_block == 100:  # two units, two sequences each
+        assert num_read == [LENGTHS[0] + LENGTHS[1], LENGTHS[2] + LENGTHS[3]]
