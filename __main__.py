@@ -147,7 +147,7 @@ def report(
         out: The HTML file to write.
         title: Heading of the page; made from the captures if not given.
     """
-    from .analysis.report import write_report
+    from .analysis.pages.report import write_report
 
     print(write_report(stores, out, title))
     return 0
@@ -162,7 +162,7 @@ def inspect(settings: OmitArgPrefixes[InspectSettings]) -> int:
     inspection = inspect_prompt(settings)
     print_inspection(inspection)
     if settings.out is not None:
-        from .analysis.inspection import write_inspection
+        from .analysis.pages.inspection import write_inspection
 
         print(
             write_inspection(
@@ -182,7 +182,7 @@ def demo(out: Annotated[Path, arg(metavar="DIR")] = Path("demo")) -> int:
         out: Directory for the two stores and the report.
     """
     from .analysis.findings import find
-    from .analysis.report import write_report
+    from .analysis.pages.report import write_report
     from .analysis.show import print_verdicts
     from .capture.demo import capture_demo
 
@@ -204,7 +204,7 @@ def study_architecture(settings: OmitArgPrefixes[ArchitectureStudySettings]) -> 
 
     The same command continues a study that was stopped or killed.
     """
-    from .analysis.architecture_page import write_architecture_study
+    from .analysis.studies.architecture_page import write_architecture_study
     from .capture.study_architecture import run_architecture_study
     from .capture.study_progress import run_all_with_progress
 
@@ -222,7 +222,7 @@ def study_depth(settings: OmitArgPrefixes[DepthStudySettings]) -> int:
 
     The same command continues a study that was stopped or killed.
     """
-    from .analysis.depth_page import write_depth_study
+    from .analysis.studies.depth_page import write_depth_study
     from .capture.progress import run_with_progress
     from .capture.study_depth import run_depth_study
 

@@ -1,15 +1,15 @@
 """Every analysis that is more than a curve over depth, by name."""
 
-from .heads import ANALYSES as _HEADS
-from .limits import ANALYSES as _LIMITS
-from .neurons import ANALYSES as _NEURONS
-from .rates import ANALYSES as _RATES
-from .sequences import ANALYSES as _SEQUENCES
-from .settling import ANALYSES as _SETTLING
-from .similarity import ANALYSES as _SIMILARITY
-from .stages import ANALYSES as _STAGES
-from .trajectories import ANALYSES as _PATHS
-from .two_scale import ANALYSES as _TWO_SCALE
+from .answers.heads import ANALYSES as _HEADS
+from .answers.limits import ANALYSES as _LIMITS
+from .answers.neurons import ANALYSES as _NEURONS
+from .answers.rates import ANALYSES as _RATES
+from .answers.sequences import ANALYSES as _SEQUENCES
+from .answers.settling import ANALYSES as _SETTLING
+from .answers.similarity import ANALYSES as _SIMILARITY
+from .answers.stages import ANALYSES as _STAGES
+from .answers.trajectories import ANALYSES as _PATHS
+from .answers.two_scale import ANALYSES as _TWO_SCALE
 from .walk import Analysis
 
 ANALYSES: dict[str, Analysis] = {

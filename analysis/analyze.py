@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import xarray as xr
 
-from . import heads, sequences
+from .answers import heads, sequences
 from .findings import Findings, find, long_table
 from .walk import CannotTellError
 
@@ -104,7 +104,7 @@ def _write_table(table: pd.DataFrame, path: Path) -> Path:
 
 
 def _write_figures(findings: Findings, out_dir: Path, formats: tuple[str, ...]) -> list[Path]:
-    from .figures import FIGURES
+    from .figures.catalogue import FIGURES
 
     paths = []
     for draw in FIGURES:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from .limits import TAU
+from .answers.limits import TAU
+from .answers.rates import ROUNDING_STEPS
+from .answers.stages import STAGE_MEASURES
 from .measures import MEASURES
-from .rates import ROUNDING_STEPS
-from .stages import STAGE_MEASURES
 from .streaming import Depths, depths_of
 
 # a step of a thousandth of the norm is far below what recurrences that still change show, and well above

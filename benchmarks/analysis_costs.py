@@ -133,7 +133,7 @@ def _analyse(path: Path) -> None:
 
 
 def _report(path: Path) -> None:
-    from ..analysis.report import write_report
+    from ..analysis.pages.report import write_report
 
     with tempfile.TemporaryDirectory() as folder:
         write_report([path], Path(folder) / "report.html")

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from looptap.analysis import answer_figures, map_figures, stage_figures
-from looptap.analysis.figures import FIGURES
+from looptap.analysis.answers.limits import LIMITS, limits
+from looptap.analysis.answers.rates import rates
+from looptap.analysis.answers.settling import settling
+from looptap.analysis.answers.similarity import residual_similarity
+from looptap.analysis.answers.stages import stage_agreement
+from looptap.analysis.figures import answer_figures, map_figures, stage_figures
+from looptap.analysis.figures.catalogue import FIGURES
 from looptap.analysis.findings import find
-from looptap.analysis.limits import LIMITS, limits
-from looptap.analysis.rates import rates
-from looptap.analysis.settling import settling
-from looptap.analysis.similarity import residual_similarity
-from looptap.analysis.stages import stage_agreement
 from looptap.tests.synthetic import RNG_SEED, make_dataset, random_sequences
 
 SHAPE = (1, 5, 26, 1)

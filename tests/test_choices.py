@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from looptap.analysis.choices import EVERYWHERE
-from looptap.analysis.figures import FIGURES
+from looptap.analysis.answers.heads import HEAD_MEASURES, heads
+from looptap.analysis.answers.sequences import SEQUENCE_MEASURES, sequences
+from looptap.analysis.figures.catalogue import FIGURES
+from looptap.analysis.figures.choices import EVERYWHERE
+from looptap.analysis.figures.head_figure import attention_heads
+from looptap.analysis.figures.sequence_figure import single_sequences
 from looptap.analysis.findings import find
-from looptap.analysis.head_figure import attention_heads
-from looptap.analysis.heads import HEAD_MEASURES, heads
 from looptap.analysis.measures import measure
-from looptap.analysis.report import write_report
-from looptap.analysis.sequence_figure import single_sequences
-from looptap.analysis.sequences import SEQUENCE_MEASURES, sequences
+from looptap.analysis.pages.report import write_report
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 from looptap.tests.synthetic import ATTENTION, RESIDUAL, SHAPE, make_dataset, random_sequences
 

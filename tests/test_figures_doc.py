@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from looptap.analysis import architecture_figures, boundary_figures, depth_figures
-from looptap.analysis.figures import FIGURES
+from looptap.analysis.figures.catalogue import FIGURES
+from looptap.analysis.studies import architecture_figures, boundary_figures, depth_figures
 
 TEXT = (Path(__file__).parents[1] / "docs" / "figures.md").read_text()
 STUDIES = (

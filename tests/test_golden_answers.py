@@ -11,12 +11,12 @@ from functools import cache
 import numpy as np
 import pytest
 
+from looptap.analysis.answers.rates import rates
+from looptap.analysis.answers.settling import settling
+from looptap.analysis.answers.similarity import attention_distance, residual_similarity
+from looptap.analysis.answers.stages import STAGE_MEASURES, agreement
+from looptap.analysis.answers.two_scale import acceleration, two_scale
 from looptap.analysis.findings import find
-from looptap.analysis.rates import rates
-from looptap.analysis.settling import settling
-from looptap.analysis.similarity import attention_distance, residual_similarity
-from looptap.analysis.stages import STAGE_MEASURES, agreement
-from looptap.analysis.two_scale import acceleration, two_scale
 from looptap.tests.golden_files import NAMES
 from looptap.tests.synthetic import make_dataset
 from looptap.tests.test_golden_measures import RTOL, definitions, replayed

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from looptap.analysis.analyze import write_analysis
-from looptap.analysis.heads import ANALYSES, HEAD_MEASURES, heads, long_table
+from looptap.analysis.answers.heads import ANALYSES, HEAD_MEASURES, heads, long_table
 from looptap.analysis.measures import MEASURES, measure
 from looptap.analysis.streaming import BAND_Z
 from looptap.analysis.walk import CannotTellError

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from looptap.analysis.attention_maps import MOST_MAPS, choose, left_out, seen, strongest, thinned
-from looptap.analysis.inspection import visible, write_inspection
+from looptap.analysis.figures.attention_maps import MOST_MAPS, choose, left_out, seen, strongest, thinned
+from looptap.analysis.pages.inspection import visible, write_inspection
 from looptap.analysis.streaming import depths_of
 from looptap.capture.inspect import inspect_prompt
 from looptap.capture.settings import InspectSettings

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 from looptap.analysis.analyses import ANALYSES
-from looptap.analysis.limits import (
+from looptap.analysis.answers.limits import (
     FIXED_POINT,
     LIMITS,
     ORBIT,
@@ -21,7 +21,7 @@ from looptap.analysis.limits import (
     limits,
     wilson,
 )
-from looptap.analysis.states import distinctness
+from looptap.analysis.answers.states import distinctness
 from looptap.analysis.verdicts import DISTINCT_COSINE
 from looptap.analysis.walk import CannotTellError, answer, walk
 from looptap.tests.synthetic import (
@@ -192,7 +192,9 @@ def kinds_of(dataset: xr.Dataset) -> list[np.ndarray]:
 
 
 def test_shares_and_pairs_equal_their_definitions(monkeypatch):
-    monkeypatch.setattr("looptap.analysis.limits._BLOCK_BYTES", 4 * 36 * 2 * 3)  # three tokens at a time
+    monkeypatch.setattr(
+        "looptap.analysis.answers.limits._BLOCK_BYTES", 4 * 36 * 2 * 3
+    )  # three tokens at a time
     dataset = mixed()
     found, kinds = limits(dataset), kinds_of(dataset)
     kind = np.concatenate(kinds)

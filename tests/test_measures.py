@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from looptap.analysis.answers.states import StatesMissingError, distinctness, trajectory
 from looptap.analysis.findings import depth_table, find, long_table, make_labels
 from looptap.analysis.measures import MEASURES, measure
-from looptap.analysis.states import StatesMissingError, distinctness, trajectory
 from looptap.analysis.streaming import BAND_Z, MeanFold, MedianFold, NothingCapturedError
 from looptap.analysis.verdicts import CONVERGED_STEP, first_below, verdicts
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
@@ -422,7 +422,9 @@ def test_labels_tell_captures_apart():
 
 
 def test_importing_analysis_is_light():
-    code = "from looptap.analysis import analyze, findings, measures, report"
+    code = (
+        "from looptap.analysis import analyze, findings, measures; from looptap.analysis.pages import report"
+    )
     code += "; import sys, json; print(json.dumps(sorted(sys.modules)))"
     loaded = set(
         json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)

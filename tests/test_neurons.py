@@ -14,10 +14,10 @@ import xarray as xr
 
 import looptap
 from looptap.analysis.analyze import write_analysis
+from looptap.analysis.answers.neurons import neurons
+from looptap.analysis.figures.neuron_figures import neurons as neuron_figure
 from looptap.analysis.findings import find
-from looptap.analysis.neuron_figures import neurons as neuron_figure
-from looptap.analysis.neurons import neurons
-from looptap.analysis.report import render
+from looptap.analysis.pages.report import render
 from looptap.analysis.walk import CannotTellError
 from looptap.capture import neurons as module
 from looptap.capture.engines.work import make_recipe

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from looptap.analysis.rates import LEAST_STEPS, fit_rates, half_life, rates
+from looptap.analysis.answers.rates import LEAST_STEPS, fit_rates, half_life, rates
 from looptap.analysis.streaming import BAND_Z
 from looptap.analysis.walk import CannotTellError
 from looptap.tests.synthetic import RNG_SEED, contraction, drift, make_dataset, random_sequences, rotation
@@ -87,7 +87,7 @@ def test_what_never_settles_has_no_half_life():
 
 # sequences weigh alike whatever their length, in the mean of the logarithm, and tokens within them
 def test_bands_are_over_sequences_and_tokens_without_a_rate_are_counted(monkeypatch):
-    monkeypatch.setattr("looptap.analysis.rates._BLOCK_BYTES", 8 * 11 * 2)  # two tokens at a time
+    monkeypatch.setattr("looptap.analysis.answers.rates._BLOCK_BYTES", 8 * 11 * 2)  # two tokens at a time
     t = np.arange(1, 12)
     rate_of = [[0.5], [0.8, 0.7, 0.6], [0.9, 1e-5]]  # the last of all is at rounding after one step
     sequences = []

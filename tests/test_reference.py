@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from looptap.analysis.answers.stages import STAGE_MEASURES, stage_agreement
+from looptap.analysis.figures.stage_figures import profiles_beside_the_reference, stages_like_the_reference
 from looptap.analysis.findings import find
 from looptap.analysis.measures import MEASURES
-from looptap.analysis.stage_figures import profiles_beside_the_reference, stages_like_the_reference
-from looptap.analysis.stages import STAGE_MEASURES, stage_agreement
 from looptap.tests.synthetic import make_dataset, random_sequences
 
 LOOP, PLAIN = (1, 5, 3, 1), (9, 0, 0, 0)

@@ -5,14 +5,14 @@ import pandas as pd
 import pytest
 
 from looptap.analysis.analyze import write_analysis
-from looptap.analysis.measures import measure
-from looptap.analysis.sequences import (
+from looptap.analysis.answers.sequences import (
     MOST_SEQUENCES,
     SEQUENCE_MEASURES,
     long_table,
     sequences,
     spread,
 )
+from looptap.analysis.measures import measure
 from looptap.analysis.walk import CannotTellError
 from looptap.tests.golden_files import NAMES
 from looptap.tests.synthetic import SHAPE, make_dataset, random_sequences, write_store

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from looptap.analysis.similarity import (
+from looptap.analysis.answers.similarity import (
     ANALYSES,
     across_and_within,
     attention_distance,

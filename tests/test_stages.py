@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from looptap.analysis.answers.stages import agreement, resampled, stage_agreement
 from looptap.analysis.measures import measure
-from looptap.analysis.stages import agreement, resampled, stage_agreement
 from looptap.analysis.walk import CannotTellError
 from looptap.tests.synthetic import make_dataset, random_sequences
 

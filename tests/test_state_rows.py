@@ -5,11 +5,11 @@ import pytest
 import xarray as xr
 
 from looptap.analysis import state_rows
+from looptap.analysis.answers.states import distinctness
+from looptap.analysis.answers.trajectories import trajectories
+from looptap.analysis.answers.two_scale import acceleration
 from looptap.analysis.state_rows import StateRows, StateWindow
-from looptap.analysis.states import distinctness
 from looptap.analysis.streaming import iter_sequences
-from looptap.analysis.trajectories import trajectories
-from looptap.analysis.two_scale import acceleration
 from looptap.tests.synthetic import make_dataset, random_sequences
 
 SHAPE = (1, 3, 5, 1)
@@ -79,7 +79,7 @@ def test_bits_of_bfloat16_are_read_as_float32(every_token):
 def test_a_plane_of_many_states_is_fitted_to_some_spread_over_the_store(every_token, monkeypatch):
     dataset, states = every_token
     D, core = states[0].shape[2], slice(1, 16)
-    monkeypatch.setattr("looptap.analysis.trajectories._MOST_PRODUCTS", sum(LENGTHS) * 15 * D**2 // 4)
+    monkeypatch.setattr("looptap.analysis.answers.trajectories._MOST_PRODUCTS", sum(LENGTHS) * 15 * D**2 // 4)
     found = trajectories(dataset)
     assert found.attrs["every"] == 4
     chosen = np.concatenate([x[:, core] for x in states])[::4].reshape(-1, D).astype(np.float32)

@@ -14,17 +14,17 @@ import xarray as xr
 
 import looptap
 from looptap.__main__ import main
-from looptap.analysis.architecture_axes import near_the_paper
-from looptap.analysis.architecture_page import write_architecture_study
-from looptap.analysis.architecture_study import (
+from looptap.analysis.findings import find
+from looptap.analysis.studies.architecture_axes import near_the_paper
+from looptap.analysis.studies.architecture_page import write_architecture_study
+from looptap.analysis.studies.architecture_study import (
     AXES,
     DISTANCES_AFTER,
     ArchitectureError,
     ArchitectureStudy,
     architecture_study,
 )
-from looptap.analysis.boundary import boundary_table, find_crossing
-from looptap.analysis.findings import find
+from looptap.analysis.studies.boundary import boundary_table, find_crossing
 from looptap.capture import study_progress
 from looptap.capture.models.random import RandomModel
 from looptap.capture.plan import Plan, make_plan

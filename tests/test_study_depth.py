@@ -11,8 +11,8 @@ import xarray as xr
 
 import looptap
 from looptap.__main__ import main
-from looptap.analysis.depth_page import write_depth_study
-from looptap.analysis.depth_study import ENDS, PLACE_MEASURES, StudyError, depth_study, study_tables
+from looptap.analysis.studies.depth_page import write_depth_study
+from looptap.analysis.studies.depth_study import ENDS, PLACE_MEASURES, StudyError, depth_study, study_tables
 from looptap.capture.initial_states import initial_state
 from looptap.capture.models.load import load_model
 from looptap.capture.models.tap import Packed

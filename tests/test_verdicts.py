@@ -153,7 +153,7 @@ def test_what_was_trained_is_read_from_captures_of_the_same_weights_alone():
 
 
 def test_every_verdict_says_its_threshold_where_it_is_from_and_its_figure():
-    from looptap.analysis.figures import FIGURES
+    from looptap.analysis.figures.catalogue import FIGURES
 
     for each in find([contraction(0.5, POINTS, 30)])[0].verdicts:
         assert each.reason and each.source and each.question and np.isfinite(each.threshold)

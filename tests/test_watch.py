@@ -11,7 +11,7 @@ from torch import nn
 
 import looptap
 from looptap.analysis.analyze import write_analysis
-from looptap.analysis.report import write_report
+from looptap.analysis.pages.report import write_report
 from looptap.benchmarks.watch import WatchBench, bench_watch, compare
 from looptap.capture.models.initial_state import draw_initial_state
 from looptap.capture.models.load import load_model
