@@ -182,13 +182,15 @@ def demo(out: Annotated[Path, arg(metavar="DIR")] = Path("demo")) -> int:
         out: Directory for the two stores and the report.
     """
     from .analysis.findings import find
-    from .analysis.pages.report import write_report
+    from .analysis.pages.page import write_page
+    from .analysis.pages.report import render
     from .analysis.show import print_verdicts
     from .capture.demo import capture_demo
 
-    stores = capture_demo(out)
-    path = write_report(stores, out / "report.html", "Two loops: with and without input injection")
-    print_verdicts(find(stores))
+    findings = find(capture_demo(out))
+    page = render(findings, "Two loops: with and without input injection")
+    path = write_page(page, out / "report.html")
+    print_verdicts(findings)
     print(f"report: {path.absolute()}")
     return 0
 
