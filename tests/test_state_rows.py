@@ -8,6 +8,8 @@ from looptap.analysis import state_rows
 from looptap.analysis.answers.states import distinctness
 from looptap.analysis.answers.trajectories import trajectories
 from looptap.analysis.answers.two_scale import acceleration
+from looptap.analysis.figures import paths
+from looptap.analysis.findings import find
 from looptap.analysis.state_rows import StateRows, StateWindow
 from looptap.analysis.streaming import iter_sequences
 from looptap.tests.synthetic import make_dataset, random_sequences
@@ -82,6 +84,8 @@ def test_a_plane_of_many_states_is_fitted_to_some_spread_over_the_store(every_to
     monkeypatch.setattr("looptap.analysis.answers.trajectories._MOST_PRODUCTS", sum(LENGTHS) * 15 * D**2 // 4)
     found = trajectories(dataset)
     assert found.attrs["every"] == 4
+    figure = paths.trajectories(find([dataset]))
+    assert figure.subtitle.endswith(f"of {found.attrs['num_states']} states, of one in 4 kept tokens")
     chosen = np.concatenate([x[:, core] for x in states])[::4].reshape(-1, D).astype(np.float32)
     assert found.attrs["num_states"] == len(chosen)
     np.testing.assert_allclose(found["mean"], chosen.mean(0, dtype=np.float64), rtol=1e-6, atol=1e-7)

@@ -82,11 +82,11 @@ def trajectories(findings: Sequence[Findings]) -> Figure | None:
         )
     counts = dict.fromkeys(
         f"{each.sizes['path']} sequences in the plane of {each.attrs['num_states']:,} states"
-        + (f", every {each.attrs['every']}th kept token's" if each.attrs["every"] > 1 else "")
+        + (f", of one in {each.attrs['every']} kept tokens" if each.attrs["every"] > 1 else "")
         for each in planes.values()
     )
     caption = "The last kept token of each of several sequences after every core block, joined in the order "
-    caption += "the blocks run, on the first two principal components of all kept core states of the "
+    caption += "the blocks run, on the first two principal components of the kept core states of the "
     caption += "capture; rings mark the last recurrence, and each capture has axes of its own."
     return Figure(
         name="trajectories",
