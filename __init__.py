@@ -16,8 +16,8 @@ __all__ = ["WatchError", "batches", "capture", "load_model", "open", "watch"]
 if TYPE_CHECKING:
     from .capture.memory import capture
     from .capture.models.load import load_model
-    from .capture.store.batches import make_batches as batches
-    from .capture.store.reader import open_store as open
+    from .capture.store.reading.batches import make_batches as batches
+    from .capture.store.reading.reader import open_store as open
     from .capture.watch.context import watch
     from .capture.watch.errors import WatchError
 
@@ -29,11 +29,11 @@ def __getattr__(name: str) -> Any:
 
         return load_model
     if name == "open":
-        from .capture.store.reader import open_store
+        from .capture.store.reading.reader import open_store
 
         return open_store
     if name == "batches":
-        from .capture.store.batches import make_batches
+        from .capture.store.reading.batches import make_batches
 
         return make_batches
     if name == "watch":

@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 import xarray as xr
 
-from .answers import heads, sequences
+from .answers import heads
+from .answers import single_sequences as sequences
 from .findings import Findings, find, long_table
 from .walk import CannotTellError
 

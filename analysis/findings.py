@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from .analyses import ANALYSES
-from .answers.reference import Reference, choose_reference
+from .answers.distinctness import StatesMissingError, distinctness, trajectory
+from .answers.feedforward import Reference, choose_reference
 from .answers.stages import STAGE_MEASURES, gathered
-from .answers.states import StatesMissingError, distinctness, trajectory
 from .measures import MEASURES, as_analyses, assembled
+from .registry import ANALYSES
 from .streaming import Depths, NothingCapturedError, as_dataset, depths_of
 from .trained import trained_count
 from .verdicts import Verdict, verdicts

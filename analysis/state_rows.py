@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from ..capture.store.reader import to_float32
+from ..capture.store.reading.reader import to_float32
 
 _BLOCK_BYTES = 2**25  # float32 of one block
 _Places = np.ndarray | slice

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ..capture.store.reader import iter_units, open_store
+from ..capture.store.reading.reader import iter_units, open_store
 from .state_rows import StateRows, StateWindow
 
 BAND_Z = 1.96  # standard errors on either side of a mean: 95 % if the means of sequences are about normal

@@ -29,11 +29,11 @@ import numpy as np
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
+from .bench_settings import AnalysisBench
 from .goals import Figure
 
 if TYPE_CHECKING:
-    from ..capture.store.commit import Store
-    from .analysis import AnalysisBench
+    from ..capture.store.writing.commit import Store
 
 _PROBE = 256  # sequences of the plan that tells what one takes
 
@@ -49,7 +49,7 @@ class Run:
     """Resident at most, pages of mapped files included."""
 
 
-def measure(settings: "AnalysisBench") -> list[Figure]:
+def measure(settings: AnalysisBench) -> list[Figure]:
     """Time, memory, and memory of the report."""
     with tempfile.TemporaryDirectory(dir=settings.directory) as folder:
         path = settings.store or make_store(Path(folder) / "made.zarr", settings)
@@ -120,7 +120,7 @@ def _most_held(ended: threading.Event) -> int:
 
 
 def _read(path: Path) -> None:
-    from ..capture.store.reader import iter_units
+    from ..capture.store.reading.reader import iter_units
 
     for unit in iter_units(path):
         assert unit.nbytes
@@ -139,7 +139,7 @@ def _report(path: Path) -> None:
         write_report([path], Path(folder) / "report.html")
 
 
-def make_store(path: Path, settings: "AnalysisBench") -> Path:
+def make_store(path: Path, settings: AnalysisBench) -> Path:
     """A finished store of about so many bytes, of sequences of 40 to 199 tokens, without running a model."""
     from ..capture.plan import make_plan
     from ..capture.run import prepare_store

@@ -103,7 +103,7 @@ def attack(directory: Path, num_kills: int, seed: int = 0) -> Tally:
         directory: an empty one; both stores stay there.
         num_kills: processes to kill, at least so many, before the capture may finish.
     """
-    from ..capture.store.commit import Store
+    from ..capture.store.writing.commit import Store
 
     started_s = time.perf_counter()
     num_units = 16 * num_kills
@@ -255,8 +255,8 @@ def _faults(path: Path, calm_path: Path) -> list[str]:
     """Everything that is not as in the calm store."""
     import zarr
 
-    from ..capture.store.commit import Store
-    from ..capture.store.verify import verify_store
+    from ..capture.store.care.verify import verify_store
+    from ..capture.store.writing.commit import Store
 
     report = verify_store(path)
     faults = [f"torn: {problem}" for problem in report.problems]
@@ -294,7 +294,7 @@ def _command(process: psutil.Process) -> str:
 def _work_unasked(path: Path, seed: float) -> None:
     """An orphan: units that are not committed, in any order, until none is left or it is killed."""
     from ..capture.models.load import find_model
-    from ..capture.store.commit import Store
+    from ..capture.store.writing.commit import Store
     from ..capture.worker import Worker
 
     store = Store.open(path)

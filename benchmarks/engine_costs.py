@@ -23,8 +23,8 @@ from ..capture.engines.events import Done, Event, Placed, Ready, Report, UnitDon
 from ..capture.engines.processes import Processes
 from ..capture.engines.scheduler import Limits
 from ..capture.engines.work import Receipt, RunUnit
-from ..capture.store.commit import Store
 from ..capture.store.layout import ArraySpec, create_store
+from ..capture.store.writing.commit import Store
 
 
 @dataclass(frozen=True)

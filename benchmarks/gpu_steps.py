@@ -16,9 +16,9 @@ import torch
 
 from .gpu_checks import check_compiled, check_graphs, check_repeats, make_calls
 from .kernels_gpu import GROUPS, TINY, Found, Sizes
-from .measure import table
-from .measure_gpu import Timer
 from .model_gpu import TINY_MODEL, ModelSizes, bench_model
+from .timing import table
+from .timing_gpu import Timer
 
 _DTYPES = (torch.bfloat16, torch.float32)
 # rows of the residual for the count of bytes: what the cache still holds at the end must not matter

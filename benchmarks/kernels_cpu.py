@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ..capture.models.load import find_model
 from ..capture.models.tap import Packed, Plain
-from ..capture.tap import Buffers, Statistics
+from ..capture.taps.statistics import Buffers, Statistics
 from ..kernels.attention import attention, attention_with_statistics, make_cu_seqlens
 from ..kernels.attention_pairs import attention_chain, attention_gram
 from ..kernels.residual_norm import residual_norm, residual_norm_statistics
 from . import materialised
-from .measure import Goal, Row
+from .timing import Goal, Row
 
 Run = Callable[[], object]
 HEADS = (9, 3, 64)  # query heads, key heads, width: SmolLM2-135M's

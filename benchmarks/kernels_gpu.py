@@ -23,8 +23,8 @@ from ..kernels.attention import attention, attention_columns, attention_with_sta
 from ..kernels.attention_pairs import attention_chain, attention_gram
 from ..kernels.residual_norm import residual_norm, residual_norm_statistics, residual_norm_statistics_out
 from . import materialised
-from .measure import Goal, Row
-from .measure_gpu import Run, Timer, extra_cuda_bytes, measure_anchors, num_sets
+from .timing import Goal, Row
+from .timing_gpu import Run, Timer, extra_cuda_bytes, measure_anchors, num_sets
 
 _EPS = 1e-6
 WORKSPACE_BYTES = 64 * 2**20  # that a Gram may take for itself

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..capture.models.model import LoopedModel
-from ..capture.models.random import parse_random
+from ..capture.models.random_spec import parse_random
 from ..capture.models.tap import Half, HalfNorms, Packed, Plain
-from ..capture.tap import Buffers, StatesInMemory, Statistics
+from ..capture.taps.statistics import Buffers, StatesInMemory, Statistics
 from ..kernels.residual_norm import Residual, rms_norm
 from .kernels_gpu import Found, OrNaN, make_rows
-from .measure import Goal
-from .measure_gpu import Run, Timer
+from .timing import Goal
+from .timing_gpu import Run, Timer
 
 _RESIDUAL = ("residual_norm", "residual_peak", "update_norm", "step_norm", "step_cosine")
 _ROWS = ("attention_entropy", "attention_peak", "attention_sink")

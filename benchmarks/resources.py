@@ -14,7 +14,7 @@ from pathlib import Path
 import triton
 
 from ..kernels.gpu.compiled import Resources, compile_rows
-from ..kernels.gpu.settings import read_table
+from ..kernels.gpu.tuned import read_table
 
 COMMITTED_PATH = Path(__file__).parents[1] / "tests" / "kernels_compiled.json"
 

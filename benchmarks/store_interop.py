@@ -14,8 +14,8 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from ..capture.store.commit import Store
 from ..capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
+from ..capture.store.writing.commit import Store
 from .goals import Figure
 
 _UNIT_TOKENS, _DEPTHS, _WIDTH = 2048, 3, 16

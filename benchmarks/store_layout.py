@@ -13,29 +13,26 @@ import warnings
 from contextlib import ExitStack
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
 from ..capture.data import open_tokenizer, read_dataset
-from ..capture.store.commit import Store
 from ..capture.store.layout import ArraySpec, create_store
 from ..capture.store.quantities import QUANTITIES
+from ..capture.store.writing.commit import Store
 from ..capture.units import pack
+from .bench_settings import StoreBench
 from .goals import Figure
-
-if TYPE_CHECKING:
-    from .store import StoreBench
 
 _WIDTH = 1024
 _RECEIPT = {"num_sequences": 1, "num_tokens": 1, "seconds": 0.0, "non_finite": {}}
 
 
-def measure_flatness(settings: "StoreBench") -> Figure:
+def measure_flatness(settings: StoreBench) -> Figure:
     """S10: bytes of states in a store of real sequences that are of tokens."""
     with ExitStack() as stack:
-        bundled = files("looptap.capture") / "demo_prompts.jsonl"
+        bundled = files("looptap.capture.studies") / "demo_prompts.jsonl"
         path = settings.data or stack.enter_context(as_file(bundled))
         tokenizer = open_tokenizer(settings.tokenizer)
         lengths = [len(row) for row in read_dataset(path, tokenizer, field=settings.field).rows]
@@ -71,7 +68,7 @@ def _stored_rows(lengths: list[int], unit_tokens: int, path: Path) -> float:
     return num_bytes / (_WIDTH * 2)
 
 
-def measure_opening(settings: "StoreBench", folder: Path) -> Figure:
+def measure_opening(settings: StoreBench, folder: Path) -> Figure:
     """S14: a store of 28 arrays."""
     axes = {"token": 64, "sequence": 4, "depth": 6, "depth_other": 6, "head": 2, "recurrence": 3}
     units = {"num_units": 4, "unit_tokens": 64, "unit_sequences": 4}

@@ -18,18 +18,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from ..capture.store import disk
-from ..capture.store.commit import Store, entry_key
 from ..capture.store.layout import ArraySpec, create_store
+from ..capture.store.places import disk
+from ..capture.store.writing.commit import Store, entry_key
+from .bench_settings import StoreBench
 from .goals import Figure
-
-if TYPE_CHECKING:
-    from .store import StoreBench
 
 NUM_UNITS = 100_000
 NUM_READ = 2_000
@@ -37,7 +35,7 @@ NUM_ARRAYS, ARRAY_BYTES = 20, 2_000_000
 _RECEIPT = {"num_sequences": 1, "num_tokens": 1, "seconds": 0.0, "non_finite": {}}
 
 
-def measure(settings: "StoreBench") -> list[Figure]:
+def measure(settings: StoreBench) -> list[Figure]:
     """The figures of this part."""
     with tempfile.TemporaryDirectory(dir=settings.directory, prefix="looptap-bench-") as folder:
         return [

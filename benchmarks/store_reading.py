@@ -19,22 +19,20 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import zarr
 
-from ..capture.store.batches import make_batches
-from ..capture.store.commit import Store
 from ..capture.store.layout import ArraySpec, create_store
-from ..capture.store.mapped import MappedArray
-from ..capture.store.reader import open_array, open_store
+from ..capture.store.reading.batches import make_batches
+from ..capture.store.reading.mapped_states import MappedArray
+from ..capture.store.reading.reader import open_array, open_store
+from ..capture.store.writing.commit import Store
+from .bench_settings import StoreBench
 from .goals import Figure
 from .store_interop import count_readers
 from .store_layout import measure_flatness, measure_opening
-
-if TYPE_CHECKING:
-    from .store import StoreBench
 
 DEPTHS, WIDTH, UNIT_TOKENS = 32, 1024, 4096
 _CHUNK_ROWS = 512
@@ -52,7 +50,7 @@ class Way:
     times: int = 1
 
 
-def measure(settings: "StoreBench") -> list[Figure]:
+def measure(settings: StoreBench) -> list[Figure]:
     """S6 to S11 and S14."""
     with tempfile.TemporaryDirectory(dir=settings.directory) as folder, ExitStack() as stack:
         store = make_states(Path(folder) / "states.zarr", max(1, settings.megabytes * 2**20 // _UNIT_BYTES))
@@ -267,7 +265,7 @@ def _one_depth_by(index: Any) -> Read:
 
 
 def _figure(
-    name: str, what: str, must: float, stretch: float, ways: dict[str, Way], settings: "StoreBench", note: str
+    name: str, what: str, must: float, stretch: float, ways: dict[str, Way], settings: StoreBench, note: str
 ) -> Figure:
     """Time of the second way over that of the first, and all others beside them."""
     # each reads rows of its own: what one has read, the next would find in the processor's cache

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ..capture.store.commit import Store
-from ..capture.store.disk import sync_tree
 from ..capture.store.layout import ArraySpec, Codec, create_store
-from ..capture.store.ring import Ring, page_aligned
-from ..capture.store.shard import buffer_bytes
+from ..capture.store.places.disk import sync_tree
+from ..capture.store.writing.commit import Store
+from ..capture.store.writing.ring import Ring, page_aligned
+from ..capture.store.writing.shard import buffer_bytes
 
 DEPTHS, WIDTH = 32, 1024
 _CHUNK_ROWS = 512

@@ -25,16 +25,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import google_crc32c
 import numpy as np
 
+from .bench_settings import StoreBench
 from .goals import Figure
 from .store_writers import Source, Write, make_source, make_writers
-
-if TYPE_CHECKING:
-    from .store import StoreBench
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Timing:
     cpu_seconds: float
 
 
-def measure(settings: "StoreBench") -> list[Figure]:
+def measure(settings: StoreBench) -> list[Figure]:
     """S1 to S5."""
     with tempfile.TemporaryDirectory(dir=settings.directory) as folder:
         source = make_source(settings.megabytes)

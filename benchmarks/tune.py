@@ -23,11 +23,11 @@ import torch
 
 from ..kernels.attention import attention, attention_columns, attention_with_statistics, make_cu_seqlens
 from ..kernels.attention_pairs import attention_chain, attention_gram
-from ..kernels.gpu import settings as table
+from ..kernels.gpu import tuned as table
 from ..kernels.gpu.compiled import TARGETS, compile_row
-from ..kernels.gpu.settings import TRITON, Entry, Settings
+from ..kernels.gpu.tuned import TRITON, Entry, Settings
 from ..kernels.residual_norm import residual_norm_statistics
-from .measure_gpu import Run, Timer, num_sets
+from .timing_gpu import Run, Timer, num_sets
 
 MARGIN = 0.02  # that a new row must be faster by; less is noise
 _TOKENS, _LENGTH, _MODEL_WIDTH = 16_384, 2048, 2048

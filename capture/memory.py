@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from .plan import make_plan
 from .run import run_capture
 from .settings import CaptureSettings
-from .store.reader import open_store
+from .store.reading.reader import open_store
 
 
 def capture(

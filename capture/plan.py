@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from .data import Dataset, check_rows, open_tokenizer, read_dataset
-from .initial_states import WORDS as INITIAL_STATES
-from .initial_states import StatesFile, check_start, open_states
 from .models.description import Description
 from .models.load import ModelSource, find_model
+from .models.starts import WORDS as INITIAL_STATES
+from .models.starts import StatesFile, check_start, open_states
 from .selection import select_depths, select_halves, select_tokens
 from .settings import RUN_SETTINGS, CaptureSettings
-from .states import num_buffers
 from .store.layout import ArraySpec, Coordinate
 from .store.quantities import GROUPS, QUANTITIES, resolve_quantities
-from .store.shard import buffer_rows
+from .store.writing.shard import buffer_rows
+from .taps.state_stream import num_buffers
 from .units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from .versions import versions
 

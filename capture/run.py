@@ -9,13 +9,13 @@ from pathlib import Path
 from .engines.drive import POLL_S
 from .engines.engine import open_engine
 from .engines.events import Event, UnitDone, UnitFailed
-from .neurons import neurons_of
 from .plan import Plan, PlanError
-from .store.commit import Store
+from .probes.neurons import neurons_of
 from .store.errors import StoreLockedError
 from .store.layout import create_store, plan_differences, store_exists
-from .store.lock import driver_lock
-from .store.place import open_place
+from .store.places.lock import driver_lock
+from .store.places.place import open_place
+from .store.writing.commit import Store
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ import torch
 import zarr
 from torch import Tensor
 
-from .initial_states import StatesFile, initial_state, prelude_direction
 from .models.description import Description
 from .models.interventions import Interventions
 from .models.load import ModelSource
 from .models.model import PLAIN
+from .models.starts import StatesFile, initial_state, prelude_direction
 from .models.tap import Packed, Plain
 from .selection import select_halves
-from .states import StateStream, make_ring
-from .store.commit import Attempt, Store
 from .store.quantities import QUANTITIES
-from .store.ring import Ring
-from .tap import Buffers, LastStates, StateSink, StatesInMemory, Statistics
+from .store.writing.commit import Attempt, Store
+from .store.writing.ring import Ring
+from .taps.state_stream import StateStream, make_ring
+from .taps.statistics import Buffers, LastStates, StateSink, StatesInMemory, Statistics
 from .versions import versions
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from looptap.capture.store.commit import Store
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, Codec, create_store
+from looptap.capture.store.writing.commit import Store
 
 DEPTHS, HEADS, HIDDEN, RECURRENCES, SEQUENCES = 4, 3, 6, 2, 5
 STATE_DEPTHS = [1, 4, 7]  # numbers of the kept depths, not their places

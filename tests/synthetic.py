@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from looptap.capture.store.commit import Store
 from looptap.capture.store.layout import ArraySpec, create_store
 from looptap.capture.store.quantities import QUANTITIES
+from looptap.capture.store.writing.commit import Store
 
 RNG_SEED = 7
 SHAPE = (1, 2, 4, 1)  # every stage; more recurrences than layers, so that the two cannot be mixed up

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import looptap
 from looptap.capture.engines.events import UnitDone
-from looptap.capture.models.initial_state import draw_initial_state
+from looptap.capture.models.draws import draw_initial_state
 from looptap.capture.models.load import find_model, load_model
 from looptap.capture.models.tap import Packed, Plain
 from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.settings import CaptureSettings
-from looptap.capture.store.commit import Store
+from looptap.capture.store.care.verify import store_status, verify_store
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
-from looptap.capture.store.verify import store_status, verify_store
+from looptap.capture.store.writing.commit import Store
 from looptap.capture.worker import Worker
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -418,7 +418,7 @@ def test_a_unit_that_fails_three_times_is_reported_and_the_rest_goes_on(tmp_path
         "--unit-tokens", "32", "--quantities", "residual", "steps",
     ]  # fmt: skip
     monkeypatch.setattr("sys.argv", command)
-    from looptap.__main__ import main
+    from looptap.cli.commands import main
 
     with monkeypatch.context() as patch:
         patch.setattr(Plain, "attention", refuses_19)

@@ -267,7 +267,7 @@ def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
         logits_of(GOLDEN / "huginn", "huginn"),
         find_model(str(GOLDEN / "huginn")).origin.weights_sha256,
     )
-    monkeypatch.setattr("looptap.capture.models.stored._PIECE_BYTES", 1004)
+    monkeypatch.setattr("looptap.capture.models.stored_tensors._PIECE_BYTES", 1004)
     assert torch.equal(logits_of(GOLDEN / "huginn", "huginn"), wanted)
     assert find_model(str(GOLDEN / "huginn")).origin.weights_sha256 == sha256
     for name, change, says in (

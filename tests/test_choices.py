@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from looptap.analysis.answers.heads import HEAD_MEASURES, heads
-from looptap.analysis.answers.sequences import SEQUENCE_MEASURES, sequences
+from looptap.analysis.answers.single_sequences import SEQUENCE_MEASURES, sequences
 from looptap.analysis.figures.catalogue import FIGURES
 from looptap.analysis.figures.choices import EVERYWHERE
 from looptap.analysis.figures.head_figure import attention_heads

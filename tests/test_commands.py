@@ -23,16 +23,16 @@ import pytest
 import xarray as xr
 
 import looptap
-from looptap.__main__ import main
 from looptap.capture.models.load import load_model
-from looptap.capture.neurons import logit_moments, summarise
+from looptap.capture.probes.neurons import logit_moments, summarise
 from looptap.capture.settings import (
     ArchitectureStudySettings,
     CaptureSettings,
     DepthStudySettings,
     InspectSettings,
 )
-from looptap.capture.store.commit import Store
+from looptap.capture.store.writing.commit import Store
+from looptap.cli.commands import main
 
 MODEL = "random:(1,2x3,1)I,width=32,heads=2,norm=huginn"
 TEXTS = ["a loop", "", "and the same again, a little longer", "ünïcode", "a loop"]

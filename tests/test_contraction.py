@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from looptap.capture.contraction import contraction, power_iteration
-from looptap.capture.initial_states import initial_state as drawn_state
-from looptap.capture.inspect import inspect_prompt
 from looptap.capture.models.description import Block, Rotary
 from looptap.capture.models.load import load_model
 from looptap.capture.models.model import LoopedModel
+from looptap.capture.models.starts import initial_state as drawn_state
 from looptap.capture.models.tap import Packed
 from looptap.capture.plan import PlanError
+from looptap.capture.probes.contraction import contraction, power_iteration
+from looptap.capture.prompt import inspect_prompt
 from looptap.capture.settings import InspectSettings
-from looptap.capture.show import SETTLED_STEP, print_inspection
+from looptap.cli.tables import SETTLED_STEP, print_inspection
 from looptap.tests.oracle import Straight, describe, fill, initial_state, random_ids
 
 D = 12

@@ -23,8 +23,8 @@ from looptap.capture.engines.work import RecipeError, make_recipe
 from looptap.capture.plan import PlanError, make_plan
 from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
-from looptap.capture.store.commit import Store
 from looptap.capture.store.errors import StoreLockedError
+from looptap.capture.store.writing.commit import Store
 from looptap.tests.engine_contract import (
     Files,
     PoolContract,

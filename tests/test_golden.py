@@ -6,7 +6,7 @@ import torch
 from looptap.capture.models.exit_gate import exit_probability
 from looptap.capture.models.load import load_model
 from looptap.capture.models.tap import Packed
-from looptap.capture.tap import Buffers, StatesInMemory, Statistics
+from looptap.capture.taps.statistics import Buffers, StatesInMemory, Statistics
 from looptap.tests.golden_files import GOLDEN, NAMES, PADDED, RAVEN, batch_of, stored
 from looptap.tests.oracle import Listening, Straight
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from looptap.analysis.analyses import ANALYSES
 from looptap.analysis.measures import MEASURES, measure
+from looptap.analysis.registry import ANALYSES
 from looptap.analysis.walk import answer
 from looptap.capture.models.load import load_model
 from looptap.capture.models.tap import HalfNorms
 from looptap.capture.store.quantities import QUANTITIES
-from looptap.capture.tap import Buffers, Statistics
+from looptap.capture.taps.statistics import Buffers, Statistics
 from looptap.tests.golden_files import GOLDEN, NAMES, batch_of, stored
 from looptap.tests.synthetic import make_dataset
 from looptap.tests.test_golden import block_input

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from looptap.capture.models.initial_state import draw_initial_state
+from looptap.capture.models.draws import draw_initial_state
 from looptap.capture.models.load import find_model
 from looptap.tests.golden_files import GOLDEN, stored
 

@@ -10,10 +10,10 @@ import xarray as xr
 from safetensors.torch import save_file
 
 import looptap
-from looptap.capture.initial_states import initial_state, prelude_direction
-from looptap.capture.models.initial_state import draw_initial_state
+from looptap.capture.models.draws import draw_initial_state
 from looptap.capture.models.interventions import Interventions
 from looptap.capture.models.load import find_model, load_model
+from looptap.capture.models.starts import initial_state, prelude_direction
 from looptap.capture.models.tap import Packed, Plain
 from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture

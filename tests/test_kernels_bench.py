@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from looptap.benchmarks import kernels_cpu, materialised
-from looptap.benchmarks.kernels import KernelsBench, bench_kernels
-from looptap.benchmarks.measure import Goal
+from looptap.benchmarks.bench_kernels import bench_kernels
+from looptap.benchmarks.bench_settings import KernelsBench
+from looptap.benchmarks.timing import Goal
 
 MODEL = "random:(1,2,1),width=48,heads=3"
 HAS_TRITON = (sys.platform, platform.machine()) == ("linux", "x86_64")
@@ -207,7 +208,7 @@ def test_what_changes_between_repeats_is_found():
 @needs_triton
 def test_candidates_take_the_place_of_the_table(monkeypatch):
     from looptap.benchmarks import tune
-    from looptap.kernels.gpu.settings import Settings, find_settings
+    from looptap.kernels.gpu.tuned import Settings, find_settings
 
     entries = tune.entries_in_use("sm_90")
     assert len({(e.kernel, e.width, e.dtype) for e in entries}) == len(entries) > 10
@@ -225,7 +226,7 @@ def test_candidates_take_the_place_of_the_table(monkeypatch):
 @needs_triton
 def test_every_kernel_has_a_workload(monkeypatch):
     from looptap.benchmarks import tune
-    from looptap.benchmarks.measure_gpu import Timer
+    from looptap.benchmarks.timing_gpu import Timer
 
     for name, value in (("_TOKENS", 32), ("_LENGTH", 16), ("_MODEL_WIDTH", 64), ("_GRAM_LENGTH", 8)):
         monkeypatch.setattr(tune, name, value)
@@ -239,7 +240,7 @@ def test_every_kernel_has_a_workload(monkeypatch):
 @needs_triton
 def test_a_row_that_spills_is_no_candidate():
     from looptap.benchmarks import tune
-    from looptap.kernels.gpu.settings import Entry, Settings
+    from looptap.kernels.gpu.tuned import Entry, Settings
 
     entry = Entry(
         kernel="residual_norm", target="sm_90", triton="any", width=2048, dtype="half",

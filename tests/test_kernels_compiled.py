@@ -29,7 +29,7 @@ from looptap.kernels.gpu.compiled import (
     compile_rows,
     find_modules,
 )
-from looptap.kernels.gpu.settings import TRITON, Entry, _find, read_table
+from looptap.kernels.gpu.tuned import TRITON, Entry, _find, read_table
 
 # instructions of attention's main loop with statistics, as a ratio to the same tiles without
 MOST_LOOP_GROWTH = {"3.6": 1.20, "3.9": 1.25}

@@ -14,7 +14,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
 
 from looptap.kernels.gpu import residual_norm
 from looptap.kernels.gpu.compiled import compile_for
-from looptap.kernels.gpu.settings import read_table
+from looptap.kernels.gpu.tuned import read_table
 
 D = 2048
 PLAIN = ("x", "branch", "next_weight", "residual", "y")

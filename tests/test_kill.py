@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import zarr
 
-from looptap.capture.store.commit import Store
-from looptap.capture.store.verify import verify_store
+from looptap.capture.store.care.verify import verify_store
+from looptap.capture.store.writing.commit import Store
 
 NUM_KILLS = 20
 UNIT_TOKENS = 48

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from looptap.analysis.analyses import ANALYSES
+from looptap.analysis.answers.distinctness import distinctness
 from looptap.analysis.answers.limits import (
     FIXED_POINT,
     LIMITS,
@@ -21,7 +21,7 @@ from looptap.analysis.answers.limits import (
     limits,
     wilson,
 )
-from looptap.analysis.answers.states import distinctness
+from looptap.analysis.registry import ANALYSES
 from looptap.analysis.verdicts import DISTINCT_COSINE
 from looptap.analysis.walk import CannotTellError, answer, walk
 from looptap.tests.synthetic import (

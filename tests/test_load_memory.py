@@ -2,7 +2,8 @@
 
 import pytest
 
-from looptap.benchmarks.load import LoadBench, measure_load, write_checkpoint
+from looptap.benchmarks.bench_load import measure_load, write_checkpoint
+from looptap.benchmarks.bench_settings import LoadBench
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from looptap.analysis.answers.states import StatesMissingError, distinctness, trajectory
+from looptap.analysis.answers.distinctness import StatesMissingError, distinctness, trajectory
 from looptap.analysis.findings import depth_table, find, long_table, make_labels
 from looptap.analysis.measures import MEASURES, measure
 from looptap.analysis.streaming import BAND_Z, MeanFold, MedianFold, NothingCapturedError

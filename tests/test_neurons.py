@@ -14,19 +14,19 @@ import xarray as xr
 
 import looptap
 from looptap.analysis.analyze import write_analysis
-from looptap.analysis.answers.neurons import neurons
+from looptap.analysis.answers.neuron_shares import neurons
 from looptap.analysis.figures.neuron_figures import neurons as neuron_figure
 from looptap.analysis.findings import find
 from looptap.analysis.pages.report import render
 from looptap.analysis.walk import CannotTellError
-from looptap.capture import neurons as module
 from looptap.capture.engines.work import make_recipe
 from looptap.capture.models.load import find_model, load_model
-from looptap.capture.neurons import KURTOSIS, QUANTILES, Moments, logit_moments, summarise
 from looptap.capture.plan import make_plan
+from looptap.capture.probes import neurons as module
+from looptap.capture.probes.neurons import KURTOSIS, QUANTILES, Moments, logit_moments, summarise
 from looptap.capture.run import prepare_store
 from looptap.capture.settings import CaptureSettings
-from looptap.capture.store.commit import Store
+from looptap.capture.store.writing.commit import Store
 from looptap.tests.golden_files import GOLDEN, NAMES, weights_of
 from looptap.tests.synthetic import make_dataset, random_sequences
 

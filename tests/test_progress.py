@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from looptap.capture import progress
 from looptap.capture.engines.events import (
     SlowUnit,
     UnitDone,
@@ -21,6 +20,7 @@ from looptap.capture.engines.events import (
 )
 from looptap.capture.engines.work import Receipt
 from looptap.capture.run import RunBegan
+from looptap.cli import progress
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from looptap.capture.engines.scheduler import Limits
 from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.settings import CaptureSettings
-from looptap.capture.store.commit import Store
-from looptap.capture.store.verify import verify_store
+from looptap.capture.store.care.verify import verify_store
+from looptap.capture.store.writing.commit import Store
 from looptap.tests.engine_contract import Files, ProcessPoolContract, ended, is_alive, run
 
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
@@ -274,9 +274,8 @@ def test_a_ray_client_is_refused():
 )
 def test_what_is_missing_is_said_before_a_store_is_made(calm, tmp_path, before, message):
     command = ["capture", TINY, "--data", str(calm.data), "--store", str(tmp_path / "s"), "--engine", "ray"]
-    code = (
-        f"import sys; {before}\nsys.argv = {['looptap', *command]}\nfrom looptap.__main__ import main; main()"
-    )
+    run = "from looptap.cli.commands import main; main()"
+    code = f"import sys; {before}\nsys.argv = {['looptap', *command]}\n{run}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "s").exists()

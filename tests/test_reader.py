@@ -14,13 +14,15 @@ import pytest
 import xarray as xr
 from hypothesis import strategies as st
 
-from looptap.capture.store import library, mapped, mapping
-from looptap.capture.store.commit import Store
 from looptap.capture.store.errors import StoreError
-from looptap.capture.store.library import LibraryArray
-from looptap.capture.store.mapped import MappedArray
-from looptap.capture.store.mapping import Mapping
-from looptap.capture.store.reader import MissingUnitsError, open_array, open_store
+from looptap.capture.store.reading import decoded_arrays as library
+from looptap.capture.store.reading import mapped_states as mapped
+from looptap.capture.store.reading import memory_map as mapping
+from looptap.capture.store.reading.decoded_arrays import LibraryArray
+from looptap.capture.store.reading.mapped_states import MappedArray
+from looptap.capture.store.reading.memory_map import Mapping
+from looptap.capture.store.reading.reader import MissingUnitsError, open_array, open_store
+from looptap.capture.store.writing.commit import Store
 from looptap.tests.s3_server import BUCKET, environment, serve_s3
 from looptap.tests.state_stores import HIDDEN, as_float, commit_unit, make_states, whole_arrays
 
@@ -44,7 +46,7 @@ def store(request, tmp_path_factory) -> Store:
 def way(request, monkeypatch) -> str:
     """How states are read."""
     if request.param != "mapped":
-        monkeypatch.setattr("looptap.capture.store.reader.can_map", lambda metadata: False)
+        monkeypatch.setattr("looptap.capture.store.reading.reader.can_map", lambda metadata: False)
     if request.param == "zarr-python":
         monkeypatch.setattr(library, "_tensorstore", lambda: None)
     return request.param

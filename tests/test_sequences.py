@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from looptap.analysis.analyze import write_analysis
-from looptap.analysis.answers.sequences import (
+from looptap.analysis.answers.single_sequences import (
     MOST_SEQUENCES,
     SEQUENCE_MEASURES,
     long_table,

@@ -14,12 +14,13 @@ import pytest
 import tensorstore
 import zarr
 
-from looptap.capture.store import file_sink, shard
-from looptap.capture.store.encode import encode, file_shape, write_array
-from looptap.capture.store.file_sink import FileSink
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
-from looptap.capture.store.ring import PAGE_BYTES, Ring, page_aligned
-from looptap.capture.store.shard import ShardWriter
+from looptap.capture.store.places import file_sink
+from looptap.capture.store.places.file_sink import FileSink
+from looptap.capture.store.writing import shard
+from looptap.capture.store.writing.encode import encode, file_shape, write_array
+from looptap.capture.store.writing.ring import PAGE_BYTES, Ring, page_aligned
+from looptap.capture.store.writing.shard import ShardWriter
 
 DEPTHS = 3
 BFLOAT16 = {"bits_of": "bfloat16"}

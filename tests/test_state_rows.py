@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 
 from looptap.analysis import state_rows
-from looptap.analysis.answers.states import distinctness
+from looptap.analysis.answers.distinctness import distinctness
 from looptap.analysis.answers.trajectories import trajectories
 from looptap.analysis.answers.two_scale import acceleration
 from looptap.analysis.figures import paths

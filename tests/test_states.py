@@ -10,12 +10,12 @@ import zarr
 from looptap.capture.plan import make_plan
 from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
-from looptap.capture.states import StateStream, make_ring, num_buffers
-from looptap.capture.store.commit import Store
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
-from looptap.capture.store.ring import PAGE_BYTES, Ring
-from looptap.capture.store.shard import buffer_bytes
-from looptap.capture.tap import StateSink
+from looptap.capture.store.writing.commit import Store
+from looptap.capture.store.writing.ring import PAGE_BYTES, Ring
+from looptap.capture.store.writing.shard import buffer_bytes
+from looptap.capture.taps.state_stream import StateStream, make_ring, num_buffers
+from looptap.capture.taps.statistics import StateSink
 from looptap.capture.worker import Worker
 
 CPU = torch.device("cpu")

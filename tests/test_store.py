@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from looptap.capture.store.commit import Store
+from looptap.capture.store.care.verify import store_status, verify_store
 from looptap.capture.store.errors import StoreError, StoreExistsError, StoreMissingError
 from looptap.capture.store.layout import (
     BFLOAT16_NAN,
@@ -24,8 +24,8 @@ from looptap.capture.store.layout import (
     store_exists,
 )
 from looptap.capture.store.quantities import QUANTITIES, resolve_quantities
-from looptap.capture.store.reader import iter_units, open_store
-from looptap.capture.store.verify import store_status, verify_store
+from looptap.capture.store.reading.reader import iter_units, open_store
+from looptap.capture.store.writing.commit import Store
 
 DEPTHS, HEADS, HIDDEN, SEQUENCES = (
     5,
@@ -565,7 +565,7 @@ from pathlib import Path
 mount = Path(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", mount], check=True)
 from looptap.capture.store.errors import StoreFullError
-from looptap.capture.store.verify import verify_store
+from looptap.capture.store.care.verify import verify_store
 t = runpy.run_path(sys.argv[1])
 store = t["make_store"](mount / "run.zarr", 1024, 9)
 done = 0

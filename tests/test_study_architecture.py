@@ -13,7 +13,6 @@ import pytest
 import xarray as xr
 
 import looptap
-from looptap.__main__ import main
 from looptap.analysis.findings import find
 from looptap.analysis.studies.architecture_axes import near_the_paper
 from looptap.analysis.studies.architecture_page import write_architecture_study
@@ -25,13 +24,14 @@ from looptap.analysis.studies.architecture_study import (
     architecture_study,
 )
 from looptap.analysis.studies.boundary import boundary_table, find_crossing
-from looptap.capture import study_progress
-from looptap.capture.models.random import RandomModel
+from looptap.capture.models.random_spec import RandomModel
 from looptap.capture.plan import Plan, make_plan
 from looptap.capture.run import Outcome, run_capture
 from looptap.capture.settings import ArchitectureStudySettings
-from looptap.capture.study_architecture import architecture_plans, cells_of, run_architecture_study
-from looptap.capture.study_progress import expected_seconds, run_all_with_progress, to_duration
+from looptap.capture.studies.architecture import architecture_plans, cells_of, run_architecture_study
+from looptap.cli import study_progress
+from looptap.cli.commands import main
+from looptap.cli.study_progress import expected_seconds, run_all_with_progress, to_duration
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 
 # width 16 has one head of 16 channels; 40 recurrences: 32 exist and 101 do not
@@ -171,7 +171,7 @@ def test_a_store_of_another_plan_is_found_before_anything_runs(tmp_path, files):
 
 
 def test_too_small_a_disk_is_found_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("looptap.capture.store.directory.LocalPlace.free_bytes", lambda self: 10_000)
+    monkeypatch.setattr("looptap.capture.store.places.directory.LocalPlace.free_bytes", lambda self: 10_000)
     with pytest.raises(ValueError, match=r"need up to [\d.,]+ MiB more and its disk has 0.0 MiB free"):
         run_architecture_study(settings_in(tmp_path), run_all)
     assert not (tmp_path / "study").exists()

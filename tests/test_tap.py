@@ -11,7 +11,7 @@ from looptap.capture.models.load import find_model, load_model
 from looptap.capture.models.tap import Packed, Plain
 from looptap.capture.selection import select_depths
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
-from looptap.capture.tap import Buffers, LastStates, StatesInMemory, Statistics
+from looptap.capture.taps.statistics import Buffers, LastStates, StatesInMemory, Statistics
 from looptap.kernels import reference
 
 LENGTHS = (7, 70, 1, 7)  # 70: more than one block of queries

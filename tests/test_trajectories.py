@@ -9,12 +9,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from looptap.analysis.analyses import ANALYSES
 from looptap.analysis.answers import trajectories as module
-from looptap.analysis.answers.states import distinctness, trajectory
+from looptap.analysis.answers.distinctness import distinctness, trajectory
 from looptap.analysis.answers.trajectories import MOST_PATHS, Scatter, trajectories
 from looptap.analysis.figures import paths
 from looptap.analysis.findings import find
+from looptap.analysis.registry import ANALYSES
 from looptap.analysis.walk import CannotTellError, together
 from looptap.tests.golden_files import FEEDFORWARD, NAMES
 from looptap.tests.synthetic import RNG_SEED, SHAPE, make_dataset, random_sequences, write_store

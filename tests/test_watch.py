@@ -12,15 +12,16 @@ from torch import nn
 import looptap
 from looptap.analysis.analyze import write_analysis
 from looptap.analysis.pages.report import write_report
-from looptap.benchmarks.watch import WatchBench, bench_watch, compare
-from looptap.capture.models.initial_state import draw_initial_state
+from looptap.benchmarks.bench_settings import WatchBench
+from looptap.benchmarks.bench_watch import bench_watch, compare
+from looptap.capture.models.draws import draw_initial_state
 from looptap.capture.models.load import load_model
-from looptap.capture.show import print_store
-from looptap.capture.store.commit import Store
+from looptap.capture.store.care.verify import store_status, verify_store
 from looptap.capture.store.quantities import QUANTITIES
-from looptap.capture.store.verify import store_status, verify_store
+from looptap.capture.store.writing.commit import Store
 from looptap.capture.watch.errors import WatchError
 from looptap.capture.watch.structure import find_structure, show_order
+from looptap.cli.tables import print_store
 from looptap.tests.golden_files import GOLDEN, stored
 from looptap.tests.watched_modules import (
     golden_ouro,

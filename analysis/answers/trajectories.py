@@ -23,7 +23,7 @@ import xarray as xr
 from ..state_rows import decoded
 from ..streaming import Arrays, Depths, NothingCapturedError
 from ..walk import Analysis, CannotTellError, answer
-from .states import StatesMissingError, core_states, last_rows, num_kept, position_of, row_of
+from .distinctness import StatesMissingError, core_states, last_rows, num_kept, position_of, row_of
 
 MOST_PATHS = 8
 _BLOCK_BYTES = 2**25  # float64 of the states that are merged at once: few passes over the matrix

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..answers.neurons import KINDS
+from ..answers.neuron_shares import KINDS
 from ..findings import Findings
 from .axes import STAGE_COLORS
 from .captions import number

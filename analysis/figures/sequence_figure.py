@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..answers.sequences import SEQUENCE_MEASURES, gathered
+from ..answers.single_sequences import SEQUENCE_MEASURES, gathered
 from ..findings import Findings
 from ..measures import MEASURES
 from .answer_figures import Drawn, drawn_by

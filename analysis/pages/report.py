@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..analyses import ANALYSES
 from ..answers.heads import ANALYSES as HEADS
-from ..answers.sequences import ANALYSES as SEQUENCES
+from ..answers.single_sequences import ANALYSES as SEQUENCES
 from ..figures.captions import number
 from ..findings import Findings, find
 from ..measures import MEASURES
+from ..registry import ANALYSES
 from ..verdicts import Verdict
 from .page import model_facts, render_page, unchecked_charts, write_page
 

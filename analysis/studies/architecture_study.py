@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..analyses import ANALYSES
-from ..answers.states import StatesMissingError, distinctness
+from ..answers.distinctness import StatesMissingError, distinctness
 from ..measures import as_analyses, assembled
+from ..registry import ANALYSES
 from ..streaming import NothingCapturedError, as_dataset, depths_of
 from ..verdicts import verdicts, worst_over_layers
 from ..walk import walk

@@ -14,7 +14,7 @@ from .work import Receipt, RunUnit, make_recipe, run_unit
 
 if TYPE_CHECKING:
     from ..plan import Plan
-    from ..store.commit import Store
+    from ..store.writing.commit import Store
 
 
 class EngineError(ValueError):

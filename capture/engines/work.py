@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from ..initial_states import StatesFile
+    from ..models.starts import StatesFile
     from ..plan import Plan
-    from ..store.commit import Store
+    from ..store.writing.commit import Store
     from ..worker import Worker
 
 
@@ -65,7 +65,7 @@ class CaptureRecipe:
     def make(self) -> RunUnit:
         """Raises RecipeError, ModelError or StoreError where what is here is not what was planned with."""
         from ..models.load import find_model
-        from ..store.commit import Store
+        from ..store.writing.commit import Store
         from ..worker import Worker
 
         store = Store.open(self.store)

@@ -17,9 +17,9 @@ import torch
 from .config import Config, ModelError
 from .description import Description
 from .families import find_family
-from .layout import COMPUTED, Copy, Source
 from .model import LoopedModel, rotary_frequencies, rotary_table
-from .stored import DTYPES, StoredTensor, hash_and_check, listed, read_headers, read_json
+from .sources import COMPUTED, Copy, Source
+from .stored_tensors import DTYPES, StoredTensor, hash_and_check, listed, read_headers, read_json
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from . import huggingface, raven
 from .config import Config, ModelError
 from .description import Description
-from .layout import Copy, Source
+from .sources import Copy, Source
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from .config import Config, ModelError, read_rotary
 from .description import Block, Description
-from .layout import Copy, Source
+from .sources import Copy, Source
 
 # by the block's kind of norms: each norm's name in the files and here
 _NORMS = {

@@ -12,7 +12,7 @@ from .families import ModelError
 from .hub import FORMS
 from .hub_checkpoint import HubCheckpoint, open_hub
 from .model import LoopedModel
-from .random import RandomModel, parse_random
+from .random_spec import RandomModel, parse_random
 
 _WINDOW = re.compile(r"(\d+)-(\d+)x(\d+)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

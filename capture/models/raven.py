@@ -18,7 +18,7 @@ from collections.abc import Collection
 
 from .config import Config, ModelError, read_rotary
 from .description import Block, Description, Rotary
-from .layout import Copy, Source
+from .sources import Copy, Source
 
 # by the block's kind of norms: each norm's name in the files and here
 _NORMS = {

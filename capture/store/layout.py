@@ -24,9 +24,9 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 
-from .disk import checksum, write_new
 from .errors import StoreError, StoreExistsError, StoreMissingError
-from .place import Place, open_place
+from .places.disk import checksum, write_new
+from .places.place import Place, open_place
 
 FORMAT = 2
 BFLOAT16_NAN = 0x7FC0

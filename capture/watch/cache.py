@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import WatchError
 from .rows import Window
-from .sequences import WatchedSequence
+from .watched_sequence import WatchedSequence
 
 
 @dataclass(frozen=True)

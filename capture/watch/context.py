@@ -13,9 +13,9 @@ from ..selection import select_tokens
 from ..store.errors import StoreExistsError
 from ..store.layout import store_exists
 from ..store.quantities import GROUPS, resolve_quantities
-from ..store.reader import open_store
+from ..store.reading.reader import open_store
 from .arguments import read_mask
-from .attention import Listener
+from .attention_calls import Listener
 from .blocks import Blocks, find_blocks
 from .errors import WatchError
 from .hooks import Link, register

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..selection import select_depths, select_tokens
 from ..store.quantities import QUANTITIES
 from .arguments import read_arguments
-from .attention import read_call
+from .attention_calls import read_call
 from .cache import OpenRows, refer_to
 from .errors import WatchError, remembered
 from .passes import DTYPES, Pass, Sizes, WatchSettings
-from .sequences import WatchedSequence
 from .structure import Structure, find_structure, show_order
+from .watched_sequence import WatchedSequence
 
 _NO_ATTENTION = 'leave attention out with quantities=("residual", "steps", "gaps")'
 

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..store.commit import Attempt, Store
 from ..store.layout import create_store
-from ..store.lock import driver_lock
+from ..store.places.lock import driver_lock
 from ..store.quantities import QUANTITIES
+from ..store.writing.commit import Attempt, Store
 from ..units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from ..versions import versions
 from .errors import WatchError
 from .passes import Sizes
 from .record import Recorder
-from .sequences import WatchedSequence
 from .structure import Structure
+from .watched_sequence import WatchedSequence
 
 
 def write_store(path: Path, recorder: Recorder, module: nn.Module, name: str, weights: str) -> None:

@@ -29,8 +29,8 @@ from torch import Tensor
 from . import tiles
 from .attention_columns import attention_columns
 from .compiled import Variant
-from .settings import Entry, Settings
 from .tiles import LOG2_E, MASKED, addresses, fetch, fetch_described, matmul, scores
+from .tuned import Entry, Settings
 
 KERNELS = ("attention", "attention_with_statistics")
 

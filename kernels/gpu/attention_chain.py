@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import tiles
 from .compiled import Variant
-from .settings import Entry, Settings, find_settings
+from .tuned import Entry, Settings, find_settings
 
 MOST_RECURRENCES = 4
 KERNELS = tuple(f"attention_chain_{R}" for R in range(2, MOST_RECURRENCES + 1))

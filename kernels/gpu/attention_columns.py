@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import tiles
 from .compiled import Variant
-from .settings import Entry, Settings
 from .tiles import LOG2_E, MASKED, addresses, fetch, fetch_described, scores
+from .tuned import Entry, Settings
 
 KERNELS = ("attention_columns",)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import tiles
 from .attention_chain import UNIT, aligned, load_rows, multiply_in_chunks, table_width, tile_constants
 from .compiled import Variant
-from .settings import Entry, Settings, find_settings
+from .tuned import Entry, Settings, find_settings
 
 KERNELS = ("attention_gram", "attention_gram_product")
 TILES_BYTES = 32 * 2**20

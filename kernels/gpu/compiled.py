@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .settings import TRITON, Entry
+from .tuned import TRITON, Entry
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -81,9 +81,7 @@ class Resources:
 def find_modules() -> dict[str, ModuleType]:
     """The module of this folder that launches each of the table's kernels."""
     names = (path.stem for path in sorted(Path(__file__).parent.glob("*.py")))
-    modules = [
-        import_module(f".{name}", __package__) for name in names if name not in ("compiled", "settings")
-    ]
+    modules = [import_module(f".{name}", __package__) for name in names if name not in ("compiled", "tuned")]
     return {kernel: module for module in modules for kernel in getattr(module, "KERNELS", ())}
 
 

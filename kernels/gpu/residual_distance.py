@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .compiled import Variant
 from .residual_norm import LEAST_WIDTH, cosine
-from .settings import Entry, Settings, find_settings
+from .tuned import Entry, Settings, find_settings
 
 KERNELS = ()  # cut up as the residual add is, by its settings
 

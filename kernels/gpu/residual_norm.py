@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compiled import Variant
-from .settings import Entry, Settings, find_settings
+from .tuned import Entry, Settings, find_settings
 
 KERNELS = ("residual_norm",)
 NUM_STATISTICS = 7  # norm, peak, update_norm, step_norm, step_cosine, gap_norm, gap_cosine

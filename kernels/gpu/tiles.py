@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .settings import Entry, Settings, find_settings
+from .tuned import Entry, Settings, find_settings
 
 MASKED = tl.constexpr(-1e30)  # finite: 0 · ∞ is NaN
 LOG2_E = 1.4426950408889634

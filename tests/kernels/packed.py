@@ -10,7 +10,7 @@ from torch import Tensor
 
 from looptap.kernels import reference
 from looptap.kernels.gpu import tiles
-from looptap.kernels.gpu.settings import Settings
+from looptap.kernels.gpu.tuned import Settings
 
 GUARD = 4096  # elements: a tile of rows and more
 # NaNs that no arithmetic makes: (integer of the same size, its value)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from looptap.kernels.gpu import attention_chain as module
-from looptap.kernels.gpu.settings import Settings
+from looptap.kernels.gpu.tuned import Settings
 from looptap.tests.kernels.patterns import Guards, Patterns
 from looptap.tests.kernels.properties import given, settings
 from looptap.tests.kernels.properties import strategies as st

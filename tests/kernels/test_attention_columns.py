@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from looptap.kernels.gpu import attention_columns as kernel
-from looptap.kernels.gpu.settings import read_table
+from looptap.kernels.gpu.tuned import read_table
 from looptap.tests.kernels.packed import Packed, cut, guarded, make_packed, poisoned
 
 # numpy's, of rows behind a sequence's end

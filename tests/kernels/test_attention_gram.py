@@ -8,7 +8,7 @@ import triton.language as tl
 from looptap.kernels import reference
 from looptap.kernels.attention_pairs import distance_from_gram
 from looptap.kernels.gpu import attention_gram as module
-from looptap.kernels.gpu.settings import Settings
+from looptap.kernels.gpu.tuned import Settings
 from looptap.tests.kernels.patterns import Guards, Patterns
 from looptap.tests.kernels.properties import given, settings
 from looptap.tests.kernels.properties import strategies as st

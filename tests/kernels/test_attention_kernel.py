@@ -7,7 +7,7 @@ import torch
 
 from looptap.kernels.gpu import attention as kernel
 from looptap.kernels.gpu import tiles
-from looptap.kernels.gpu.settings import read_table
+from looptap.kernels.gpu.tuned import read_table
 from looptap.tests.kernels.packed import Packed, cut, guarded, make_packed, poisoned
 from looptap.tests.kernels.properties import given, settings
 from looptap.tests.kernels.properties import strategies as st

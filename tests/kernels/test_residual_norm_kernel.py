@@ -10,7 +10,7 @@ import torch
 from looptap.kernels import reference
 from looptap.kernels import residual_norm as cpu
 from looptap.kernels.gpu import residual_norm as kernel
-from looptap.kernels.gpu.settings import find_settings
+from looptap.kernels.gpu.tuned import find_settings
 from looptap.tests.kernels.properties import given, settings
 from looptap.tests.kernels.properties import strategies as st
 

@@ -1,0 +1,178 @@
+"""One short prompt, everything about it: a capture in memory, full attention maps, and the logit lens.
+
+This is the one place that writes T×T attention down, and only within a stated bound of memory.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from .data import open_tokenizer
+from .models.description import Description, Step
+from .models.load import find_model
+from .models.model import LoopedModel
+from .models.starts import initial_state
+from .models.tap import Packed, Plain
+from .plan import Plan, PlanError, make_plan
+from .probes.contraction import Contraction, contraction
+from .run import prepare_store
+from .settings import CaptureSettings, InspectSettings
+from .store.reading.reader import open_store
+from .worker import Worker
+
+LENS_TOKENS = 3  # how many of the likeliest next tokens are shown
+
+Lens = list[tuple[str, float]]  # tokens and their probability, likeliest first
+
+
+@dataclass(frozen=True)
+class LensRow:
+    """The last token of the prompt after one recurrence; of a feedforward model, after all of it."""
+
+    recurrence: int | None
+    relative_step: float | None
+    """‖x_t − x_{t−1}‖ / ‖x_t‖ of the last core layer."""
+    relative_gap: float | None
+    """‖x_t − x_last‖ / ‖x_last‖ of the last core layer."""
+    entropy: float
+    """Of attention rows, nats, mean over the heads of the core, or of all layers where there is no core."""
+    lens: Lens
+    """Likeliest next tokens, read through the model's own final norm and head."""
+    exit_probability: float | None = None
+    """Chance that the exit gate leaves after this recurrence, of a model that has one."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All of one prompt."""
+
+    dataset: xr.Dataset
+    """A capture of the prompt alone with every state, and `attention` (depth, head, query, key), float32."""
+    tokens: list[str]
+    lens: list[Lens]
+    """For the last token, by recurrence; one entry for a feedforward model."""
+    contraction: Contraction | None = None
+    """Of every token of the prompt; None for a feedforward model, or where it was left out."""
+
+    def rows(self) -> Iterator[LensRow]:
+        """The last token's way, a row a recurrence."""
+        last = self.dataset.isel(token=-1)
+        core = last.isel(depth=last.stage.values == 1)
+        if not core.sizes["depth"]:
+            yield LensRow(None, None, None, float(last.attention_entropy.mean()), self.lens[0])
+            return
+        end = core.isel(depth=-1)
+        for recurrence, lens in enumerate(self.lens):
+            here = core.isel(depth=core.recurrence.values == recurrence)
+            block = here.isel(depth=-1)
+            step = float(block.step_norm / block.residual_norm) if recurrence else None
+            gap = float(block.gap_norm / end.residual_norm)
+            leaves = float(last.exit_probability[recurrence]) if "exit_probability" in last else None
+            yield LensRow(recurrence, step, gap, float(here.attention_entropy.mean()), lens, leaves)
+
+
+def inspect_prompt(settings: InspectSettings) -> Inspection:
+    """Runs one prompt, once as a capture and once more for its maps.
+
+    Raises:
+        ModelError, DataError: as for a capture.
+        PlanError: maps over `map_memory_gib`, or `contraction_recurrences` below 0.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        plan = _plan(settings, Path(directory))
+        _check_maps(plan, settings.map_memory_gib)
+        worker = Worker(plan.source, prepare_store(plan))
+        worker.run(0)
+        dataset = open_store(plan.settings.store).load()
+        tap = _Maps(plan.description, plan.dataset.num_tokens, worker.model.device)
+        head_input_ND = worker.forward(0, tap)
+    tokenizer = open_tokenizer(plan.source.origin.tokenizer_path)
+    with torch.inference_mode():
+        read = [worker.model.read_out(state_ND) for state_ND in tap.loop_states] or [head_input_ND[-1:]]
+    maps = (("depth", "head", "query", "key"), tap.maps.cpu().numpy())
+    return Inspection(
+        dataset=dataset.assign(attention=maps),
+        tokens=[tokenizer.decode([int(i)]) for i in plan.dataset.rows[0]],
+        lens=[_likeliest(worker.model, state_ND, tokenizer.decode) for state_ND in read],
+        contraction=_contraction(worker.model, plan, settings.contraction_recurrences),
+    )
+
+
+def _contraction(model: LoopedModel, plan: Plan, recurrences: int) -> Contraction | None:
+    d, (row,), seed = plan.description, plan.dataset.rows, plan.settings.seed
+    if not (d.core and recurrences):
+        return None
+    batch = Packed(torch.from_numpy(row.astype("int64")).to(model.device), (len(row),))
+    state_ND = initial_state(None, d, seed, [0], batch.lengths, None)
+    state_ND = None if state_ND is None else state_ND.to(model.device)
+    return contraction(model, batch, state_ND, recurrences=recurrences)
+
+
+class _Maps(Plain):
+    """Keeps attention matrices and the last token's loop states."""
+
+    def __init__(self, description: Description, num_tokens: int, device: torch.device) -> None:
+        shape = (description.depth, description.num_heads, num_tokens, num_tokens)
+        self.maps = torch.empty(shape, device=device)
+        self.loop_states: list[Tensor] = []
+
+    def attention(
+        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
+    ) -> Tensor:
+        k_NHC = k_NKC.repeat_interleave(q_NHC.shape[1] // k_NKC.shape[1], dim=1)
+        scores_HTT = torch.einsum("thc,shc->hts", q_NHC.float(), k_NHC.float()) * scale
+        future_TT = torch.ones_like(scores_HTT[0], dtype=torch.bool).triu(1)
+        self.maps[step.depth] = scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1)
+        return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
+
+    def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
+        self.loop_states.append(state_ND[-1:])
+
+
+def _plan(settings: InspectSettings, directory: Path) -> Plan:
+    if settings.contraction_recurrences < 0:
+        given = settings.contraction_recurrences
+        raise PlanError(f"contraction_recurrences must be at least 1, or 0 to leave it out, got {given}")
+    if not settings.prompt:
+        raise PlanError("the prompt is empty; give some text with --prompt")
+    data_path = directory / "prompt.jsonl"
+    data_path.write_text(json.dumps({"text": settings.prompt}) + "\n")
+    wanted = CaptureSettings(
+        model=settings.model,
+        data=data_path,
+        store=directory / "prompt.zarr",
+        loop=settings.loop,
+        recurrences=settings.recurrences,
+        states=("all",),
+        dtype=settings.dtype,
+        device=settings.device,
+        seed=settings.seed,
+    )
+    source = find_model(settings.model, settings.loop, settings.recurrences)
+    if source.origin.tokenizer_path is None and not settings.model.startswith("random:"):
+        raise PlanError(f"{settings.model} has no tokenizer.json, so it cannot read a prompt")
+    num_tokens = make_plan(wanted, source).dataset.num_tokens
+    return make_plan(replace(wanted, unit_tokens=num_tokens), source)  # no empty slots
+
+
+def _check_maps(plan: Plan, bound_gib: float) -> None:
+    d, T = plan.description, plan.dataset.num_tokens
+    row_bytes = d.depth * d.num_heads * 4
+    if not row_bytes * T * T <= bound_gib * 2**30:  # a bound that is no number holds nothing
+        raise PlanError(
+            f"attention maps of {T} tokens at {d.depth} depths take {row_bytes * T * T / 2**30:.2g} GiB, "
+            f"and the bound is {bound_gib:g}: {int((bound_gib * 2**30 / row_bytes) ** 0.5)} tokens fit; "
+            "shorten the prompt or raise --map-memory-gib"
+        )
+
+
+@torch.inference_mode()
+def _likeliest(model: LoopedModel, head_input_ND: Tensor, decode: Callable[[list[int]], str]) -> Lens:
+    share, token = model.logits(head_input_ND)[-1].float().softmax(-1).topk(LENS_TOKENS)
+    return [(decode([int(t)]), float(p)) for t, p in zip(token, share, strict=True)]

@@ -1,0 +1,128 @@
+"""Files that are still there after a crash: write, sync, publish under a final name.
+
+The order is always data, directory, then the name that vouches for them, each synced before the next.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import google_crc32c
+
+from ..errors import StoreFullError
+
+Identity = tuple[int, int, int]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # EFBIG: a file size limit of the shell or the file system
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without hard links answer
+
+
+def write_new(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write a file that must not exist yet. Not synced: `sync` follows, for many files at once."""
+    view = memoryview(data)
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+    finally:
+        os.close(descriptor)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put a whole file in place of whatever has this name; readers see the old or the new one whole."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new.unlink(missing_ok=True)
+    write_new(new, data)
+    sync([new])
+    os.replace(new, path)
+    sync([path.parent])
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Wait until files and directories are on the disk; in parallel, as one journal commit serves many."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(_sync_one, paths))
+
+
+def sync_tree(root: Path) -> None:
+    """`sync` for a directory and everything below it."""
+    sync([root, *root.rglob("*")])
+
+
+def publish(source: Path, target: Path) -> None:
+    """Give a finished file its final name, unless something has that name.
+
+    A hard link fails where the name is taken. File systems without hard links get a rename, which does not:
+    there the name is looked at just before, and callers compare identities afterwards. A network file system
+    may report an error of what it has done, because the answer got lost: the file's own state is believed.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    num_links, ours = os.stat(source).st_nlink, identity(source)
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            _rename_new(source, target)
+        elif identity(target) != ours and os.stat(source).st_nlink <= num_links:
+            raise
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    ours = identity(source)
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    try:
+        os.rename(source, target)
+    except OSError:
+        if identity(target) != ours:
+            raise
+
+
+def identity(path: Path) -> Identity | None:
+    """What tells a file from others, whatever it is renamed to; None where there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns  # numbers of deleted files are used again
+
+
+def checksum(path: Path) -> str:
+    """crc32c of a file's content, eight hex digits."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(8 << 20):
+            value = google_crc32c.extend(value, block)
+    return f"{value:08x}"
+
+
+@contextmanager
+def full_disk_named(path: Path, task: str, needed_bytes: int) -> Iterator[None]:
+    """Turn "no space left" into a message that says what was being written and how much room it needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free_bytes = shutil.disk_usage(path).free
+        raise StoreFullError(
+            f"no room left to write {task} in {path} ({os.strerror(error.errno)}): it needs up to "
+            f"{needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free; nothing of it was "
+            f"published; make room and run the same command again"
+        ) from error
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

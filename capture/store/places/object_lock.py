@@ -1,0 +1,118 @@
+"""The driver lock in an object store: one object, changed only on condition that it is as it was seen.
+
+Its holder changes it every few seconds; who sees it unchanged for `STALE_S`, by the server's clock, takes it
+over. It is never deleted but marked as released, so that no release can hit a successor's lock.
+"""
+
+import json
+import os
+import platform
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from ..errors import StoreError
+from . import lock
+from .liveness import machine, process_start
+from .objects import ObjectPlace, make_token
+
+_KEY = ".looptap/driver.lock"
+
+
+class ObjectLock:
+    """The lock while it is held; `held` turns False if another driver took it over, or if this one could not
+    say for so long that it lives that another may have.
+    """
+
+    def __init__(self, place: ObjectPlace, over: str | None):
+        """Raises FileExistsError where another was quicker."""
+        self._place, self._writer = place, make_token()
+        self._num_beats = 0
+        self._e_tag: str | None = None
+        self._stop = threading.Event()
+        self._put(over)
+        self._thread = threading.Thread(target=self._beat, name="looptap heartbeat", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, place: ObjectPlace) -> "ObjectLock":
+        """Raises StoreLockedError with who holds it; StoreError from `ObjectPlace.probe`."""
+        now = place.probe()
+        found = place.find(_KEY)
+        if found is not None and (holder := _read(place, now)) is not None:
+            raise lock.locked(str(place), holder)
+        try:
+            return cls(place, found.e_tag if found is not None else None)
+        except FileExistsError:
+            holder = _read(place, now) or {"pid": "?", "host": "another host", "silent_s": 0.0}
+            raise lock.locked(str(place), holder) from None
+
+    def __enter__(self) -> "ObjectLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def held(self) -> bool:
+        return self._e_tag is not None and time.monotonic() - self._beat_s < lock.STALE_S
+
+    def check(self) -> None:
+        """Raises StoreError unless the lock is held, by what the server says now."""
+        found = self._place.find(_KEY)
+        if found is None or found.writer != self._writer:
+            raise StoreError(f"another process took {self._place} over while this one was silent")
+
+    def release(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._e_tag is not None:
+            with suppress(FileExistsError):  # it is a successor's
+                self._put(self._e_tag, released=True)
+        self._e_tag = None
+
+    def _beat(self) -> None:
+        while not self._stop.wait(lock.HEARTBEAT_S):
+            try:
+                self._put(self._e_tag)
+            except FileExistsError:
+                self._e_tag = None
+                return
+            except StoreError:
+                continue  # the server may be back before the lock lapses
+
+    def _put(self, over: str | None, released: bool = False) -> None:
+        """Put the lock with another content than before, so that nobody's condition holds any more."""
+        self._num_beats += 1
+        mine = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "process_start": process_start(os.getpid()),
+            "machine": machine(),
+            "writer": self._writer,
+            "beat": self._num_beats,
+            "released": released,
+        }
+        sent_s = time.monotonic()
+        self._e_tag = self._place.put(_KEY, json.dumps(mine).encode(), writer=self._writer, over=over)
+        self._beat_s = sent_s
+
+
+def object_lock_holder(place: ObjectPlace) -> dict[str, Any] | None:
+    """As `lock_holder`, by this machine's clock: looking at a store must not write to it."""
+    return _read(place, datetime.now(UTC))
+
+
+def _read(place: ObjectPlace, now: datetime) -> dict[str, Any] | None:
+    found = place.find(_KEY)
+    if found is None:
+        return None
+    holder = json.loads(place.read(_KEY))
+    holder["silent_s"] = max(0.0, (now - found.modified).total_seconds())
+    if holder["released"]:
+        return None
+    if holder["machine"] == machine():
+        return holder if process_start(holder["pid"]) == holder["process_start"] else None
+    return holder if holder["silent_s"] < lock.STALE_S else None

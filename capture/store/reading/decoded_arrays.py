@@ -1,0 +1,90 @@
+"""Stored arrays that cannot be mapped, read by a Zarr library: compressed ones, and those in object stores.
+
+On a local disk that is tensorstore where it is installed, which decodes in several threads, else zarr-python.
+An object store is read by zarr-python through the connection that the rest of looptap uses.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from ..errors import StoreError
+from ..places.place import Place
+from .mapped_states import Key
+
+_was_forked = False
+
+
+class LibraryArray:
+    """A stored array, opened when it is first read.
+
+    Args:
+        directory: the store's; None in an object store.
+        metadata: the array's zarr.json.
+    """
+
+    def __init__(self, place: Place, directory: Path | None, name: str, metadata: dict[str, Any]) -> None:
+        self._place, self._directory, self._name = place, directory, name
+        self.shape: tuple[int, ...] = tuple(metadata["shape"])
+        self.dtype = np.dtype(metadata["data_type"])
+        self._file_rows: int = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+        self._reader: Any = None
+        self._pid = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # alike before and after reading, as dask names arrays by this
+        return self.__dict__ | {"_reader": None, "_pid": 0}
+
+    def read(self, key: Key) -> np.ndarray:
+        """Values at the outer product of the axes' keys.
+
+        Raises:
+            StoreError: a file that should be there is missing. Libraries would read fill values.
+        """
+        if self._directory is not None:
+            self._require_files(key[0])
+        if self._reader is None or self._pid != os.getpid():
+            self._reader, self._pid = self._open(), os.getpid()
+        values = self._reader.oindex[key]
+        return np.asarray(values if isinstance(values, np.ndarray) else values.read().result())
+
+    def _open(self) -> Any:
+        if self._directory is not None and (tensorstore := _tensorstore()) is not None:
+            files = {"driver": "file", "path": f"{self._directory / self._name}/"}
+            return tensorstore.open({"driver": "zarr3", "kvstore": files}, read=True, open=True).result()
+        return zarr.open_array(self._place.zarr_store(), path=self._name, mode="r")
+
+    def _require_files(self, rows: slice | np.ndarray) -> None:
+        if isinstance(rows, slice):
+            numbers = range(rows.start // self._file_rows, -(-rows.stop // self._file_rows))
+        else:
+            numbers = np.unique(rows // self._file_rows).tolist()
+        assert self._directory is not None
+        for number in numbers:
+            path = self._directory / self._name / f"c.{number}{'.0' * (len(self.shape) - 1)}"
+            if not path.exists():
+                raise StoreError(
+                    f"{path} cannot be read: it is missing, though its unit is committed; "
+                    f"run `looptap verify {self._directory}`"
+                )
+
+
+def _tensorstore() -> Any:
+    """tensorstore; None where it is not installed, or its threads stayed behind in a parent process."""
+    try:
+        import tensorstore
+    except ImportError:
+        return None
+    return None if _was_forked else tensorstore
+
+
+def _note_fork() -> None:
+    global _was_forked
+    _was_forked = "tensorstore" in sys.modules
+
+
+os.register_at_fork(after_in_child=_note_fork)

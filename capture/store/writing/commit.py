@@ -1,0 +1,239 @@
+"""A store being written unit by unit: a unit is wholly there or not there, whatever is killed and whenever.
+
+What an attempt at a unit writes (`attempt.py`) gets its final names only when all of it is safe, and one
+exclusive ledger entry, `.looptap/ledger/<u>.json`, is the commit. Units without an entry are to do.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+
+from ..errors import StoreError, UnitTakenError
+from ..layout import read_group, unit_arrays
+from ..places.directory import LocalPlace
+from ..places.place import Place, open_place
+from .attempt import Attempt
+from .encode import encode, file_shape
+
+__all__ = ["Attempt", "Store"]
+
+LEDGER, ATTEMPTS = ".looptap/ledger", ".looptap/attempts"
+COMPLETE, SUMMARY = ".looptap/complete", ".looptap/summary.parquet"
+
+
+class Store:
+    """A store being written. Many processes may write units of it; one of them drives (`lock.py`)."""
+
+    def __init__(self, place: Place, group: dict[str, Any]):
+        self.place = place
+        self.plan: dict[str, Any] = group["attributes"]["plan"]
+        self.num_units: int = self.plan["num_units"]
+        self.metadata: dict[str, dict[str, Any]] = group["consolidated_metadata"]["metadata"]
+        self.arrays = unit_arrays(group)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Store":
+        """Open a local directory or s3://bucket/prefix.
+
+        Raises:
+            StoreMissingError, StoreError: there is no store of this format.
+        """
+        place = open_place(path)
+        return cls(place, read_group(place))
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+    @property
+    def path(self) -> Path:
+        """The directory of a local store; raises StoreError for another."""
+        if not isinstance(self.place, LocalPlace):
+            raise StoreError(f"{self.place} is not a local directory")
+        return self.place.path
+
+    @property
+    def ledger_dir(self) -> Path:
+        """Of a local store."""
+        return self.path / LEDGER
+
+    @property
+    def attempts_dir(self) -> Path:
+        """Of a local store."""
+        return self.path / ATTEMPTS
+
+    @property
+    def staging_dir(self) -> Path:
+        """Of a local store."""
+        return self.path / ".looptap" / "staging"
+
+    def zarr_store(self) -> Any:
+        """What xarray.open_zarr and zarr-python open to read it."""
+        return self.place.zarr_store()
+
+    def group(self) -> zarr.Group:
+        """The store as zarr-python reads it."""
+        return zarr.open_group(self.zarr_store(), mode="r", use_consolidated=True)
+
+    def unit_rows(self, name: str) -> int:
+        """Rows of an array's axis 0 that one unit owns."""
+        return self.arrays[name]["shape"][0] // self.num_units
+
+    def shard_keys(self, name: str, unit: int) -> list[str]:
+        """The files that hold one unit's rows of an array, in the order of rows."""
+        shard_rows, *_ = shape = file_shape(self.arrays[name])
+        k = self.unit_rows(name) // shard_rows
+        return [f"{name}/c.{i}" + ".0" * (len(shape) - 1) for i in range(unit * k, (unit + 1) * k)]
+
+    @cached_property
+    def unit_bytes(self) -> int:
+        """What one unit takes before compression."""
+        arrays = self.arrays.values()
+        sizes = (math.prod(array["shape"]) * np.dtype(array["data_type"]).itemsize for array in arrays)
+        return sum(sizes) // self.num_units
+
+    def done(self) -> list[int]:
+        """Units that are committed, in order."""
+        stems = (name[:-5] for name in self.place.names(LEDGER) if name.endswith(".json"))
+        return sorted(unit for unit in map(int, filter(str.isdecimal, stems)) if unit < self.num_units)
+
+    def todo(self) -> list[int]:
+        """Units that are not committed, in order. Lists one directory and reads nothing else."""
+        done = set(self.done())
+        return [unit for unit in range(self.num_units) if unit not in done]
+
+    def entry(self, unit: int) -> dict[str, Any] | None:
+        """A unit's ledger entry; None while it is not committed.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        try:
+            return json.loads(self.place.read(entry_key(unit)))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StoreError(
+                f"{self}/{entry_key(unit)} cannot be read ({error}): run `looptap verify --repair {self}`"
+            ) from error
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The ledger entries of all committed units, in order."""
+        for unit in self.done():
+            yield cast(dict[str, Any], self.entry(unit))
+
+    def begin(self, unit: int) -> Attempt:
+        """Start an attempt at a unit, numbered above all before it.
+
+        Raises:
+            UnitTakenError: the unit is committed already.
+        """
+        if not 0 <= unit < self.num_units:
+            raise ValueError(f"unit {unit} is not in the plan: it has units 0 to {self.num_units - 1}")
+        if self.place.exists(entry_key(unit)):
+            raise UnitTakenError(f"unit {unit} of {self} is committed: nothing is left to do for it")
+        number = 1
+        with self.full_disk_named(unit):
+            while True:
+                try:
+                    # numbers have no gaps, so the first free one is above all others
+                    self.place.create(attempt_key(unit, number), b"")
+                    break
+                except FileExistsError:
+                    number += 1
+            return Attempt(self, unit, number)
+
+    def clean_staging(self) -> None:
+        """Remove what killed attempts left. For the driver alone, while no worker runs."""
+        from ..care.repair import void_doubtful
+
+        self.place.clean_drafts()
+        void_doubtful(self)
+
+    def finish(self) -> None:
+        """Close a store whose units are all committed: check sizes, write `unit_done` and the summary.
+
+        May be repeated, and killed anywhere.
+
+        Raises:
+            StoreError: units are missing, or a file has not the size its ledger entry says.
+        """
+        if todo := self.todo():
+            raise StoreError(f"{self} lacks {len(todo)} of {self.num_units} units: capture again")
+        if self.place.exists(COMPLETE):
+            return
+        sizes = {name: self.place.sizes(name) for name in self.arrays}
+        for entry in self.entries():
+            for name, shards in entry["shards"].items():
+                for shard in shards:
+                    size = sizes[name].get(shard["file"].partition("/")[2])
+                    if size != shard["bytes"]:
+                        raise StoreError(
+                            f"{self}/{shard['file']} should hold {shard['bytes']} bytes of {name}, unit "
+                            f"{entry['unit']}, but {'is missing' if size is None else f'holds {size}'}: "
+                            f"run `looptap verify {self}`"
+                        )
+        with self.place.full_disk_named("the summary", 1024 * self.num_units):
+            self._write_unit_done()
+            self.place.replace(SUMMARY, _to_parquet(self.entries()))
+            self.place.replace(COMPLETE, b"")
+        self.clean_staging()
+
+    def full_disk_named(self, unit: int) -> AbstractContextManager[None]:
+        """Reports a full disk as StoreFullError, with what one unit takes before compression."""
+        return self.place.full_disk_named(f"unit {unit}", self.unit_bytes)
+
+    def _write_unit_done(self) -> None:
+        metadata = json.loads(self.place.read("unit_done/zarr.json"))
+        (num_rows,) = file_shape(metadata)
+        for index, first in enumerate(range(0, self.num_units, num_rows)):
+            done = np.ones(min(num_rows, self.num_units - first), np.uint8)
+            self.place.replace(f"unit_done/c.{index}", encode(metadata, done).tobytes())
+
+
+def entry_key(unit: int) -> str:
+    """Of a unit's ledger entry."""
+    return f"{LEDGER}/{unit}.json"
+
+
+def attempt_key(unit: int, number: int) -> str:
+    """Of the file that says an attempt has begun, and, if it failed, why."""
+    return f"{ATTEMPTS}/{unit}.{number}"
+
+
+def _to_parquet(entries: Iterable[dict[str, Any]]) -> bytes:
+    """The ledger as one table, a row a unit: what sums and plots need as columns, the whole entry as JSON."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table = pa.Table.from_pylist(
+        [
+            {
+                "unit": entry["unit"],
+                "attempt": entry["attempt"],
+                "num_sequences": entry["num_sequences"],
+                "num_tokens": entry["num_tokens"],
+                "seconds": entry["seconds"],
+                "num_bytes": entry_bytes(entry),
+                "num_non_finite": sum(entry["non_finite"].values()),
+                "host": entry["host"],
+                "committed": entry["committed"],
+                "entry": json.dumps(entry),
+            }
+            for entry in entries
+        ]
+    )
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def entry_bytes(entry: dict[str, Any]) -> int:
+    """What a unit takes in the store, by its ledger entry."""
+    return sum(shard["bytes"] for shards in entry["shards"].values() for shard in shards)
