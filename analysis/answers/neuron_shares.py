@@ -1,7 +1,8 @@
 """Which blocks hold prediction and suppression neurons, as the plan of a store tells it.
 
 A neuron's effect on the logits is taken from the model's weights when the store is made
-(`capture.probes.neurons` has the definition and its sources); nothing of it depends on the data, and reading it takes no model.
+(`capture.probes.neurons` has the definition and its sources); nothing of it depends on the data, and reading
+it takes no model.
 """
 
 from pathlib import Path
