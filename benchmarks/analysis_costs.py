@@ -33,6 +33,7 @@ from .bench_settings import AnalysisBench
 from .goals import Figure
 
 if TYPE_CHECKING:
+    from ..capture.store.writing.attempt import begin_attempt
     from ..capture.store.writing.commit import Store
 
 _PROBE = 256  # sequences of the plan that tells what one takes
@@ -180,7 +181,7 @@ def _fill(store: "Store", unit: int, planned: xr.Dataset, rng: np.random.Generat
         "sequence": int((part["sequence_length"].values > 0).sum()),
     }
     recurrence_D = planned["recurrence"].values.astype(np.float32)
-    with store.begin(unit) as attempt:
+    with begin_attempt(store, unit) as attempt:
         for name, array in store.arrays.items():
             axes = QUANTITIES[name].axes
             shape = (used[axes[0]], *array["shape"][1:])

@@ -103,6 +103,7 @@ def attack(directory: Path, num_kills: int, seed: int = 0) -> Tally:
         directory: an empty one; both stores stay there.
         num_kills: processes to kill, at least so many, before the capture may finish.
     """
+    from ..capture.store.keys import ATTEMPTS
     from ..capture.store.writing.commit import Store
 
     started_s = time.perf_counter()
@@ -117,7 +118,7 @@ def attack(directory: Path, num_kills: int, seed: int = 0) -> Tally:
     tally = Tally(num_units)
     orphans = _Attack(directory, num_kills, random.Random(seed), tally).run()
     store = Store.open(directory / "run.zarr")
-    tally.attempts = len(os.listdir(store.attempts_dir))
+    tally.attempts = len(os.listdir(store.path / ATTEMPTS))
     tally.orphan_commits = sum(entry["pid"] in orphans for entry in store.entries())
     tally.faults = _faults(directory / "run.zarr", directory / "calm.zarr")
     tally.seconds = time.perf_counter() - started_s

@@ -24,6 +24,7 @@ from ..capture.engines.processes import Processes
 from ..capture.engines.scheduler import Limits
 from ..capture.engines.work import Receipt, RunUnit
 from ..capture.store.layout import ArraySpec, create_store
+from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
 
 
@@ -203,7 +204,7 @@ def commits_per_s(directory: Path | None, num_units: int = 400) -> float:
         store = Store.open(path)
 
         def commit(unit: int) -> None:
-            with store.begin(unit) as attempt:
+            with begin_attempt(store, unit) as attempt:
                 attempt.write("residual_norm", np.zeros((1, 8), np.float32))
                 attempt.commit({"num_sequences": 1, "num_tokens": 1, "seconds": 0.0, "non_finite": {}})
 

@@ -15,6 +15,7 @@ import xarray as xr
 import zarr
 
 from ..capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
+from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
 from .goals import Figure
 
@@ -71,7 +72,7 @@ def _write(path: Path) -> tuple[Store, dict[str, np.ndarray]]:
         for name, spec in specs.items()
     }
     for unit, num_tokens in _TOKENS.items():
-        with store.begin(unit) as attempt:
+        with begin_attempt(store, unit) as attempt:
             for name, spec in specs.items():
                 rows = generator.integers(0, 0x7F80, (num_tokens, *spec.shape[1:])).astype(spec.dtype)
                 attempt.write(name, rows)

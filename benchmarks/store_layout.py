@@ -20,6 +20,7 @@ import xarray as xr
 from ..capture.data import open_tokenizer, read_dataset
 from ..capture.store.layout import ArraySpec, create_store
 from ..capture.store.quantities import QUANTITIES
+from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
 from ..capture.units import pack
 from .bench_settings import StoreBench
@@ -61,7 +62,7 @@ def _stored_rows(lengths: list[int], unit_tokens: int, path: Path) -> float:
     store = Store.open(path)
     num_bytes = 0
     for unit, rows in enumerate(units):
-        with store.begin(unit) as attempt:
+        with begin_attempt(store, unit) as attempt:
             attempt.write("state", np.zeros((sum(lengths[row] for row in rows), 1, _WIDTH), np.uint16))
             entry = attempt.commit(_RECEIPT)
         num_bytes += sum(size for shard in entry["shards"]["state"] for _, size, _ in shard["pieces"])

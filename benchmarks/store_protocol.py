@@ -23,9 +23,12 @@ from unittest.mock import patch
 
 import numpy as np
 
+from ..capture.store.care.repair import clean
+from ..capture.store.keys import entry_key
 from ..capture.store.layout import ArraySpec, create_store
 from ..capture.store.places import disk
-from ..capture.store.writing.commit import Store, entry_key
+from ..capture.store.writing.attempt import begin_attempt
+from ..capture.store.writing.commit import Store
 from .bench_settings import StoreBench
 from .goals import Figure
 
@@ -46,7 +49,7 @@ def measure(settings: StoreBench) -> list[Figure]:
 
 def _measure_resume(path: Path, repeats: int) -> Figure:
     store = _make_store(path, 1, NUM_UNITS, rows=1)
-    with store.begin(0) as attempt:
+    with begin_attempt(store, 0) as attempt:
         attempt.write("q0", np.zeros((1, 1), np.float32))
         entry = attempt.commit(_RECEIPT)
     for unit in range(1, NUM_UNITS):  # one is left to do
@@ -58,7 +61,7 @@ def _measure_resume(path: Path, repeats: int) -> Figure:
         seconds, units = _timed(store.todo)
         assert units == [NUM_UNITS // 2]
         todo.append(seconds)
-        resume.append(seconds + _timed(store.clean_staging)[0])
+        resume.append(seconds + _timed(lambda: clean(store))[0])
         parse.append(_timed(lambda: [store.entry(unit) for unit in range(1, NUM_READ)])[0])
     parsed_s = statistics.median(parse) * NUM_UNITS / NUM_READ
     return Figure(
@@ -81,7 +84,7 @@ def _measure_commit(folder: Path, repeats: int) -> Figure:
     units = iter(range(store.num_units))
 
     def commit() -> None:
-        with store.begin(next(units)) as attempt:
+        with begin_attempt(store, next(units)) as attempt:
             for index, array in enumerate(values):
                 attempt.write(f"q{index}", array)
             attempt.commit(_RECEIPT)

@@ -28,6 +28,7 @@ from ..capture.store.layout import ArraySpec, create_store
 from ..capture.store.reading.batches import make_batches
 from ..capture.store.reading.mapped_states import MappedArray
 from ..capture.store.reading.reader import open_array, open_store
+from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
 from .bench_settings import StoreBench
 from .goals import Figure
@@ -92,7 +93,7 @@ def make_states(path: Path, num_units: int) -> Store:
     noise = np.random.default_rng(0).standard_normal((UNIT_TOKENS, DEPTHS, WIDTH), np.float32)
     bits = (noise.view(np.uint32) >> 16).astype(np.uint16)
     for unit in range(num_units):
-        with store.begin(unit) as attempt:
+        with begin_attempt(store, unit) as attempt:
             attempt.write("state", bits)
             attempt.commit(_RECEIPT)
     store.finish()

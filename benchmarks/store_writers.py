@@ -15,6 +15,7 @@ import zarr
 
 from ..capture.store.layout import ArraySpec, Codec, create_store
 from ..capture.store.places.disk import sync_tree
+from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
 from ..capture.store.writing.ring import Ring, page_aligned
 from ..capture.store.writing.shard import buffer_bytes
@@ -123,7 +124,7 @@ def _ours(folder: Path, source: Source, codec: Codec, *, copies: bool = False) -
         ring.give(buffer)
 
     def write() -> None:
-        with store.begin(0) as attempt:
+        with begin_attempt(store, 0) as attempt:
             writer = attempt.open_writer("state", ring=ring)
             for place in range(k * parts.shape[1]):
                 for depth in range(DEPTHS):

@@ -11,10 +11,11 @@ from .engines.engine import open_engine
 from .engines.events import Event, UnitDone, UnitFailed
 from .plan import Plan, PlanError
 from .probes.neurons import neurons_of
+from .store.care.repair import clean
 from .store.errors import StoreLockedError
 from .store.layout import create_store, plan_differences, store_exists
 from .store.places.lock import driver_lock
-from .store.places.place import open_place
+from .store.places.open import open_place
 from .store.writing.commit import Store
 
 
@@ -95,7 +96,7 @@ def run_capture(
         store = prepare_store(plan)
         lock = stack.enter_context(driver_lock(path))
         todo = store.todo()
-        store.clean_staging()
+        clean(store)
         on_event(RunBegan(store.num_units, store.num_units - len(todo)))
         if todo and engine is not None:
             for event in engine.run(store, todo, _watching(lambda: lock.held, store, goes_on)):
@@ -106,6 +107,7 @@ def run_capture(
                 on_event(event)
         if not (left := store.todo()):
             store.finish()
+            clean(store)
     return Outcome(
         path=path,
         num_units=store.num_units,

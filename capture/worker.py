@@ -19,7 +19,8 @@ from .models.starts import StatesFile, initial_state, prelude_direction
 from .models.tap import Packed, Plain
 from .selection import select_halves
 from .store.quantities import QUANTITIES
-from .store.writing.commit import Attempt, Store
+from .store.writing.attempt import Attempt, begin_attempt
+from .store.writing.commit import Store
 from .store.writing.ring import Ring
 from .taps.state_stream import StateStream, make_ring
 from .taps.statistics import Buffers, LastStates, StateSink, StatesInMemory, Statistics
@@ -64,7 +65,7 @@ class Worker:
 
     def run(self, unit: int) -> dict[str, Any]:
         """Captures and commits one unit; returns its ledger entry. An error is noted with the attempt."""
-        with self._store.begin(unit) as attempt:
+        with begin_attempt(self._store, unit) as attempt:
             try:
                 return self._run(unit, attempt)
             except Exception as error:

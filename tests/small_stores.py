@@ -9,7 +9,7 @@ import numpy as np
 
 from looptap.capture.store.errors import UnitTakenError
 from looptap.capture.store.layout import ArraySpec, create_store, store_exists
-from looptap.capture.store.writing.attempt import Attempt
+from looptap.capture.store.writing.attempt import Attempt, begin_attempt
 from looptap.capture.store.writing.commit import Store
 
 ROWS, DEPTHS = 64, 3
@@ -51,7 +51,7 @@ def write_unit(attempt: Attempt, salt: int = 0) -> Attempt:
 
 def leave_files(store: Store, unit: int) -> None:
     """As an attempt that is killed before its ledger entry: all its files have their names."""
-    attempt = write_unit(store.begin(unit), salt=9)
+    attempt = write_unit(begin_attempt(store, unit), salt=9)
     for name in store.arrays:
         for key in store.shard_keys(name, unit):
             attempt.draft.publish(key, lambda: None)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, Codec, create_store
+from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 
 DEPTHS, HEADS, HIDDEN, RECURRENCES, SEQUENCES = 4, 3, 6, 2, 5
@@ -114,7 +115,7 @@ def unit_values(store: Store, unit: int) -> dict[str, np.ndarray]:
 
 
 def commit_unit(store: Store, unit: int) -> None:
-    with store.begin(unit) as attempt:
+    with begin_attempt(store, unit) as attempt:
         for name, values in unit_values(store, unit).items():
             attempt.write(name, values)
         attempt.commit({"num_sequences": 1, "num_tokens": 1, "seconds": 0.0, "non_finite": {}})

@@ -7,6 +7,7 @@ import xarray as xr
 
 from looptap.capture.store.layout import ArraySpec, create_store
 from looptap.capture.store.quantities import QUANTITIES
+from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 
 RNG_SEED = 7
@@ -271,7 +272,7 @@ def write_store(dataset: xr.Dataset, path: Path, units: list[int] | None = None)
     )  # fmt: skip
     store = Store.open(path)
     for unit in range(U) if units is None else units:
-        attempt = store.begin(unit)
+        attempt = begin_attempt(store, unit)
         for name, values in dataset.data_vars.items():
             n = rows[str(values.dims[0])]
             attempt.write(str(name), values.values[unit * n : (unit + 1) * n])

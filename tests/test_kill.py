@@ -18,6 +18,8 @@ import pytest
 import zarr
 
 from looptap.capture.store.care.verify import verify_store
+from looptap.capture.store.keys import ATTEMPTS, LEDGER, STAGING
+from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 
 NUM_KILLS = 20
@@ -88,15 +90,15 @@ def check_equal(path: Path, calm_path: Path) -> None:
         assert name == wanted_name and values == wanted, name
     store = Store.open(path)
     attempts: dict[int, list[int]] = {unit: [] for unit in range(store.num_units)}
-    for file in store.attempts_dir.iterdir():
+    for file in (store.path / ATTEMPTS).iterdir():
         unit, number = map(int, file.name.split("."))
         attempts[unit].append(number)
-        assert file.stat().st_mtime_ns <= (store.ledger_dir / f"{unit}.json").stat().st_mtime_ns, file
+        assert file.stat().st_mtime_ns <= (store.path / LEDGER / f"{unit}.json").stat().st_mtime_ns, file
         assert file.stat().st_size == 0, file.read_text()  # an attempt that raised notes why
     for entry in store.entries():  # one a unit, of its last attempt
         assert sorted(attempts[entry["unit"]]) == list(range(1, entry["attempt"] + 1)), entry
     assert [entry["unit"] for entry in store.entries()] == list(range(store.num_units))
-    assert not any(store.staging_dir.iterdir())
+    assert not any((store.path / STAGING).iterdir())
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -155,9 +157,9 @@ def test_a_stop_finishes_what_is_in_flight(tmp_path, calm_store, name, options):
     store = Store.open(path)
     done = set(store.done())
     assert 3 <= len(done) < 40 and f"{len(done)} of 40 units are in {path}; this run took" in said
-    begun = {int(item.name.split(".")[0]) for item in store.attempts_dir.iterdir()}
+    begun = {int(item.name.split(".")[0]) for item in (store.path / ATTEMPTS).iterdir()}
     assert begun == done, "a unit that was begun was not finished"
-    assert not any(store.staging_dir.iterdir())
+    assert not any((store.path / STAGING).iterdir())
     assert not (path / ".looptap" / "driver.lock").exists()
     assert f"40 of 40 units are in {path}, {len(done)} of them before" in finish(start(ids_path, path))
     check_equal(path, calm_store)
@@ -192,13 +194,13 @@ def test_what_the_dead_left_is_in_nobodys_way(tmp_path, calm_store):
     capture.kill()
     capture.communicate()
     store = Store.open(path)
-    orphan = store.begin(39)
+    orphan = begin_attempt(store, 39)
     for name, array in store.arrays.items():
         shape = (1, *array["shape"][1:])
         orphan.write(name, np.full(shape, 7, array["data_type"]))
-    for staged in (store.staging_dir / "39.1").glob("attention*"):
+    for staged in (store.path / STAGING / "39.1").glob("attention*"):
         os.link(staged, path / unquote(staged.name))
     assert len(verify_store(path).uncommitted) >= 4
     finish(start(ids_path, path))
     check_equal(path, calm_store)
-    assert json.loads((store.ledger_dir / "39.json").read_text())["attempt"] == 2
+    assert json.loads((store.path / LEDGER / "39.json").read_text())["attempt"] == 2

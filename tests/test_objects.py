@@ -27,9 +27,10 @@ from looptap.capture.store.errors import (
     UnitTakenError,
 )
 from looptap.capture.store.layout import create_store, store_exists
-from looptap.capture.store.places import lock
+from looptap.capture.store.places import lease, liveness
 from looptap.capture.store.places.lock import driver_lock, lock_holder
 from looptap.capture.store.places.objects import ObjectPlace
+from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 from looptap.tests.s3_server import BUCKET, Door, environment, serve_s3
 from looptap.tests.small_stores import (
@@ -92,15 +93,15 @@ def test_written_and_closed(path):
     assert store_exists(path) and store.todo() == [0, 1, 2, 3]
     with pytest.raises(StoreExistsError, match=r"run\.zarr holds a store"):
         create_store(path, plan={"num_units": 4}, coordinates={}, arrays={})
-    entries = [write_unit(store.begin(unit)).commit(RECEIPT) for unit in (2, 0)]
+    entries = [write_unit(begin_attempt(store, unit)).commit(RECEIPT) for unit in (2, 0)]
     assert store.done() == [0, 2] and list(store.entries()) == entries[::-1]
     check_content(store, {0: 0, 2: 0})
     with pytest.raises(StoreError, match="lacks 2 of 4 units"):
         store.finish()
     with pytest.raises(UnitTakenError, match=r"unit 2 of .* is committed"):
-        store.begin(2)
+        begin_attempt(store, 2)
     for unit in (1, 3):
-        write_unit(store.begin(unit)).commit(RECEIPT)
+        write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     store.finish()
     store.finish()
     check_content(store, dict.fromkeys(range(4), 0))
@@ -120,10 +121,10 @@ def test_opening_what_is_not_there(path):
 
 def test_an_attempt_that_is_given_up_leaves_nothing(path):
     store = open_or_create(path, 2)
-    with pytest.raises(RuntimeError), store.begin(1) as attempt:
+    with pytest.raises(RuntimeError), begin_attempt(store, 1) as attempt:
         write_unit(attempt)
         raise RuntimeError
-    store.begin(1).fail("ValueError: out of memory")
+    begin_attempt(store, 1).fail("ValueError: out of memory")
     assert store.todo() == [0, 1] and verify_store(path).uncommitted == []
     (failure,) = store_status(path)["failures"]
     assert (failure["unit"], failure["attempt"], failure["error"]) == (1, 2, "ValueError: out of memory")
@@ -131,7 +132,7 @@ def test_an_attempt_that_is_given_up_leaves_nothing(path):
 
 def test_streamed_states(path):
     store = open_or_create(path, 2)
-    with store.begin(1) as attempt:
+    with begin_attempt(store, 1) as attempt:
         values = unit_values(store, 1)
         writer = attempt.open_writer("state")
         for place, start in enumerate(range(0, len(values["state"]), writer.buffer_rows)):
@@ -148,7 +149,7 @@ def test_streamed_states(path):
 
 def test_a_late_attempt_is_refused(path):
     store = open_or_create(path, 2)
-    late, newer = store.begin(1), store.begin(1)
+    late, newer = begin_attempt(store, 1), begin_attempt(store, 1)
     assert (late.number, newer.number) == (1, 2)
     write_unit(late, salt=1)
     with pytest.raises(UnitTakenError, match=r"unit 1 of .* has a later attempt: attempt 1 stops"):
@@ -163,7 +164,7 @@ def test_leftovers_are_replaced(path):
     leave_files(store, 1)
     keys = sorted(key for name in store.arrays for key in store.shard_keys(name, 1))
     assert verify_store(path).uncommitted == keys and store.todo() == [0, 1]
-    write_unit(store.begin(1), salt=2).commit(RECEIPT)
+    write_unit(begin_attempt(store, 1), salt=2).commit(RECEIPT)
     check_content(store, {1: 2})
 
 
@@ -172,7 +173,7 @@ def test_leftovers_are_replaced(path):
 def test_verify_finds_damage(path, file, damage):
     store = open_or_create(path, 2)
     for unit in range(2):
-        write_unit(store.begin(unit)).commit(RECEIPT)
+        write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     data = bytearray(store.place.read(file))
     data[len(data) // 2] ^= 1
     if damage == "gone":
@@ -186,14 +187,14 @@ def test_verify_finds_damage(path, file, damage):
 def test_a_repaired_store_is_finished_again(path):
     store = open_or_create(path, 3)
     for unit in range(3):
-        write_unit(store.begin(unit)).commit(RECEIPT)
+        write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     store.finish()
     store.place.replace("state/c.3.0.0", b"broken")
     repair = repair_store(path)
     assert repair.units_voided == repair.units_missing == [1] and repair.irreparable == []
     assert store.todo() == [1] and not store_status(path)["complete"]
     check_content(store, {0: 0, 2: 0})
-    write_unit(store.begin(1)).commit(RECEIPT)
+    write_unit(begin_attempt(store, 1)).commit(RECEIPT)
     store.finish()
     check_content(store, {0: 0, 1: 0, 2: 0})
 
@@ -223,7 +224,7 @@ def test_two_attempts_interleaved_in_objects(url, monkeypatch, kill, same):
 
     def attempt() -> None:
         name = threading.current_thread().name
-        begun = write_unit(store.begin(unit), salt=0 if same else ord(name))
+        begun = write_unit(begin_attempt(store, unit), salt=0 if same else ord(name))
         committed.append(begun.commit(RECEIPT))
 
     outcomes = []
@@ -244,7 +245,7 @@ def test_two_attempts_interleaved_in_objects(url, monkeypatch, kill, same):
     wanted = {(1, 2), (0, None)} if kill else {(1, 1), (1, 2)}
     assert wanted <= set(outcomes), Counter(outcomes)
     for unit in store.todo():
-        write_unit(store.begin(unit)).commit(RECEIPT)
+        write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     store.finish()
     report = verify_store(url)
     assert report.ok and report.uncommitted == []
@@ -284,7 +285,7 @@ def test_lost_replies(url, door):
     door.loses = lose_first
     with driver_lock(url) as held:
         for unit in range(3):
-            write_unit(store.begin(unit)).commit(RECEIPT)
+            write_unit(begin_attempt(store, unit)).commit(RECEIPT)
         store.finish()
         assert held.held
     door.loses = Door.loses
@@ -331,7 +332,7 @@ def test_what_cannot_be_reached(url, door, monkeypatch):
 
 def test_reading_needs_no_more_than_reading(url, door):
     store = open_or_create(url, 2)
-    write_unit(store.begin(0)).commit(RECEIPT)
+    write_unit(begin_attempt(store, 0)).commit(RECEIPT)
     door.refuses = lambda method, path: method not in ("GET", "HEAD")
     check_content(Store.open(url), {0: 0})
     assert store_status(url)["units_done"] == 1
@@ -353,18 +354,18 @@ def test_a_silent_driver_is_succeeded(url, monkeypatch):
     forge_lock(url)
     with pytest.raises(StoreLockedError, match=r"process 1 on elsewhere \(last sign"), driver_lock(url):
         pass
-    monkeypatch.setattr(lock, "STALE_S", 1.0)
+    monkeypatch.setattr(lease, "STALE_S", 1.0)
     time.sleep(2.1)  # the server counts whole seconds
     with driver_lock(url) as held:
         assert held.held
     monkeypatch.undo()
-    forge_lock(url, machine=lock.machine())  # its number lives here, but is another process by now
+    forge_lock(url, machine=liveness.machine())  # its number lives here, but is another process by now
     with driver_lock(url):
         pass
 
 
 def test_heartbeat(url, monkeypatch):
-    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
     open_or_create(url, 2)
     place = ObjectPlace(url)
     with driver_lock(url) as held:
@@ -381,7 +382,7 @@ def test_heartbeat(url, monkeypatch):
 def test_one_of_many_takes_a_lapsed_lock_over(url, monkeypatch):
     open_or_create(url, 2)
     winners, losers, everyone = [], [], threading.Barrier(6)
-    forge_lock(url, machine=lock.machine())
+    forge_lock(url, machine=liveness.machine())
 
     def contend() -> None:
         everyone.wait()
@@ -425,14 +426,14 @@ def test_a_killed_builder_is_succeeded(url, monkeypatch):
 
 
 def test_other_things_are_left_alone(url, door):
-    obstore.put(ObjectPlace(url)._client, "notes.txt", b"x")
+    obstore.put(ObjectPlace(url).client, "notes.txt", b"x")
     with pytest.raises(StoreExistsError, match=r"is not a looptap store, it holds notes\.txt"):
         open_or_create(url, 2)
 
 
 def test_plain_zarr_reads_it(url, door):
     store = open_or_create(url, 2)
-    write_unit(store.begin(1)).commit(RECEIPT)
+    write_unit(begin_attempt(store, 1)).commit(RECEIPT)
     bare = S3Store(
         BUCKET,
         prefix=url.removeprefix(f"s3://{BUCKET}/"),

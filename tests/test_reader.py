@@ -15,6 +15,7 @@ import xarray as xr
 from hypothesis import strategies as st
 
 from looptap.capture.store.errors import StoreError
+from looptap.capture.store.keys import LEDGER
 from looptap.capture.store.reading import decoded_arrays as library
 from looptap.capture.store.reading import mapped_states as mapped
 from looptap.capture.store.reading import memory_map as mapping
@@ -38,7 +39,7 @@ def store(request, tmp_path_factory) -> Store:
     store = make_states(tmp_path_factory.mktemp("store") / "run.zarr", *request.param)
     for unit in range(4):
         commit_unit(store, unit)
-    (store.ledger_dir / "1.json").unlink()
+    (store.path / LEDGER / "1.json").unlink()
     return store
 
 
@@ -182,7 +183,7 @@ def test_a_unit_voided_later(tmp_path, way):
     for unit in range(4):
         commit_unit(store, unit)
     before = open_store(store.path)
-    (store.ledger_dir / "2.json").unlink()
+    (store.path / LEDGER / "2.json").unlink()
     after = open_store(store.path)
     for name in ("state_all", "state_packed", "residual_norm", "lens_token"):
         values = after[name][1400:2100].values

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from looptap.capture.store.care.repair import repair_store
+from looptap.capture.store.care.repair import clean, repair_store
 from looptap.capture.store.care.verify import store_status, verify_store
 from looptap.capture.store.errors import StoreError, StoreLockedError
+from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.places.directory import LocalPlace
 from looptap.capture.store.places.lock import driver_lock
 from looptap.capture.store.reading.reader import open_store
+from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 from looptap.cli.commands import main
 from looptap.cli.tables import print_status
@@ -25,9 +27,9 @@ NUM_UNITS = 4
 def fill(store: Store) -> None:
     """As a capture does it: what is to do, then the end."""
     with driver_lock(store.path):
-        store.clean_staging()
+        clean(store)
         for unit in store.todo():
-            write_unit(store.begin(unit)).commit(RECEIPT)
+            write_unit(begin_attempt(store, unit)).commit(RECEIPT)
         store.finish()
 
 
@@ -118,14 +120,14 @@ def test_a_sound_store_stays_as_it_is(store, files):
 
 
 def test_what_does_not_belong_goes(store):
-    ledger = store.ledger_dir
+    ledger = store.path / LEDGER
     shutil.copy(ledger / "0.json", ledger / "9.json")
     (ledger / "notes.txt").write_text("x")
-    (store.staging_dir / "3.1").mkdir()
-    (store.staging_dir / "3.1" / "state").write_bytes(b"x")
+    (store.path / STAGING / "3.1").mkdir()
+    (store.path / STAGING / "3.1" / "state").write_bytes(b"x")
     assert len(repair_store(store.path).problems) == 2
     assert sorted(p.name for p in ledger.iterdir()) == [f"{unit}.json" for unit in range(NUM_UNITS)]
-    assert not any(store.staging_dir.iterdir())
+    assert not any((store.path / STAGING).iterdir())
     check_calm(store)
 
 
@@ -135,7 +137,7 @@ def test_a_unit_of_another_plan_is_done_again(tmp_path):
         open_or_create(tmp_path / f"{plan}.zarr", NUM_UNITS, hash=plan) for plan in ("mine", "other")
     )
     fill(store)
-    write_unit(other.begin(1), salt=1).commit(RECEIPT)
+    write_unit(begin_attempt(other, 1), salt=1).commit(RECEIPT)
     for key in [*all_keys(store, 1), ".looptap/ledger/1.json"]:
         shutil.copy(other.path / key, store.path / key)
     (problem,) = verify_store(store.path).problems
@@ -147,7 +149,7 @@ def test_a_unit_of_another_plan_is_done_again(tmp_path):
 
 def test_leftovers_of_killed_attempts_go(tmp_path):
     store = open_or_create(tmp_path / "run.zarr", 2)
-    write_unit(store.begin(0)).commit(RECEIPT)
+    write_unit(begin_attempt(store, 0)).commit(RECEIPT)
     shutil.copy(store.path / "state/c.0.0.0", store.path / "state/c.2.0.0")
     repair = repair_store(store.path)
     assert (repair.units_voided, repair.files_removed, repair.units_missing) == ([], 1, [1])
@@ -254,6 +256,6 @@ def test_the_command(store, capsys, monkeypatch):
 
 
 def test_a_damaged_entry_is_named(store):
-    (store.ledger_dir / "2.json").write_bytes(b"{")
+    (store.path / LEDGER / "2.json").write_bytes(b"{")
     with pytest.raises(StoreError, match=r"ledger/2\.json cannot be read .*: run `looptap verify --repair "):
         store_status(store.path)

@@ -11,6 +11,7 @@ from looptap.capture.plan import make_plan
 from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
+from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 from looptap.capture.store.writing.ring import PAGE_BYTES, Ring
 from looptap.capture.store.writing.shard import buffer_bytes
@@ -45,7 +46,7 @@ def test_stream_writes_rows_in_order(tmp_path, batches, dtype):
     if total > 2:
         states_LKD[1, 2, 3] = torch.inf
         states_LKD[2, total - 1, 0] = torch.nan
-    with store.begin(0) as attempt:
+    with begin_attempt(store, 0) as attempt:
         writer = attempt.open_writer("state", ring=make_ring(store.arrays["state"], CPU))
         stream = StateStream(writer, states_LKD.dtype, CPU)
         first = 0
@@ -68,7 +69,7 @@ def test_stream_copies_what_it_is_given(tmp_path):
     """The model may write over its tensors when the tap has returned."""
     store = make_store(tmp_path / "run.zarr", "float32")
     state_ND = torch.ones(ROWS, HIDDEN)
-    with store.begin(0) as attempt:
+    with begin_attempt(store, 0) as attempt:
         stream = StateStream(
             attempt.open_writer("state", ring=make_ring(store.arrays["state"], CPU)), torch.float32, CPU
         )
@@ -84,7 +85,7 @@ def test_stream_copies_what_it_is_given(tmp_path):
 
 def test_ring_that_could_run_dry_is_refused(tmp_path):
     store = make_store(tmp_path / "run.zarr", "float32")
-    with store.begin(0) as attempt:
+    with begin_attempt(store, 0) as attempt:
         writer = attempt.open_writer("state", ring=Ring(DEPTHS, buffer_bytes(store.arrays["state"])))
         with pytest.raises(AssertionError, match="run dry"):
             StateStream(writer, torch.float32, CPU)

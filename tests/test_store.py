@@ -15,6 +15,7 @@ import zarr
 
 from looptap.capture.store.care.verify import store_status, verify_store
 from looptap.capture.store.errors import StoreError, StoreExistsError, StoreMissingError
+from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.layout import (
     BFLOAT16_NAN,
     ArraySpec,
@@ -25,6 +26,7 @@ from looptap.capture.store.layout import (
 )
 from looptap.capture.store.quantities import QUANTITIES, resolve_quantities
 from looptap.capture.store.reading.reader import iter_units, open_store
+from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 
 DEPTHS, HEADS, HIDDEN, SEQUENCES = (
@@ -107,7 +109,7 @@ def all_keys(store: Store, unit: int) -> list[str]:
 
 
 def run_unit(store: Store, unit: int) -> dict:
-    with store.begin(unit) as attempt:
+    with begin_attempt(store, unit) as attempt:
         for name, rows in unit_values(store, unit).items():
             attempt.write(name, rows)
         return attempt.commit(
@@ -117,7 +119,7 @@ def run_unit(store: Store, unit: int) -> dict:
 
 def stream_states(store: Store, unit: int) -> None:
     """As a worker hands states over, chunk by chunk; the error of a writing thread comes up in this one."""
-    with store.begin(unit) as attempt:
+    with begin_attempt(store, unit) as attempt:
         writer = attempt.open_writer("state_wide")
         for depth in range(writer.num_depths):
             for place in range(store.unit_rows("state_wide") // writer.buffer_rows):
@@ -209,7 +211,7 @@ def test_one_file_a_unit_and_array(tmp_path):
 def test_a_unit_of_nothing_has_its_files(tmp_path):
     """zarr-python leaves out chunks equal to the fill; a unit's files must not depend on its content."""
     store = make_store(tmp_path / "run.zarr", 700)
-    with store.begin(1) as attempt:
+    with begin_attempt(store, 1) as attempt:
         for name, rows in unit_values(store, 1).items():
             attempt.write(name, rows[:0])
         attempt.commit({"num_sequences": 0, "num_tokens": 0, "seconds": 0.0, "non_finite": {}})
@@ -221,7 +223,7 @@ def test_a_unit_of_nothing_has_its_files(tmp_path):
 def test_holes_take_no_space(tmp_path):
     """A tail of whole inner chunks is a hole in the shard's file, not stored as fill."""
     store = make_store(tmp_path / "run.zarr", 1024)
-    with store.begin(0) as attempt:
+    with begin_attempt(store, 0) as attempt:
         for name, rows in unit_values(store, 0).items():
             attempt.write(name, rows[:100])
         entry = attempt.commit({"num_sequences": 1, "num_tokens": 100, "seconds": 0.0, "non_finite": {}})
@@ -347,7 +349,7 @@ def test_finish(tmp_path):
 
 def test_status(tmp_path):
     store = make_store(tmp_path / "run.zarr", 5)
-    store.begin(1).fail("ValueError: out of memory")
+    begin_attempt(store, 1).fail("ValueError: out of memory")
     entries = [run_unit(store, unit) for unit in (0, 2)]
     status = store_status(store.path)
     assert (status["units_done"], status["units_total"], status["attempts"]) == (2, 3, 3)
@@ -403,10 +405,10 @@ def test_verify_finds_a_damaged_ledger_and_mask(tmp_path):
     ]
     (store.path / ".looptap" / "summary.parquet").unlink()
     assert [p.file for p in verify_store(store.path).problems] == ["unit_done", ".looptap/summary.parquet"]
-    entry = store.ledger_dir / "1.json"
+    entry = store.path / LEDGER / "1.json"
     whole = entry.read_bytes()
     # cut short; true JSON of the wrong unit; one number changed, which nothing else would tell
-    other = (store.ledger_dir / "0.json").read_bytes()
+    other = (store.path / LEDGER / "0.json").read_bytes()
     changed = whole.replace(b'"num_tokens": 10,', b'"num_tokens": 11,')
     for damaged in (whole[:-20], other, changed, b"[]"):
         assert damaged != whole
@@ -414,8 +416,8 @@ def test_verify_finds_a_damaged_ledger_and_mask(tmp_path):
         (problem,) = verify_store(store.path).problems
         assert problem.unit == 1 and "cannot be read" in problem.what
     entry.write_bytes(whole)
-    (store.ledger_dir / "7.json").write_bytes(other)
-    (store.ledger_dir / "notes.txt").write_bytes(b"")
+    (store.path / LEDGER / "7.json").write_bytes(other)
+    (store.path / LEDGER / "notes.txt").write_bytes(b"")
     assert store.done() == [0, 1, 2] and [p.file for p in verify_store(store.path).problems] == [
         ".looptap/ledger/7.json",
         ".looptap/ledger/notes.txt",
@@ -504,8 +506,8 @@ def test_resolve_quantities():
 def test_a_write_must_fit_its_array(tmp_path):
     store = make_store(tmp_path / "run.zarr", 5)
     with pytest.raises(ValueError, match="unit 3 is not in the plan: it has units 0 to 2"):
-        store.begin(3)
-    attempt = store.begin(0)
+        begin_attempt(store, 3)
+    attempt = begin_attempt(store, 0)
     for rows in (np.zeros((6, DEPTHS), np.float32), np.zeros((5, DEPTHS)), np.zeros((5, 1), np.float32)):
         with pytest.raises(
             ValueError, match=r"residual_norm takes up to 5 rows of float32 \[5\] a unit, not"
@@ -554,7 +556,7 @@ def test_file_size_limit_is_a_full_disk(tmp_path):
     command = [sys.executable, "-c", FILE_SIZE_LIMIT, __file__, str(store.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.count("no room left to write unit 1") == 2
-    assert store.done() == [0] and not any(store.staging_dir.iterdir())
+    assert store.done() == [0] and not any((store.path / STAGING).iterdir())
     assert verify_store(store.path).uncommitted == []
     run_unit(store, 1)
 
@@ -575,7 +577,7 @@ try:
 except StoreFullError as error:
     print(error)
 assert 0 < done < 8 and store.done() == list(range(done)), done
-assert not any(store.staging_dir.iterdir())
+assert not any((store.path / ".looptap/staging").iterdir())
 report = verify_store(store.path)
 assert report.ok and report.uncommitted == [], report
 subprocess.run(["mount", "-o", "remount,size=9m", mount], check=True)

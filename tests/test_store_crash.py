@@ -21,12 +21,14 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 
+from looptap.capture.store.care.repair import clean
 from looptap.capture.store.care.verify import store_status, verify_store
 from looptap.capture.store.errors import StoreExistsError, StoreLockedError, UnitTakenError
+from looptap.capture.store.keys import ATTEMPTS, LEDGER, STAGING
 from looptap.capture.store.layout import create_store
-from looptap.capture.store.places import directory, disk, lock
+from looptap.capture.store.places import directory, disk, lease, liveness
 from looptap.capture.store.places.lock import driver_lock, lock_holder
-from looptap.capture.store.writing.attempt import Attempt
+from looptap.capture.store.writing.attempt import Attempt, begin_attempt
 from looptap.capture.store.writing.commit import Store
 from looptap.tests.small_stores import (
     RECEIPT,
@@ -46,7 +48,7 @@ def check_whole(store: Store, calm: Store) -> None:
     for (name, values), wanted in zip(content(store).items(), content(calm).values(), strict=True):
         np.testing.assert_array_equal(values, wanted, err_msg=name)
     last: dict[int, int] = {}
-    for file in store.attempts_dir.iterdir():
+    for file in (store.path / ATTEMPTS).iterdir():
         unit, number = map(int, file.name.split("."))
         last[unit] = max(last.get(unit, 0), number)
     assert {entry["unit"]: entry["attempt"] for entry in store.entries()} == last
@@ -60,7 +62,7 @@ def calm_store(tmp_path_factory) -> Callable[[int], Store]:
         if num_units not in stores:
             stores[num_units] = open_or_create(tmp_path_factory.mktemp("calm") / "run.zarr", num_units)
             for unit in range(num_units):
-                write_unit(stores[num_units].begin(unit)).commit(RECEIPT)
+                write_unit(begin_attempt(stores[num_units], unit)).commit(RECEIPT)
             stores[num_units].finish()
         return stores[num_units]
 
@@ -85,9 +87,9 @@ def drive(path: Path, num_units: int) -> None:
     print("ready", flush=True)
     store = open_or_create(path, num_units)
     with driver_lock(path):
-        store.clean_staging()
+        clean(store)
         for unit in store.todo():
-            write_unit(store.begin(unit)).commit(RECEIPT)
+            write_unit(begin_attempt(store, unit)).commit(RECEIPT)
         store.finish()
 
 
@@ -98,7 +100,7 @@ def work(path: Path, seed: int) -> None:
     order = random.Random(seed).sample(range(store.num_units), store.num_units)
     for unit in order:
         with suppress(UnitTakenError):
-            write_unit(store.begin(unit)).commit(RECEIPT)
+            write_unit(begin_attempt(store, unit)).commit(RECEIPT)
 
 
 def test_killed_at_random_moments_and_run_again(tmp_path, calm_store):
@@ -130,11 +132,11 @@ def test_uncoordinated_workers_killed_at_random(tmp_path, calm_store):
             time.sleep(0.1 * moments.random())
             worker.kill()
             worker.wait()
-    store.clean_staging()
+    clean(store)
     last = [start("work", store.path, num_units, seed=i) for i in (101, 102)]
     assert [worker.wait() for worker in last] == [0, 0]
     for unit in store.todo():  # those the two kept taking from each other
-        write_unit(store.begin(unit)).commit(RECEIPT)
+        write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     store.finish()
     report = verify_store(store.path)
     assert report.ok and not report.units_missing and not report.uncommitted, report
@@ -146,7 +148,7 @@ def test_killed_while_finishing(tmp_path):
     """Every prefix of what `finish` writes, as a kill between two writes leaves it."""
     store = open_or_create(tmp_path / "run.zarr", 3)
     for unit in range(3):
-        write_unit(store.begin(unit)).commit(RECEIPT)
+        write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     for stop in range(4):
         steps, really = iter(range(stop)), disk.replace
 
@@ -167,7 +169,7 @@ def test_killed_while_finishing(tmp_path):
 
 def test_a_late_attempt_is_refused(tmp_path):
     store = open_or_create(tmp_path / "run.zarr", 2)
-    late, newer = store.begin(1), store.begin(1)
+    late, newer = begin_attempt(store, 1), begin_attempt(store, 1)
     assert (late.number, newer.number) == (1, 2)
     write_unit(late, salt=1)
     with pytest.raises(UnitTakenError, match=r"unit 1 of .* has a later attempt: attempt 1 stops"):
@@ -176,7 +178,7 @@ def test_a_late_attempt_is_refused(tmp_path):
     with pytest.raises(UnitTakenError, match="was committed by attempt 2: attempt 1 stops"):
         write_unit(Attempt(store, 1, 1)).commit(RECEIPT)
     with pytest.raises(UnitTakenError, match=r"unit 1 of .* is committed: nothing is left to do"):
-        store.begin(1)
+        begin_attempt(store, 1)
     assert store.entry(1) == entry and verify_store(store.path).ok and store.todo() == [0]
 
 
@@ -185,20 +187,20 @@ def test_a_late_attempt_is_refused(tmp_path):
 def test_an_entry_that_came_too_late(tmp_path, monkeypatch, placed, dies):
     """An attempt pauses before its ledger entry and enters it when a later one has `placed` so many files."""
     store = open_or_create(tmp_path / "run.zarr", 2)
-    late = write_unit(store.begin(1), salt=1)
+    late = write_unit(begin_attempt(store, 1), salt=1)
     newer_entries, newer_calls, really = [], iter(range(100)), disk.publish
 
     def publish(source: Path, target: Path) -> None:
         if source.parent != late.draft.path:
             if next(newer_calls) == placed:
                 really(
-                    late.draft.path / quote(".looptap/ledger/1.json", safe=""), store.ledger_dir / "1.json"
+                    late.draft.path / quote(".looptap/ledger/1.json", safe=""), store.path / LEDGER / "1.json"
                 )
             return really(source, target)
-        if target.parent != store.ledger_dir:
+        if target.parent != store.path / LEDGER:
             return really(source, target)
         with suppress(UnitTakenError):
-            newer_entries.append(write_unit(store.begin(1), salt=2).commit(RECEIPT))
+            newer_entries.append(write_unit(begin_attempt(store, 1), salt=2).commit(RECEIPT))
         if dies:
             raise Killed
 
@@ -208,7 +210,7 @@ def test_an_entry_that_came_too_late(tmp_path, monkeypatch, placed, dies):
     if placed == 0:  # nothing was replaced: the entry is true, but who made it cannot know
         assert newer_entries == [] and (store.entry(1) is not None) == dies
         if not dies:
-            write_unit(store.begin(1), salt=3).commit(RECEIPT)
+            write_unit(begin_attempt(store, 1), salt=3).commit(RECEIPT)
     else:
         assert newer_entries == [store.entry(1)] and store.entry(1)["attempt"] == 2
     report = verify_store(store.path)
@@ -227,7 +229,7 @@ def test_two_attempts_interleaved(tmp_path, monkeypatch, links, kill):
 
     def attempt() -> None:
         name = threading.current_thread().name
-        begun = write_unit(store.begin(unit), salt=ord(name))
+        begun = write_unit(begin_attempt(store, unit), salt=ord(name))
         committed.append((name, begun.commit(RECEIPT)))
 
     steps = [(module, step) for module in (disk, directory) for step in ("publish", "sync", "identity")]
@@ -245,7 +247,7 @@ def test_two_attempts_interleaved(tmp_path, monkeypatch, links, kill):
             monkeypatch.setattr(module, step, turns.gated(function))
         turns.run(attempt)
         if kill:  # as the next driver does: what the dead had in their hands goes back
-            store.clean_staging()
+            clean(store)
         entry = store.entry(unit)
         assert len(committed) <= 1 and (not committed or committed[0][1] == entry), (unit, committed, entry)
         if entry:
@@ -256,7 +258,7 @@ def test_two_attempts_interleaved(tmp_path, monkeypatch, links, kill):
     assert {(1, 2), (0, None) if kill else (1, 1)} <= set(outcomes), Counter(outcomes)
     assert not kill or {(0, 1), (0, 2)} & set(outcomes), Counter(outcomes)
     for unit in store.todo():
-        write_unit(store.begin(unit)).commit(RECEIPT)
+        write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     store.finish()
     assert verify_store(store.path).ok
 
@@ -264,13 +266,13 @@ def test_two_attempts_interleaved(tmp_path, monkeypatch, links, kill):
 def test_two_attempts_killed_at_the_worst_moment(tmp_path, monkeypatch):
     """The later one after it replaced a file, the earlier after its entry, before it could see the other."""
     store = open_or_create(tmp_path / "run.zarr", 2)
-    late = write_unit(store.begin(1), salt=1)
-    write_unit(store.begin(0)).commit(RECEIPT)
+    late = write_unit(begin_attempt(store, 1), salt=1)
+    write_unit(begin_attempt(store, 0)).commit(RECEIPT)
     really = disk.publish
 
     def publish(source: Path, target: Path) -> None:
-        if source.parent == late.draft.path and target.parent == store.ledger_dir:
-            newer = write_unit(store.begin(1), salt=2)
+        if source.parent == late.draft.path and target.parent == store.path / LEDGER:
+            newer = write_unit(begin_attempt(store, 1), salt=2)
             newer.draft.sync()
             newer._put(store.shard_keys("state", 1)[1])
             really(source, target)
@@ -282,9 +284,9 @@ def test_two_attempts_killed_at_the_worst_moment(tmp_path, monkeypatch):
         late.commit(RECEIPT)
     (problem,) = verify_store(store.path).problems
     assert problem.file == "state/c.3.0.0" and store.todo() == []
-    store.clean_staging()  # as the next driver does
+    clean(store)  # as the next driver does
     assert store.todo() == [1] and verify_store(store.path).ok
-    write_unit(store.begin(1)).commit(RECEIPT)
+    write_unit(begin_attempt(store, 1)).commit(RECEIPT)
     store.finish()
     assert verify_store(store.path).ok
 
@@ -293,11 +295,11 @@ def test_paused_just_before_it_takes_a_file_away(tmp_path, monkeypatch):
     """The file was a dead attempt's when it was looked at, and is a committed unit's by now."""
     store, really, entries = open_or_create(tmp_path / "run.zarr", 2), os.rename, []
     leave_files(store, 1)
-    late = write_unit(store.begin(1), salt=1)
+    late = write_unit(begin_attempt(store, 1), salt=1)
 
     def rename(source: Path, target: Path) -> None:
         if target.parent == late.draft.path and not entries:
-            entries.append(write_unit(store.begin(1), salt=2).commit(RECEIPT))
+            entries.append(write_unit(begin_attempt(store, 1), salt=2).commit(RECEIPT))
         really(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(UnitTakenError, match="was committed by attempt 3"):
@@ -305,20 +307,20 @@ def test_paused_just_before_it_takes_a_file_away(tmp_path, monkeypatch):
         late.commit(RECEIPT)
     report = verify_store(store.path)
     assert entries == [store.entry(1)] and report.ok and report.uncommitted == []
-    assert not any(store.staging_dir.glob("1.2"))
+    assert not any((store.path / STAGING).glob("1.2"))
 
 
 def test_an_attempt_that_fails_takes_an_untrue_entry_with_it(tmp_path, monkeypatch):
     """An earlier attempt entered the unit after this one had replaced a file, and was killed."""
     store, really = open_or_create(tmp_path / "run.zarr", 2), disk.publish
-    late = write_unit(store.begin(1), salt=1)
-    newer, num_published = write_unit(store.begin(1), salt=2), 0
+    late = write_unit(begin_attempt(store, 1), salt=1)
+    newer, num_published = write_unit(begin_attempt(store, 1), salt=2), 0
     late.draft.write(".looptap/ledger/1.json", json.dumps({"unit": 1, "attempt": 1}).encode())
 
     def publish(source: Path, target: Path) -> None:
         nonlocal num_published
         if num_published == 1:
-            really(late.draft.path / quote(".looptap/ledger/1.json", safe=""), store.ledger_dir / "1.json")
+            really(late.draft.path / quote(".looptap/ledger/1.json", safe=""), store.path / LEDGER / "1.json")
         if num_published == 2:
             raise OSError(errno.EIO, "Input/output error")
         num_published += 1
@@ -334,7 +336,7 @@ def test_an_attempt_that_fails_takes_an_untrue_entry_with_it(tmp_path, monkeypat
 def test_files_that_were_swapped_are_not_committed(tmp_path, monkeypatch, step):
     """Before the entry, or just after it: where names can be overwritten, a late attempt may do so."""
     store = open_or_create(tmp_path / "run.zarr", 2)
-    attempt, calls = write_unit(store.begin(1)), iter(range(2))
+    attempt, calls = write_unit(begin_attempt(store, 1)), iter(range(2))
     really, victim = attempt.draft.sync_published, store.path / store.shard_keys("state", 1)[1]
 
     def swap(keys: Iterable[str]) -> None:
@@ -353,13 +355,13 @@ def test_files_that_were_swapped_are_not_committed(tmp_path, monkeypatch, step):
 def test_a_file_that_was_taken_away_by_mistake_goes_back(tmp_path):
     """A late attempt was killed with a committed unit's file in its hands."""
     store = open_or_create(tmp_path / "run.zarr", 2)
-    late = store.begin(1)
-    write_unit(store.begin(1)).commit(RECEIPT)
+    late = begin_attempt(store, 1)
+    write_unit(begin_attempt(store, 1)).commit(RECEIPT)
     key = store.shard_keys("state", 1)[0]
     os.rename(store.path / key, late.draft.path / f"aside.{quote(key, safe='')}")
     assert [problem.what for problem in verify_store(store.path).problems] == ["is missing"]
-    store.clean_staging()
-    assert verify_store(store.path).ok and store.done() == [1] and not any(store.staging_dir.iterdir())
+    clean(store)
+    assert verify_store(store.path).ok and store.done() == [1] and not any((store.path / STAGING).iterdir())
 
 
 @pytest.mark.parametrize("error", [errno.EEXIST, errno.EIO, errno.ESTALE])
@@ -378,7 +380,7 @@ def test_a_lost_reply_is_success(tmp_path, monkeypatch, step, error):
         monkeypatch.setattr(os, "link", no_links)
     with monkeypatch.context() as patch:
         patch.setattr(os, step, lossy)
-        entry = write_unit(store.begin(1)).commit(RECEIPT)
+        entry = write_unit(begin_attempt(store, 1)).commit(RECEIPT)
     assert len(num_lost) == 5 and entry["attempt"] == 1  # four files and the entry
     assert store.done() == [1] and verify_store(store.path).ok
 
@@ -400,11 +402,11 @@ def test_a_disk_that_fails_while_publishing(tmp_path, monkeypatch, links, failin
         monkeypatch.setattr(os, "link", no_links)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
         patch.setattr(os, step, fail)
-        write_unit(store.begin(1)).commit(RECEIPT)
+        write_unit(begin_attempt(store, 1)).commit(RECEIPT)
     report = verify_store(store.path)
     assert store.todo() == [0, 1] and report.ok and report.uncommitted == []
-    assert not any(store.staging_dir.iterdir())
-    write_unit(store.begin(1)).commit(RECEIPT)
+    assert not any((store.path / STAGING).iterdir())
+    write_unit(begin_attempt(store, 1)).commit(RECEIPT)
     assert verify_store(store.path).ok and store.done() == [1]
 
 
@@ -414,7 +416,7 @@ def test_names_of_deleted_open_files_are_no_files(tmp_path):
     for folder in (".looptap/ledger", ".looptap/attempts", "state"):
         (store.path / folder / ".nfs0000000000000001").write_bytes(b"x")
     for unit in range(2):
-        write_unit(store.begin(unit)).commit(RECEIPT)
+        write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     store.finish()
     report = verify_store(store.path)
     assert report.ok and report.uncommitted == [] and store_status(store.path)["attempts"] == 2
@@ -470,7 +472,7 @@ def test_a_silent_driver_is_succeeded_after_a_minute(tmp_path):
     with driver_lock(path):
         pass
     # the process number lives on this machine, but another process has it now
-    forge_lock(path, silent_s=0, machine=lock.machine())
+    forge_lock(path, silent_s=0, machine=liveness.machine())
     with driver_lock(path):
         pass
 
@@ -501,7 +503,7 @@ def test_one_of_many_takes_a_lapsed_lock_over(tmp_path):
 
 
 def test_heartbeat(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
     path = open_or_create(tmp_path / "run.zarr", 2).path
     file = path / ".looptap" / "driver.lock"
     with driver_lock(path) as held:
@@ -517,8 +519,10 @@ def test_heartbeat(tmp_path, monkeypatch):
 
 def test_two_builders_of_one_store(tmp_path):
     """One wins; the other says so and leaves nothing. A dead builder's leftovers go, a living one's stay."""
-    living = tmp_path / f".run.zarr.new-{lock.machine()}-{os.getppid()}-{lock.process_start(os.getppid())}"
-    dead = tmp_path / f".run.zarr.new-{lock.machine()}-{os.getpid()}-1"
+    living = (
+        tmp_path / f".run.zarr.new-{liveness.machine()}-{os.getppid()}-{liveness.process_start(os.getppid())}"
+    )
+    dead = tmp_path / f".run.zarr.new-{liveness.machine()}-{os.getpid()}-1"
     living.mkdir()
     dead.mkdir()
     open_or_create(tmp_path / "run.zarr", 2)

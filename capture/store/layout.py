@@ -4,11 +4,11 @@
       zarr.json                     the plan as attributes, consolidated metadata of every array
       <coordinate>/zarr.json c.0    written here, whole
       <quantity>/zarr.json          made here, empty
-      <quantity>/c.<u>.0 ...        a unit's file or files, put there by `attempt.py`
+      <quantity>/c.<u>.0 ...        a unit's file or files, put there by `writing/attempt.py`
       unit_done/                    which units are there, written when the last one is
       .looptap/plan.json  files.json  ledger/  attempts/  staging/
 
-On a disk or, with the same keys, in an object store (`place.py`). A unit owns `unit_rows` rows of axis 0 of
+On a disk or, with the same keys, in an object store (`places/`). A unit owns `unit_rows` rows of axis 0 of
 every quantity, in whole files, so no two units share one. Nothing is resized, so the consolidated metadata
 written here is never stale.
 """
@@ -25,8 +25,10 @@ import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 
 from .errors import StoreError, StoreExistsError, StoreMissingError
+from .keys import FILES, PLAN
 from .places.disk import checksum, write_new
-from .places.place import Place, open_place
+from .places.open import open_place
+from .places.place import Place
 
 FORMAT = 2
 BFLOAT16_NAN = 0x7FC0
@@ -225,10 +227,10 @@ def _fill(
     (root / "zarr.json").unlink(missing_ok=True)
     write_new(root / "zarr.json", json.dumps(group).encode())
     (root / ".looptap").mkdir()
-    write_new(root / ".looptap" / "plan.json", json.dumps(plan, indent=1).encode())
+    write_new(root / PLAN, json.dumps(plan, indent=1).encode())
     planned = [p for p in root.rglob("*") if p.is_file() and not p.match("unit_done/c.*")]
     files = {str(p.relative_to(root)): {"bytes": p.stat().st_size, "crc32c": checksum(p)} for p in planned}
-    write_new(root / ".looptap" / "files.json", json.dumps(files).encode())
+    write_new(root / FILES, json.dumps(files).encode())
 
 
 def _write_coordinate(

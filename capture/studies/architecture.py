@@ -17,7 +17,7 @@ from ..plan import Plan, PlanError, make_plan
 from ..run import Outcome
 from ..settings import ArchitectureStudySettings, CaptureSettings
 from ..store.layout import plan_differences, store_exists
-from ..store.places.place import open_place
+from ..store.places.open import open_place
 from ..store.writing.commit import Store
 from ..units import DEFAULT_UNIT_TOKENS
 

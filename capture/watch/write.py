@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..store.layout import create_store
 from ..store.places.lock import driver_lock
 from ..store.quantities import QUANTITIES
-from ..store.writing.commit import Attempt, Store
+from ..store.writing.attempt import Attempt, begin_attempt
+from ..store.writing.commit import Store
 from ..units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from ..versions import versions
 from .errors import WatchError
@@ -57,7 +58,7 @@ def write_store(path: Path, recorder: Recorder, module: nn.Module, name: str, we
             started_s = time.perf_counter()
             sequences = [rows[row] for row in members]
             share = sum(sequence.length for sequence in sequences) / num_tokens
-            with store.begin(unit) as attempt:
+            with begin_attempt(store, unit) as attempt:
                 receipt = _write_unit(attempt, sequences, settings.quantities, structure)
                 receipt["model_seconds"] = recorder.seconds * share
                 receipt["seconds"] = receipt["model_seconds"] + time.perf_counter() - started_s

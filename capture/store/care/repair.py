@@ -14,9 +14,10 @@ from pathlib import Path
 import google_crc32c
 
 from ..errors import StoreError
+from ..keys import ATTEMPTS, COMPLETE, FILES, LEDGER, PLAN, SUMMARY, attempt_key, entry_key
 from ..places.lock import driver_lock
-from ..writing.commit import ATTEMPTS, COMPLETE, LEDGER, SUMMARY, Store, attempt_key, entry_key
-from .verify import FILES, Problem, check_units, uncommitted_files, verify_store
+from ..writing.commit import Store
+from .verify import Problem, check_units, uncommitted_files, verify_store
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def repair_store(path: str | Path) -> Repair:
         _note(store, report.problems)
         store.place.remove([*map(entry_key, voided), *foreign])
         num_removed = len(voided) + len(foreign) + _remove_leftovers(store)
-        store.clean_staging()
+        clean(store)
         if closing and not store.todo():
             store.finish()
         return Repair(
@@ -77,7 +78,16 @@ def repair_store(path: str | Path) -> Repair:
         )
 
 
-def void_doubtful(store: Store) -> None:
+def clean(store: Store) -> None:
+    """Remove what killed attempts left, and void entries that they left in doubt.
+
+    For the driver alone, while no worker runs.
+    """
+    store.place.clean_drafts()
+    _void_doubtful(store)
+
+
+def _void_doubtful(store: Store) -> None:
     """Void entries that a later attempt may have made untrue: both were killed before either could tell.
 
     Reads nothing of units whose entry is of their last attempt, which are all but a few.
@@ -145,7 +155,7 @@ def _restore(store: Store, key: str) -> bool:
         recorded = json.loads(store.place.read(FILES))[key]
     except (ValueError, KeyError, TypeError, OSError):
         return False
-    if key == ".looptap/plan.json":
+    if key == PLAN:
         data = json.dumps(store.plan, indent=1).encode()
     elif key.partition("/")[2] == "zarr.json" and key.partition("/")[0] in store.metadata:
         data = json.dumps(store.metadata[key.partition("/")[0]], indent=2).encode()

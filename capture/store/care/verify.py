@@ -12,13 +12,13 @@ import google_crc32c
 import numpy as np
 import zarr
 
+from ..keys import ATTEMPTS, COMPLETE, FILES, LEDGER, SUMMARY, entry_key
 from ..places.lock import lock_holder
 from ..places.place import Place
 from ..writing.attempt import entry_checksum
-from ..writing.commit import ATTEMPTS, COMPLETE, LEDGER, SUMMARY, Store, entry_bytes, entry_key
+from ..writing.commit import Store, entry_bytes
 from ..writing.encode import file_shape
 
-FILES = ".looptap/files.json"
 _READ_BYTES = 8 << 20
 _NUM_READERS = 8
 

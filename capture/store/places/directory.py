@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from ..errors import StoreExistsError
+from ..keys import ATTEMPTS, LEDGER, STAGING
 from . import disk
 from .disk import Identity, identity, write_new
 from .file_sink import FileSink
@@ -100,8 +101,8 @@ class LocalPlace:
         try:
             new_path.mkdir()
             fill(new_path)
-            for folder in ("ledger", "attempts", "staging"):
-                (new_path / ".looptap" / folder).mkdir(parents=True)
+            for folder in (LEDGER, ATTEMPTS, STAGING):
+                (new_path / folder).mkdir(parents=True)
             disk.sync_tree(new_path)
             try:
                 os.rename(new_path, self.path)
@@ -122,9 +123,9 @@ class LocalPlace:
         return LocalDraft(self.path, f"{unit}.{number}")
 
     def clean_drafts(self) -> None:
-        for folder in list(os.scandir(self.path / ".looptap" / "staging")):
+        for folder in list(os.scandir(self.path / STAGING)):
             unit = folder.name.partition(".")[0]
-            if self.exists(f".looptap/ledger/{unit}.json"):
+            if self.exists(f"{LEDGER}/{unit}.json"):
                 self._put_back(Path(folder.path))
             shutil.rmtree(folder.path, ignore_errors=True)
 
@@ -156,7 +157,7 @@ class LocalDraft:
 
     def __init__(self, root: Path, name: str):
         self._root = root
-        self.path = root / ".looptap" / "staging" / name
+        self.path = root / STAGING / name
         self.path.mkdir()
         self._ours: dict[str, Identity | None] = {}
 

@@ -2,19 +2,17 @@
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .bucket import Bucket
 from .place import Bytes, Sink
-
-if TYPE_CHECKING:
-    from .objects import ObjectPlace
 
 
 class ObjectDraft:
     """One attempt's objects, in memory; see `place.Draft`."""
 
-    def __init__(self, place: "ObjectPlace", writer: str):
-        self._place, self._writer = place, writer
+    def __init__(self, bucket: Bucket, writer: str):
+        self._bucket, self._writer = bucket, writer
         self._sinks: dict[str, MemorySink] = {}
 
     def open_sink(self, key: str) -> Sink:
@@ -33,24 +31,24 @@ class ObjectDraft:
         over: str | None = None
         for _ in range(4):
             try:
-                self._place.put(key, self._sinks[key].data, writer=self._writer, over=over)
+                self._bucket.put(key, self._sinks[key].data, writer=self._writer, over=over)
                 return
             except FileExistsError:
-                found = self._place.find(key)
+                found = self._bucket.find(key)
                 over = found.e_tag if found is not None else None
             fence()
-        raise FileExistsError(f"{self._place}/{key} keeps being put by others")
+        raise FileExistsError(f"{self._bucket}/{key} keeps being put by others")
 
     def sync_published(self, keys: Iterable[str]) -> None:
         pass
 
     def holds(self, key: str) -> bool:
-        found = self._place.find(key)
+        found = self._bucket.find(key)
         return found is not None and found.writer == self._writer
 
     def withdraw(self, key: str) -> None:
         if self.holds(key):
-            self._place.remove([key])
+            self._bucket.remove([key])
 
     def discard(self) -> None:
         self._sinks.clear()

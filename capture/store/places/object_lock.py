@@ -14,11 +14,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..errors import StoreError
-from . import lock
+from ..keys import DRIVER_LOCK
+from . import lease
+from .bucket import Bucket, make_token
 from .liveness import machine, process_start
-from .objects import ObjectPlace, make_token
-
-_KEY = ".looptap/driver.lock"
 
 
 class ObjectLock:
@@ -26,9 +25,9 @@ class ObjectLock:
     say for so long that it lives that another may have.
     """
 
-    def __init__(self, place: ObjectPlace, over: str | None):
+    def __init__(self, bucket: Bucket, over: str | None):
         """Raises FileExistsError where another was quicker."""
-        self._place, self._writer = place, make_token()
+        self._bucket, self._writer = bucket, make_token()
         self._num_beats = 0
         self._e_tag: str | None = None
         self._stop = threading.Event()
@@ -37,17 +36,17 @@ class ObjectLock:
         self._thread.start()
 
     @classmethod
-    def acquire(cls, place: ObjectPlace) -> "ObjectLock":
-        """Raises StoreLockedError with who holds it; StoreError from `ObjectPlace.probe`."""
-        now = place.probe()
-        found = place.find(_KEY)
-        if found is not None and (holder := _read(place, now)) is not None:
-            raise lock.locked(str(place), holder)
+    def acquire(cls, bucket: Bucket) -> "ObjectLock":
+        """Raises StoreLockedError with who holds it; StoreError from `Bucket.probe`."""
+        now = bucket.probe()
+        found = bucket.find(DRIVER_LOCK)
+        if found is not None and (holder := _read(bucket, now)) is not None:
+            raise lease.locked(str(bucket), holder)
         try:
-            return cls(place, found.e_tag if found is not None else None)
+            return cls(bucket, found.e_tag if found is not None else None)
         except FileExistsError:
-            holder = _read(place, now) or {"pid": "?", "host": "another host", "silent_s": 0.0}
-            raise lock.locked(str(place), holder) from None
+            holder = _read(bucket, now) or {"pid": "?", "host": "another host", "silent_s": 0.0}
+            raise lease.locked(str(bucket), holder) from None
 
     def __enter__(self) -> "ObjectLock":
         return self
@@ -57,13 +56,13 @@ class ObjectLock:
 
     @property
     def held(self) -> bool:
-        return self._e_tag is not None and time.monotonic() - self._beat_s < lock.STALE_S
+        return self._e_tag is not None and time.monotonic() - self._beat_s < lease.STALE_S
 
     def check(self) -> None:
         """Raises StoreError unless the lock is held, by what the server says now."""
-        found = self._place.find(_KEY)
+        found = self._bucket.find(DRIVER_LOCK)
         if found is None or found.writer != self._writer:
-            raise StoreError(f"another process took {self._place} over while this one was silent")
+            raise StoreError(f"another process took {self._bucket} over while this one was silent")
 
     def release(self) -> None:
         self._stop.set()
@@ -74,7 +73,7 @@ class ObjectLock:
         self._e_tag = None
 
     def _beat(self) -> None:
-        while not self._stop.wait(lock.HEARTBEAT_S):
+        while not self._stop.wait(lease.HEARTBEAT_S):
             try:
                 self._put(self._e_tag)
             except FileExistsError:
@@ -96,23 +95,23 @@ class ObjectLock:
             "released": released,
         }
         sent_s = time.monotonic()
-        self._e_tag = self._place.put(_KEY, json.dumps(mine).encode(), writer=self._writer, over=over)
+        self._e_tag = self._bucket.put(DRIVER_LOCK, json.dumps(mine).encode(), writer=self._writer, over=over)
         self._beat_s = sent_s
 
 
-def object_lock_holder(place: ObjectPlace) -> dict[str, Any] | None:
+def object_lock_holder(bucket: Bucket) -> dict[str, Any] | None:
     """As `lock_holder`, by this machine's clock: looking at a store must not write to it."""
-    return _read(place, datetime.now(UTC))
+    return _read(bucket, datetime.now(UTC))
 
 
-def _read(place: ObjectPlace, now: datetime) -> dict[str, Any] | None:
-    found = place.find(_KEY)
+def _read(bucket: Bucket, now: datetime) -> dict[str, Any] | None:
+    found = bucket.find(DRIVER_LOCK)
     if found is None:
         return None
-    holder = json.loads(place.read(_KEY))
+    holder = json.loads(bucket.read(DRIVER_LOCK))
     holder["silent_s"] = max(0.0, (now - found.modified).total_seconds())
     if holder["released"]:
         return None
     if holder["machine"] == machine():
         return holder if process_start(holder["pid"]) == holder["process_start"] else None
-    return holder if holder["silent_s"] < lock.STALE_S else None
+    return holder if holder["silent_s"] < lease.STALE_S else None

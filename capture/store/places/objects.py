@@ -1,127 +1,31 @@
-"""A store in an object store that speaks S3, through obstore.
+"""A store in an object store that speaks S3.
 
 Objects appear whole or not at all, so nothing is staged: an attempt holds its shards in memory and puts them
 at commit, each on condition that the name is free. Where another attempt left something, it is replaced on
 condition that it is still that: no object is deleted to make room, so none that is wanted can be.
-A server that ignores such conditions is refused (`probe`).
-
-Who put an object is in its metadata: an answer that got lost is told from a name that was taken, and one
-attempt's bytes from another's, though they may be the same.
 """
 
-import os
-import platform
-import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import StoreError, StoreExistsError
+from ..errors import StoreExistsError
+from ..keys import DRIVER_LOCK
+from .bucket import Bucket, make_token
 from .object_draft import ObjectDraft
-from .place import Bytes, Item, Result
-
-if TYPE_CHECKING:
-    from obstore.store import S3Store
+from .object_lock import ObjectLock
+from .place import Item, Result
 
 NUM_REQUESTS = 8
-_RETRIES: dict[str, Any] = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
-_REQUEST_S = 30
-_UPLOAD_S = 900  # half a gibibyte at 0.6 MB/s
-_SMALL_BYTES = 4 << 20
-_WRITER = "looptap-writer"
 
 
-@dataclass(frozen=True)
-class Found:
-    """What is known of an object without reading it."""
-
-    e_tag: str
-    writer: str | None
-    num_bytes: int
-    modified: datetime
-    """By the server's clock."""
-
-
-class ObjectPlace:
-    """A prefix in a bucket; see `place.Place`. Credentials and endpoint come from AWS_* variables."""
-
-    def __init__(self, url: str):
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        if not bucket:
-            raise StoreError(f"{url} names no bucket: give s3://bucket/prefix")
-        try:
-            import obstore  # noqa: F401
-        except ImportError as error:
-            raise StoreError(f"{url} is reached through obstore: pip install 'looptap[s3]'") from error
-        self.url, self._bucket, self._prefix = url.rstrip("/"), bucket, prefix.strip("/")
-        self._endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-    def __str__(self) -> str:
-        return self.url
-
-    @property
-    def address(self) -> str:
-        return self.url
-
-    def __reduce__(self) -> tuple[Any, ...]:  # connections stay in their process
-        return ObjectPlace, (self.url,)
-
-    def names(self, folder: str) -> list[str]:
-        import obstore
-
-        with self._explained(f"list {folder or 'the store'}"):
-            found = obstore.list_with_delimiter(self._client, folder or None)
-        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
-        return [path.rpartition("/")[2] for path in paths]
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        import obstore
-
-        with self._explained(f"list {folder}"):
-            found = obstore.list_with_delimiter(self._client, folder)
-        return {meta["path"].rpartition("/")[2]: meta["size"] for meta in found["objects"]}
-
-    def exists(self, key: str) -> bool:
-        return self.find(key) is not None if key else bool(self.names(""))
-
-    def read(self, key: str) -> bytes:
-        import obstore
-
-        with self._explained(f"read {key}"):
-            return bytes(obstore.get(self._client, key).bytes())
-
-    def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
-        import obstore
-
-        with self._explained(f"read {key}"):
-            return bytes(obstore.get_range(self._client, key, start=offset, length=num_bytes))
-
-    def create(self, key: str, data: bytes) -> None:
-        writer = make_token()
-        self.put(key, data, writer=writer, over=None)
-
-    def replace(self, key: str, data: bytes) -> None:
-        import obstore
-
-        with self._explained(f"write {key}"):
-            obstore.put(self._client, key, data, use_multipart=False)
-
-    def remove(self, keys: Iterable[str]) -> None:
-        import obstore
-
-        with self._explained("remove objects"):
-            if keys := list(keys):
-                obstore.delete(self._client, keys)
+class ObjectPlace(Bucket):
+    """A store's place in a bucket; see `place.Place`."""
 
     def make(self, fill: Callable[[Path], None]) -> None:
-        from .object_lock import ObjectLock
-
         with tempfile.TemporaryDirectory() as folder, ObjectLock.acquire(self) as lock:
             fill(Path(folder))
             if self.exists("zarr.json"):
@@ -141,7 +45,7 @@ class ObjectPlace:
                 ) from error
 
     def holds_leftovers_only(self) -> bool:
-        return not self.exists("zarr.json") and self.exists(".looptap/driver.lock")
+        return not self.exists("zarr.json") and self.exists(DRIVER_LOCK)
 
     def begin(self, unit: int, number: int) -> ObjectDraft:
         return ObjectDraft(self, f"{unit}.{number}.{make_token()}")
@@ -162,136 +66,11 @@ class ObjectPlace:
     def zarr_store(self) -> Any:
         from zarr.storage import ObjectStore
 
-        return ObjectStore(self._client, read_only=True)
-
-    def find(self, key: str) -> Found | None:
-        """What is known of an object; None where there is none."""
-        import obstore
-
-        try:
-            with self._explained(f"look at {key}"):
-                found = obstore.get(self._client, key, options={"head": True})
-                meta = found.meta
-        except FileNotFoundError:
-            return None
-        writer = found.attributes.get(_WRITER)
-        return Found(str(meta["e_tag"]), writer, meta["size"], meta["last_modified"])
-
-    def put(self, key: str, data: Bytes, *, writer: str, over: str | None) -> str:
-        """Put an object if the name is free, or while what has it is still `over`, an e_tag; returns its own.
-
-        A request that was sent twice, because its answer got lost, may be refused on account of itself.
-
-        Raises:
-            FileExistsError: something else has the name, or has it now.
-        """
-        import obstore
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
-
-        client = self._client if len(data) <= _SMALL_BYTES else self._uploads
-        try:
-            with self._explained(f"write {key}"):
-                done = obstore.put(
-                    client,
-                    key,
-                    data,
-                    attributes={_WRITER: writer},
-                    mode="create" if over is None else {"e_tag": over},
-                    use_multipart=False,
-                )
-                return str(done["e_tag"])
-        except (AlreadyExistsError, PreconditionError):
-            found = self.find(key)
-            if found is None or found.writer != writer:
-                raise FileExistsError(f"{self.url}/{key} was put by another") from None
-            return found.e_tag
-
-    def probe(self) -> datetime:
-        """Whether the server honours conditions; its time now.
-
-        Raises:
-            StoreError: it does not: attempts and drivers could not be kept apart.
-        """
-        key = f".looptap/probe.{make_token()}"
-        try:
-            self.put(key, b"1", writer="1", over=None)
-            found = self.find(key)
-            assert found is not None
-            for what, over in (("If-None-Match", None), ("If-Match", '"0"')):
-                try:
-                    self.put(key, b"2", writer="2", over=over)
-                except FileExistsError:
-                    continue
-                raise StoreError(
-                    f"the server of {self.url} ignores {what}: two drivers, or a worker thought dead, could "
-                    f"overwrite each other there; capture to a server with conditional writes or to a disk"
-                )
-            return found.modified
-        finally:
-            self.remove([key])
+        return ObjectStore(self.client, read_only=True)
 
     def _leftovers(self) -> list[str]:
         import obstore
 
-        with self._explained("list the store"):
-            found = obstore.list(self._client).collect()
-        return [meta["path"] for meta in found if meta["path"] != ".looptap/driver.lock"]
-
-    @cached_property
-    def _client(self) -> "S3Store":
-        return self._connect(_REQUEST_S)
-
-    @cached_property
-    def _uploads(self) -> "S3Store":
-        return self._connect(_UPLOAD_S)
-
-    def _connect(self, timeout_s: int) -> "S3Store":
-        from obstore.store import S3Store
-
-        options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
-        if (self._endpoint or "").startswith("http://"):
-            options["allow_http"] = True
-        with self._explained("connect"):
-            return S3Store(
-                self._bucket,
-                prefix=self._prefix or None,
-                config={"endpoint": self._endpoint} if self._endpoint else None,
-                client_options=options,  # pyright: ignore[reportArgumentType]
-                retry_config=_RETRIES,  # pyright: ignore[reportArgumentType]
-            )
-
-    @contextmanager
-    def _explained(self, task: str) -> Iterator[None]:
-        """Turns what obstore says into one line that says what to do; absence and conditions pass."""
-        from obstore import exceptions as o
-
-        try:
-            yield
-        except (o.AlreadyExistsError, o.PreconditionError):
-            raise
-        except (FileNotFoundError, o.BaseError) as error:
-            where = f"{self.url} ({self._endpoint or 'AWS'})"
-            said = str(error).partition("\n\nDebug source")[0]
-            if "NoSuchBucket" in said:
-                raise StoreError(
-                    f"{where}: there is no bucket {self._bucket}: make it, or mend the URL"
-                ) from None
-            if isinstance(error, FileNotFoundError):
-                raise
-            if (
-                isinstance(error, o.PermissionDeniedError | o.UnauthenticatedError)
-                or "169.254.169.254" in said
-            ):
-                raise StoreError(
-                    f"{where} does not let this account {task}: check AWS_ACCESS_KEY_ID, "
-                    f"AWS_SECRET_ACCESS_KEY and what they may do ({said})"
-                ) from None
-            raise StoreError(
-                f"{where}: could not {task}: check AWS_ENDPOINT_URL and AWS_REGION, and that the server "
-                f"answers ({said})"
-            ) from None
-
-
-def make_token() -> str:
-    """Names one writer among all."""
-    return f"{platform.node()}.{os.getpid()}.{secrets.token_hex(8)}"
+        with self.explained("list the store"):
+            found = obstore.list(self.client).collect()
+        return [meta["path"] for meta in found if meta["path"] != DRIVER_LOCK]

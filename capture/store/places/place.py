@@ -1,4 +1,4 @@
-"""Where a store's bytes lie: what the protocol (`commit.py`) needs of a directory or of an object store.
+"""Where a store's bytes lie: what the protocol (`writing/`) needs of a directory or of an object store.
 
 Keys are paths inside the store with slashes, such as `state/c.0.0.0` or `.looptap/ledger/7.json`.
 """
@@ -6,13 +6,7 @@ Keys are paths inside the store with slashes, such as `state/c.0.0.0` or `.loopt
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-
-from ..errors import StoreError
-
-if TYPE_CHECKING:
-    from .directory import LocalPlace
-    from .objects import ObjectPlace
+from typing import Any, Protocol, TypeVar
 
 Bytes = bytes | bytearray | memoryview
 Item = TypeVar("Item")
@@ -145,23 +139,3 @@ class Place(Protocol):
     def zarr_store(self) -> Any:
         """What zarr-python and xarray open to read it."""
         ...
-
-
-def open_place(path: str | Path) -> "LocalPlace | ObjectPlace":
-    """A local directory, or `s3://bucket/prefix`; nothing need be there yet.
-
-    Raises:
-        StoreError: another kind of URL; obstore, which reaches S3, is not installed.
-    """
-    text = str(path)
-    if text.startswith("s3://"):
-        from .objects import ObjectPlace
-
-        return ObjectPlace(text)
-    if isinstance(path, Path) and text.startswith("s3:/"):
-        raise StoreError(f"{text} lost a slash in a pathlib.Path: give s3://… as text")
-    if "://" in text:
-        raise StoreError(f"{text} cannot hold a store: give a local directory or s3://bucket/prefix")
-    from .directory import LocalPlace
-
-    return LocalPlace(Path(path))

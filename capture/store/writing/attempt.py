@@ -3,26 +3,47 @@
 Attempts are numbered. Each first says that it has begun, then looks for an entry; or enters, then looks for
 a later attempt: of two, one sees the other, whenever either is paused. One that sees a later one stops, and
 withdraws its entry if it has one. If it is killed before it can, an entry stays that is of an attempt before
-the last: `repair.void_doubtful` looks at those when a driver starts.
+the last: `care.repair.clean` looks at those when a driver starts.
 """
 
 import datetime
 import json
 import os
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import zarr
 
 from ..errors import UnitTakenError
+from ..keys import attempt_key, entry_key
 from ..places.place import Sink
+from .commit import Store
 from .encode import write_array
 from .shard import ShardWriter
 
-if TYPE_CHECKING:
-    from .commit import Store
+
+def begin_attempt(store: Store, unit: int) -> "Attempt":
+    """Start an attempt at a unit, numbered above all before it.
+
+    Raises:
+        UnitTakenError: the unit is committed already.
+    """
+    if not 0 <= unit < store.num_units:
+        raise ValueError(f"unit {unit} is not in the plan: it has units 0 to {store.num_units - 1}")
+    if store.place.exists(entry_key(unit)):
+        raise UnitTakenError(f"unit {unit} of {store} is committed: nothing is left to do for it")
+    number = 1
+    with store.full_disk_named(unit):
+        while True:
+            try:
+                # numbers have no gaps, so the first free one is above all others
+                store.place.create(attempt_key(unit, number), b"")
+                break
+            except FileExistsError:
+                number += 1
+        return Attempt(store, unit, number)
 
 
 class Attempt:
@@ -31,10 +52,10 @@ class Attempt:
     As a context manager it cleans up after itself if the body raises.
     """
 
-    def __init__(self, store: "Store", unit: int, number: int):
+    def __init__(self, store: Store, unit: int, number: int):
         self.store, self.unit, self.number = store, unit, number
         self.draft = store.place.begin(unit, number)
-        self._entry_key = f".looptap/ledger/{unit}.json"
+        self._entry_key = entry_key(unit)
         self._shards: dict[str, list[dict[str, Any]]] = {}
         self._writers: dict[str, ShardWriter] = {}
         self._published: list[str] = []
@@ -102,7 +123,7 @@ class Attempt:
         self.discard()
         note = {"unit": self.unit, "attempt": self.number, "error": error}
         note |= {"host": platform.node(), "time": _now()}
-        self.store.place.replace(f".looptap/attempts/{self.unit}.{self.number}", json.dumps(note).encode())
+        self.store.place.replace(attempt_key(self.unit, self.number), json.dumps(note).encode())
 
     def discard(self) -> None:
         """Remove what was staged."""
@@ -169,7 +190,7 @@ class Attempt:
             raise self._taken()
 
     def _has_later(self) -> bool:
-        return self.store.place.exists(f".looptap/attempts/{self.unit}.{self.number + 1}")
+        return self.store.place.exists(attempt_key(self.unit, self.number + 1))
 
     def _taken(self) -> UnitTakenError:
         entry = self.store.entry(self.unit)
@@ -195,7 +216,7 @@ class Attempt:
 class _NamedSink:
     """Says of which unit there was no room for more; the error comes up in a writing thread."""
 
-    def __init__(self, sink: Sink, store: "Store", unit: int):
+    def __init__(self, sink: Sink, store: Store, unit: int):
         self._sink, self._store, self._unit = sink, store, unit
 
     def write_at(self, offset: int, data: Any) -> None:

@@ -15,21 +15,17 @@ from typing import Any, cast
 import numpy as np
 import zarr
 
-from ..errors import StoreError, UnitTakenError
+from ..errors import StoreError
+from ..keys import COMPLETE, LEDGER, SUMMARY, entry_key
 from ..layout import read_group, unit_arrays
 from ..places.directory import LocalPlace
-from ..places.place import Place, open_place
-from .attempt import Attempt
+from ..places.open import open_place
+from ..places.place import Place
 from .encode import encode, file_shape
-
-__all__ = ["Attempt", "Store"]
-
-LEDGER, ATTEMPTS = ".looptap/ledger", ".looptap/attempts"
-COMPLETE, SUMMARY = ".looptap/complete", ".looptap/summary.parquet"
 
 
 class Store:
-    """A store being written. Many processes may write units of it; one of them drives (`lock.py`)."""
+    """A store being written. Many processes may write units of it; one of them drives (`places/lock.py`)."""
 
     def __init__(self, place: Place, group: dict[str, Any]):
         self.place = place
@@ -57,21 +53,6 @@ class Store:
         if not isinstance(self.place, LocalPlace):
             raise StoreError(f"{self.place} is not a local directory")
         return self.place.path
-
-    @property
-    def ledger_dir(self) -> Path:
-        """Of a local store."""
-        return self.path / LEDGER
-
-    @property
-    def attempts_dir(self) -> Path:
-        """Of a local store."""
-        return self.path / ATTEMPTS
-
-    @property
-    def staging_dir(self) -> Path:
-        """Of a local store."""
-        return self.path / ".looptap" / "staging"
 
     def zarr_store(self) -> Any:
         """What xarray.open_zarr and zarr-python open to read it."""
@@ -128,34 +109,6 @@ class Store:
         for unit in self.done():
             yield cast(dict[str, Any], self.entry(unit))
 
-    def begin(self, unit: int) -> Attempt:
-        """Start an attempt at a unit, numbered above all before it.
-
-        Raises:
-            UnitTakenError: the unit is committed already.
-        """
-        if not 0 <= unit < self.num_units:
-            raise ValueError(f"unit {unit} is not in the plan: it has units 0 to {self.num_units - 1}")
-        if self.place.exists(entry_key(unit)):
-            raise UnitTakenError(f"unit {unit} of {self} is committed: nothing is left to do for it")
-        number = 1
-        with self.full_disk_named(unit):
-            while True:
-                try:
-                    # numbers have no gaps, so the first free one is above all others
-                    self.place.create(attempt_key(unit, number), b"")
-                    break
-                except FileExistsError:
-                    number += 1
-            return Attempt(self, unit, number)
-
-    def clean_staging(self) -> None:
-        """Remove what killed attempts left. For the driver alone, while no worker runs."""
-        from ..care.repair import void_doubtful
-
-        self.place.clean_drafts()
-        void_doubtful(self)
-
     def finish(self) -> None:
         """Close a store whose units are all committed: check sizes, write `unit_done` and the summary.
 
@@ -183,7 +136,7 @@ class Store:
             self._write_unit_done()
             self.place.replace(SUMMARY, _to_parquet(self.entries()))
             self.place.replace(COMPLETE, b"")
-        self.clean_staging()
+        self.place.clean_drafts()
 
     def full_disk_named(self, unit: int) -> AbstractContextManager[None]:
         """Reports a full disk as StoreFullError, with what one unit takes before compression."""
@@ -195,16 +148,6 @@ class Store:
         for index, first in enumerate(range(0, self.num_units, num_rows)):
             done = np.ones(min(num_rows, self.num_units - first), np.uint8)
             self.place.replace(f"unit_done/c.{index}", encode(metadata, done).tobytes())
-
-
-def entry_key(unit: int) -> str:
-    """Of a unit's ledger entry."""
-    return f"{LEDGER}/{unit}.json"
-
-
-def attempt_key(unit: int, number: int) -> str:
-    """Of the file that says an attempt has begun, and, if it failed, why."""
-    return f"{ATTEMPTS}/{unit}.{number}"
 
 
 def _to_parquet(entries: Iterable[dict[str, Any]]) -> bytes:

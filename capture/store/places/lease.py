@@ -1,0 +1,19 @@
+"""What drivers' locks have in common, on a disk or in an object store: how long silence is borne, what is
+said to who comes second.
+"""
+
+from typing import Any
+
+from ..errors import StoreLockedError
+
+HEARTBEAT_S = 10.0
+STALE_S = 60.0
+
+
+def locked(store: str, holder: dict[str, Any]) -> StoreLockedError:
+    """The error for a second driver, from what the lock says of the first: host, pid, silent_s."""
+    return StoreLockedError(
+        f"{store} is being written by process {holder['pid']} on {holder['host']} "
+        f"(last sign of life {holder['silent_s']:.0f} s ago): wait for it or stop it; "
+        f"its lock lapses after {STALE_S:.0f} s without a sign of life"
+    )
