@@ -97,6 +97,38 @@ def residual_norm_statistics(
     return Residual(residual_ND, residual_ND if next_weight_D is None else y_ND), statistics_SN
 
 
+def residual_statistics(
+    x_ND: Tensor,
+    block_input_ND: Tensor | None = None,
+    previous_ND: Tensor | None = None,
+    last_ND: Tensor | None = None,
+) -> Tensor:
+    """What is measured of residuals that are there already, on any device.
+
+    Args:
+        x_ND: residuals as they are stored, float [N, D].
+        block_input_ND, previous_ND, last_ND: what they are compared with, as for `residual_norm_statistics`.
+    Returns:
+        float32 [7, N], rows as STATISTICS; NaN in the rows whose reference is not given.
+    """
+    statistics_SN = x_ND.new_full((len(STATISTICS), len(x_ND)), float("nan"), dtype=torch.float32)
+
+    def put(name: str, value_N: Tensor) -> None:
+        statistics_SN[STATISTICS.index(name)] = value_N
+
+    norm_N = row_norm(x_ND)
+    put("residual_norm", norm_N)
+    put("residual_peak", row_peak(x_ND))
+    if block_input_ND is not None:
+        put("update_norm", row_norm(x_ND.float() - block_input_ND.float()))
+    for kind, reference_ND in (("step", previous_ND), ("gap", last_ND)):
+        if reference_ND is not None:
+            measured = distance(x_ND, reference_ND, norm_N, row_norm(reference_ND))
+            put(f"{kind}_norm", measured.norm_N)
+            put(f"{kind}_cosine", measured.cosine_N)
+    return statistics_SN
+
+
 def row_norm(x_ND: Tensor) -> Tensor:
     """‖x‖₂ of every row, float32 [N]."""
     return torch.linalg.vector_norm(x_ND, dim=-1, dtype=torch.float32)
@@ -155,15 +187,7 @@ def _residual_norm_statistics_cpu(
     residual_ND, y_ND = _residual_norm_cpu(
         x_ND, branch_ND, branch_weight_D, stream_weight_D, next_weight_D, eps
     )
-    statistics_SN = torch.full((len(STATISTICS), len(x_ND)), float("nan"))
-    norm_N = row_norm(residual_ND)
-    statistics_SN[0], statistics_SN[1] = norm_N, row_peak(residual_ND)
-    if block_input_ND is not None:
-        statistics_SN[2] = row_norm(residual_ND.float() - block_input_ND.float())
-    for row, reference_ND in ((3, previous_ND), (5, last_ND)):
-        if reference_ND is not None:
-            measured = distance(residual_ND, reference_ND, norm_N, row_norm(reference_ND))
-            statistics_SN[row], statistics_SN[row + 1] = measured
+    statistics_SN = residual_statistics(residual_ND, block_input_ND, previous_ND, last_ND)
     return residual_ND, y_ND, statistics_SN
 
 

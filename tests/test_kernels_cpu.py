@@ -13,7 +13,16 @@ from looptap.kernels.attention import (
     make_cu_seqlens,
 )
 from looptap.kernels.attention_blocks import QUERIES_PER_BLOCK
-from looptap.kernels.residual_norm import distance, residual_norm, rms_norm, row_norm, row_peak
+from looptap.kernels.residual_norm import (
+    STATISTICS,
+    distance,
+    residual_norm,
+    residual_norm_statistics,
+    residual_statistics,
+    rms_norm,
+    row_norm,
+    row_peak,
+)
 
 B = QUERIES_PER_BLOCK
 
@@ -131,6 +140,35 @@ def test_residual_statistics_match_reference(N, D):
     measured = distance(x, previous, row_norm(x), row_norm(previous))
     torch.testing.assert_close(measured.norm_N.double(), wanted["step_norm"], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(measured.cosine_N.double(), wanted["step_cosine"], rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "given", [(), ("previous",), ("block_input", "last"), ("block_input", "previous", "last")]
+)
+def test_statistics_of_residuals_that_are_there(given, dtype):
+    """Float64's, NaN where nothing was given to compare with, and to the bit those of the fused operation."""
+    generator = torch.Generator().manual_seed(2)
+    x, branch, block_input, previous, last = torch.randn(5, 7, 500, generator=generator).to(dtype)
+    near = {"block_input": block_input, "previous": x + branch + 0.01 * previous, "last": x + branch + last}
+    references = {f"{name}_ND": near[name] for name in given}
+    result, fused_SN = residual_norm_statistics(x, branch, eps=1e-5, **references)
+    measured_SN = residual_statistics(result.residual_ND, **references)
+    assert measured_SN.dtype == torch.float32 and torch.equal(measured_SN.isnan(), fused_SN.isnan())
+    assert torch.equal(measured_SN.nan_to_num(), fused_SN.nan_to_num())
+
+    residual = result.residual_ND
+    wanted = reference.residual_statistics(residual, near["block_input"], near["previous"])
+    to_last = reference.residual_statistics(residual, near["block_input"], near["last"])
+    wanted |= {"gap_norm": to_last["step_norm"], "gap_cosine": to_last["step_cosine"]}
+    needs = {"update": "block_input", "step": "previous", "gap": "last"}
+    for name, got in zip(STATISTICS, measured_SN.double(), strict=True):
+        reference_name = needs.get(name.partition("_")[0])
+        if reference_name is not None and reference_name not in given:
+            assert got.isnan().all(), name
+            continue
+        expected = wanted[name.removeprefix("residual_")]
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("apart", [1e-3, 1e-2, 0.3, 3.0])
