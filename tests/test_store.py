@@ -14,7 +14,6 @@ import xarray as xr
 import zarr
 
 from looptap.capture.store.care.verify import store_status, verify_store
-from looptap.capture.store.errors import StoreError, StoreExistsError, StoreMissingError
 from looptap.capture.store.layout import (
     BFLOAT16_NAN,
     ArraySpec,
@@ -26,6 +25,7 @@ from looptap.capture.store.layout import (
 from looptap.capture.store.quantities import QUANTITIES, resolve_quantities
 from looptap.capture.store.reading.reader import iter_units, open_store
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import StoreError, StoreExistsError, StoreMissingError
 
 DEPTHS, HEADS, HIDDEN, SEQUENCES = (
     5,

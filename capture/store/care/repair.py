@@ -13,7 +13,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from ..errors import StoreError
+from ....errors import StoreError
 from ..places.lock import driver_lock
 from ..writing.commit import ATTEMPTS, COMPLETE, LEDGER, SUMMARY, Store, attempt_key, entry_key
 from .verify import FILES, Problem, check_units, uncommitted_files, verify_store

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StoreError, StoreLockedError
+from ....errors import StoreError, StoreLockedError
 from .directory import LocalPlace
 from .disk import write_new
 from .liveness import machine, process_start

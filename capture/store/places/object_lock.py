@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from ..errors import StoreError
+from ....errors import StoreError
 from . import lock
 from .liveness import machine, process_start
 from .objects import ObjectPlace, make_token

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StoreError, StoreExistsError
+from ....errors import StoreError, StoreExistsError
 from .object_draft import ObjectDraft
 from .place import Bytes, Item, Result
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ..errors import StoreError
+from ....errors import StoreError
 
 if TYPE_CHECKING:
     from .directory import LocalPlace

@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 import zarr
 
-from ..errors import UnitTakenError
+from ....errors import UnitTakenError
 from ..places.place import Sink
 from .encode import write_array
 from .shard import ShardWriter

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import zarr
 
-from ..errors import StoreError, UnitTakenError
+from ....errors import StoreError, UnitTakenError
 from ..layout import read_group, unit_arrays
 from ..places.directory import LocalPlace
 from ..places.place import Place, open_place
