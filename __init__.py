@@ -11,7 +11,7 @@ for rows in looptap.batches("run.zarr", depths=[12], seed=0): ...  # its states 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["WatchError", "batches", "capture", "load_model", "open", "watch"]
+__all__ = ["UserError", "WatchError", "batches", "capture", "load_model", "open", "watch"]
 
 if TYPE_CHECKING:
     from .capture.memory import capture
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .capture.store.reading.batches import make_batches as batches
     from .capture.store.reading.reader import open_store as open
     from .capture.watch.context import watch
-    from .capture.watch.errors import WatchError
+    from .errors import UserError, WatchError
 
 
 def __getattr__(name: str) -> Any:
@@ -41,9 +41,13 @@ def __getattr__(name: str) -> Any:
 
         return watch
     if name == "WatchError":
-        from .capture.watch.errors import WatchError
+        from .errors import WatchError
 
         return WatchError
+    if name == "UserError":
+        from .errors import UserError
+
+        return UserError
     if name == "capture":  # a package that can be called, see there
         from importlib import import_module
 

@@ -5,19 +5,15 @@ from pathlib import Path
 import pandas as pd
 import xarray as xr
 
+from ..errors import CannotTellError, FormatError
 from .answers import heads
 from .answers import single_sequences as sequences
 from .findings import Findings, find, long_table
-from .walk import CannotTellError
 
 _TOGETHER = {"heads": heads, "sequences": sequences}  # whose analyses make one table
 TABLE_FORMATS = ("parquet", "csv")
 FIGURE_FORMATS = ("png", "svg")
 _PNG_SCALE = 2.0  # pixels a point: sharp on paper and on dense screens
-
-
-class FormatError(ValueError):
-    """A table or figure was asked for in a format that is not written."""
 
 
 def write_analysis(

@@ -8,15 +8,16 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from .answers.distinctness import StatesMissingError, distinctness, trajectory
+from ..errors import CannotTellError, NothingCapturedError, StatesMissingError
+from .answers.distinctness import distinctness, trajectory
 from .answers.feedforward import Reference, choose_reference
 from .answers.stages import STAGE_MEASURES, gathered
 from .measures import MEASURES, as_analyses, assembled
 from .registry import ANALYSES
-from .streaming import Depths, NothingCapturedError, as_dataset, depths_of
+from .streaming import Depths, as_dataset, depths_of
 from .trained import trained_count
 from .verdicts import Verdict, verdicts
-from .walk import CannotTellError, walk
+from .walk import walk
 
 STAGES = ("prelude", "core", "coda")
 TIMES = "\N{MULTIPLICATION SIGN}"

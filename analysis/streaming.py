@@ -20,10 +20,6 @@ from .state_rows import StateRows, StateWindow
 BAND_Z = 1.96  # standard errors on either side of a mean: 95 % if the means of sequences are about normal
 
 
-class NothingCapturedError(ValueError):
-    """The store holds no finished sequence yet."""
-
-
 @dataclass(frozen=True)
 class Depths:
     """The depth axis of a store: which block invocation each depth is, and where the core's lie."""

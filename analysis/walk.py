@@ -14,11 +14,8 @@ from typing import Protocol, TypeVar
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
-from .streaming import Arrays, Depths, NothingCapturedError, as_dataset, depths_of, iter_sequences
-
-
-class CannotTellError(ValueError):
-    """An analysis has no answer from what the store holds; the message says why, or what to capture."""
+from ..errors import CannotTellError, NothingCapturedError
+from .streaming import Arrays, Depths, as_dataset, depths_of, iter_sequences
 
 
 class Fold(Protocol):

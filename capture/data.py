@@ -12,9 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-
-class DataError(ValueError):
-    """Data that cannot be captured as it is; says which row and why."""
+from ..errors import DataError
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import PlanError
 from .data import Dataset, check_rows, open_tokenizer, read_dataset
 from .models.description import Description
 from .models.load import ModelSource, find_model
@@ -30,10 +31,6 @@ from .units import Slots, array_specs, default_unit_tokens, depth_coordinates, p
 from .versions import versions
 
 _RUNTIME_BYTES = 350 << 20  # python, torch and zarr before a model is loaded, measured
-
-
-class PlanError(ValueError):
-    """Settings that do not fit the data or the model."""
 
 
 @dataclass(frozen=True)

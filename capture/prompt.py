@@ -13,13 +13,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from ..errors import PlanError
 from .data import open_tokenizer
 from .models.description import Description, Step
 from .models.load import find_model
 from .models.model import LoopedModel
 from .models.starts import initial_state
 from .models.tap import Packed, Plain
-from .plan import Plan, PlanError, make_plan
+from .plan import Plan, make_plan
 from .probes.contraction import Contraction, contraction
 from .run import prepare_store
 from .settings import CaptureSettings, InspectSettings

@@ -6,13 +6,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import PlanError, StoreLockedError
 from .engines.drive import POLL_S
 from .engines.engine import open_engine
 from .engines.events import Event, UnitDone, UnitFailed
-from .plan import Plan, PlanError
+from .plan import Plan
 from .probes.neurons import neurons_of
 from .store.care.repair import clean
-from .store.errors import StoreLockedError
 from .store.layout import create_store, plan_differences, store_exists
 from .store.places.lock import driver_lock
 from .store.places.open import open_place

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from looptap.capture.store.errors import UnitTakenError
 from looptap.capture.store.layout import ArraySpec, create_store, store_exists
 from looptap.capture.store.writing.attempt import Attempt, begin_attempt
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import UnitTakenError
 
 ROWS, DEPTHS = 64, 3
 RECEIPT = {"num_sequences": 1, "num_tokens": ROWS, "seconds": 0.0, "non_finite": {}}

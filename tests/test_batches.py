@@ -8,12 +8,12 @@ import pytest
 import torch
 import zarr
 
-from looptap.capture.store.errors import StoreError
 from looptap.capture.store.reading import decoded_arrays as library
 from looptap.capture.store.reading import mapped_states as mapped
 from looptap.capture.store.reading.batches import make_batches
 from looptap.capture.store.reading.reader import open_store
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import StoreError
 from looptap.tests.state_stores import (
     HIDDEN,
     STATE_DEPTHS,

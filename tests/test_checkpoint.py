@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from looptap.capture.models.config import Config
-from looptap.capture.models.families import FAMILIES, ModelError
+from looptap.capture.models.families import FAMILIES
 from looptap.capture.models.load import find_model, load_model
 from looptap.capture.models.model import LoopedModel
+from looptap.errors import ModelError
 from looptap.tests.golden_files import (
     GOLDEN,
     NAMES,

@@ -12,11 +12,11 @@ from looptap.capture.models.load import load_model
 from looptap.capture.models.model import LoopedModel
 from looptap.capture.models.starts import initial_state as drawn_state
 from looptap.capture.models.tap import Packed
-from looptap.capture.plan import PlanError
 from looptap.capture.probes.contraction import contraction, power_iteration
 from looptap.capture.prompt import inspect_prompt
 from looptap.capture.settings import InspectSettings
 from looptap.cli.tables import SETTLED_STEP, print_inspection
+from looptap.errors import PlanError
 from looptap.tests.oracle import Straight, describe, fill, initial_state, random_ids
 
 D = 12

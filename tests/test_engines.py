@@ -14,17 +14,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from looptap.capture.engines.drive import run_on
-from looptap.capture.engines.engine import EngineError, open_engine
+from looptap.capture.engines.engine import open_engine
 from looptap.capture.engines.events import UnitDone, WorkerJoined
 from looptap.capture.engines.local import ThisProcess
 from looptap.capture.engines.processes import Processes
 from looptap.capture.engines.scheduler import Limits
-from looptap.capture.engines.work import RecipeError, make_recipe
-from looptap.capture.plan import PlanError, make_plan
+from looptap.capture.engines.work import make_recipe
+from looptap.capture.plan import make_plan
 from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
-from looptap.capture.store.errors import StoreLockedError
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import EngineError, PlanError, RecipeError, StoreLockedError
 from looptap.tests.engine_contract import (
     Files,
     PoolContract,

@@ -20,11 +20,12 @@ NO_PACKAGES = {"tests", "build", "dist", "demo"}
 ARROWS: dict[str, set[str] | None] = {
     "looptap": None,
     "benchmarks": None,
-    "cli": {"analysis", "benchmarks", "capture", "capture.models", "capture.store"},
-    "analysis": {"capture.store", "kernels"},
-    "capture": {"capture.models", "capture.store", "kernels"},
-    "capture.models": {"kernels"},
-    "capture.store": set(),
+    "cli": {"analysis", "benchmarks", "capture", "capture.models", "capture.store", "errors"},
+    "analysis": {"capture.store", "errors", "kernels"},
+    "capture": {"capture.models", "capture.store", "errors", "kernels"},
+    "capture.models": {"errors", "kernels"},
+    "capture.store": {"errors"},
+    "errors": set(),
     "kernels": set(),
 }
 # what each part must not import of others, wherever in the file
@@ -33,7 +34,8 @@ BANNED = {
     "capture.models": {"ray", "zarr", "xarray", "transformers"},
     "capture.store": {"torch", "ray", "triton", "transformers"},
 }
-KERNELS_MAY = {"torch", "triton", *sys.stdlib_module_names}
+# parts that import nothing of others but these
+MAY = {"kernels": {"torch", "triton", *sys.stdlib_module_names}, "errors": sys.stdlib_module_names}
 
 
 def source_paths(root: Path) -> list[Path]:
@@ -89,7 +91,7 @@ def import_faults(root: Path) -> list[str]:
                     faults.append(f"{path}:{line}: {part} imports {part_of(module)} ({name})")
             elif module[0] == "looptap":
                 faults.append(f"{path}:{line}: {name} is ours; import it relatively")
-            elif module[0] in BANNED.get(part, set()) or (part == "kernels" and module[0] not in KERNELS_MAY):
+            elif module[0] in BANNED.get(part, set()) or module[0] not in MAY.get(part, module):
                 faults.append(f"{path}:{line}: {part} imports {name}")
     return faults
 
@@ -135,7 +137,8 @@ def small_tree(tmp_path):
         "capture/models/__init__.py": "",
         "capture/models/loop.py": "import torch\nfrom ...kernels import norm\n\n\nclass Loop: ...\n",
         "capture/store/__init__.py": "",
-        "capture/store/format.py": "import zarr\nfrom . import __doc__\n",
+        "capture/store/format.py": "import zarr\nfrom . import __doc__\nfrom ...errors import StoreError\n",
+        "errors.py": "class StoreError(Exception): ...\n",
         "kernels/norm.py": "import math\nimport torch\nfrom . import reference\n\n\ndef norm(): ...\n",
         "kernels/reference.py": "",
         "tests/test_norm.py": "from looptap.kernels import norm\n",
@@ -178,7 +181,10 @@ def test_a_tree_without_fault_passes(small_tree):
         ("capture/store/a.py", "from torch import Tensor", "capture.store imports torch"),
         ("kernels/a.py", "from ..capture.store import format", "kernels imports capture.store"),
         ("kernels/a.py", "from .. import __version__", "kernels imports looptap"),
+        ("kernels/a.py", "from ..errors import UserError", "kernels imports errors"),
         ("kernels/a.py", "import numpy as np", "kernels imports numpy"),
+        ("errors.py", "from .capture.store import format", "errors imports capture.store"),
+        ("errors.py", "import zarr", "errors imports zarr"),
         ("kernels/a.py", "def f():\n    from zarr.core import x", "kernels imports zarr.core"),
         ("benchmarks/a.py", "from looptap.kernels import norm", "looptap.kernels is ours"),
         ("serving/a.py", "", "no arrows are drawn for serving"),

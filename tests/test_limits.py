@@ -23,7 +23,8 @@ from looptap.analysis.answers.limits import (
 )
 from looptap.analysis.registry import ANALYSES
 from looptap.analysis.verdicts import DISTINCT_COSINE
-from looptap.analysis.walk import CannotTellError, answer, walk
+from looptap.analysis.walk import answer, walk
+from looptap.errors import CannotTellError
 from looptap.tests.synthetic import (
     RNG_SEED,
     contraction,

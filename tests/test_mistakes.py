@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from looptap.capture.models.config import ModelError
 from looptap.capture.models.exit_gate import exit_probability
 from looptap.capture.models.load import find_model, load_model
 from looptap.capture.models.tap import Packed, Plain
+from looptap.errors import ModelError
 from looptap.kernels.residual_norm import rms_norm
 from looptap.tests.golden_files import (
     GOLDEN,

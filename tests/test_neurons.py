@@ -18,7 +18,6 @@ from looptap.analysis.answers.neuron_shares import neurons
 from looptap.analysis.figures.neuron_figures import neurons as neuron_figure
 from looptap.analysis.findings import find
 from looptap.analysis.pages.report import render
-from looptap.analysis.walk import CannotTellError
 from looptap.capture.engines.work import make_recipe
 from looptap.capture.models.load import find_model, load_model
 from looptap.capture.plan import make_plan
@@ -27,6 +26,7 @@ from looptap.capture.probes.neurons import KURTOSIS, QUANTILES, Moments, logit_m
 from looptap.capture.run import prepare_store
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import CannotTellError
 from looptap.tests.golden_files import GOLDEN, NAMES, weights_of
 from looptap.tests.synthetic import make_dataset, random_sequences
 

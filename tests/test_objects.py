@@ -19,19 +19,13 @@ from obstore.store import S3Store
 
 from looptap.capture.store.care.repair import repair_store
 from looptap.capture.store.care.verify import store_status, verify_store
-from looptap.capture.store.errors import (
-    StoreError,
-    StoreExistsError,
-    StoreLockedError,
-    StoreMissingError,
-    UnitTakenError,
-)
 from looptap.capture.store.layout import create_store, store_exists
 from looptap.capture.store.places import lease, liveness
 from looptap.capture.store.places.lock import driver_lock, lock_holder
 from looptap.capture.store.places.objects import ObjectPlace
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import StoreError, StoreExistsError, StoreLockedError, StoreMissingError, UnitTakenError
 from looptap.tests.s3_server import BUCKET, Door, environment, serve_s3
 from looptap.tests.small_stores import (
     RECEIPT,

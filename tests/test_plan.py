@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from looptap.capture.models.description import STAGES, Block, Description
 from looptap.capture.models.load import find_model
-from looptap.capture.plan import PlanError, make_plan
+from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.selection import select_depths, select_tokens
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.layout import plan_differences
 from looptap.capture.units import pack
+from looptap.errors import PlanError
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = "random:(1,2x4,1)I,width=32,heads=4"

@@ -5,7 +5,7 @@ import pytest
 
 from looptap.analysis.answers.rates import LEAST_STEPS, fit_rates, half_life, rates
 from looptap.analysis.streaming import BAND_Z
-from looptap.analysis.walk import CannotTellError
+from looptap.errors import CannotTellError
 from looptap.tests.synthetic import RNG_SEED, contraction, drift, make_dataset, random_sequences, rotation
 
 SERIES = 10_000

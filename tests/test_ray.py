@@ -21,15 +21,16 @@ import ray
 from ray.cluster_utils import Cluster
 
 from looptap.capture.engines.drive import run_on
-from looptap.capture.engines.engine import EngineError, open_engine
+from looptap.capture.engines.engine import open_engine
 from looptap.capture.engines.events import WorkerJoined, WorkerLost
-from looptap.capture.engines.ray import Actors, ClusterError, cluster
+from looptap.capture.engines.ray import Actors, cluster
 from looptap.capture.engines.scheduler import Limits
 from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import ClusterError, EngineError
 from looptap.tests.engine_contract import Files, ProcessPoolContract, ended, is_alive, run
 
 TINY = "random:(0,2x3,0)I,width=32,heads=2"

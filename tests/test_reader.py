@@ -14,7 +14,6 @@ import pytest
 import xarray as xr
 from hypothesis import strategies as st
 
-from looptap.capture.store.errors import StoreError
 from looptap.capture.store.keys import LEDGER
 from looptap.capture.store.reading import decoded_arrays as library
 from looptap.capture.store.reading import mapped_states as mapped
@@ -22,8 +21,9 @@ from looptap.capture.store.reading import memory_map as mapping
 from looptap.capture.store.reading.decoded_arrays import LibraryArray
 from looptap.capture.store.reading.mapped_states import MappedArray
 from looptap.capture.store.reading.memory_map import Mapping
-from looptap.capture.store.reading.reader import MissingUnitsError, open_array, open_store
+from looptap.capture.store.reading.reader import open_array, open_store
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import MissingUnitsError, StoreError
 from looptap.tests.s3_server import BUCKET, environment, serve_s3
 from looptap.tests.state_stores import HIDDEN, as_float, commit_unit, make_states, whole_arrays
 

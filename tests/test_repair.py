@@ -10,7 +10,6 @@ import pytest
 
 from looptap.capture.store.care.repair import clean, repair_store
 from looptap.capture.store.care.verify import store_status, verify_store
-from looptap.capture.store.errors import StoreError, StoreLockedError
 from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.places.directory import LocalPlace
 from looptap.capture.store.places.lock import driver_lock
@@ -19,6 +18,7 @@ from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 from looptap.cli.commands import main
 from looptap.cli.tables import print_status
+from looptap.errors import StoreError, StoreLockedError
 from looptap.tests.small_stores import RECEIPT, Killed, content, open_or_create, unit_values, write_unit
 
 NUM_UNITS = 4

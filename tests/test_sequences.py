@@ -13,7 +13,7 @@ from looptap.analysis.answers.single_sequences import (
     spread,
 )
 from looptap.analysis.measures import measure
-from looptap.analysis.walk import CannotTellError
+from looptap.errors import CannotTellError
 from looptap.tests.golden_files import NAMES
 from looptap.tests.synthetic import SHAPE, make_dataset, random_sequences, write_store
 from looptap.tests.test_golden_measures import ATOL, RTOL, definitions, replayed

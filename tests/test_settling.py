@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from looptap.analysis.answers.settling import settled_at, settling
-from looptap.analysis.walk import CannotTellError
+from looptap.errors import CannotTellError
 from looptap.tests.synthetic import SHAPE, make_dataset, random_sequences
 
 RECURRENCES = SHAPE[2]

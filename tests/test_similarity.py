@@ -10,7 +10,8 @@ from looptap.analysis.answers.similarity import (
     residual_similarity,
 )
 from looptap.analysis.streaming import BAND_Z, depths_of
-from looptap.analysis.walk import CannotTellError, walk
+from looptap.analysis.walk import walk
+from looptap.errors import CannotTellError
 from looptap.tests.synthetic import RNG_SEED, SHAPE, make_dataset, random_sequences, write_store
 
 

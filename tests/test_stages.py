@@ -5,7 +5,7 @@ import pytest
 
 from looptap.analysis.answers.stages import agreement, resampled, stage_agreement
 from looptap.analysis.measures import measure
-from looptap.analysis.walk import CannotTellError
+from looptap.errors import CannotTellError
 from looptap.tests.synthetic import make_dataset, random_sequences
 
 SHAPE = (1, 5, 3, 1)

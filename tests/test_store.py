@@ -14,7 +14,6 @@ import xarray as xr
 import zarr
 
 from looptap.capture.store.care.verify import store_status, verify_store
-from looptap.capture.store.errors import StoreError, StoreExistsError, StoreMissingError
 from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.layout import (
     BFLOAT16_NAN,
@@ -28,6 +27,7 @@ from looptap.capture.store.quantities import QUANTITIES, resolve_quantities
 from looptap.capture.store.reading.reader import iter_units, open_store
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import StoreError, StoreExistsError, StoreMissingError
 
 DEPTHS, HEADS, HIDDEN, SEQUENCES = (
     5,
@@ -536,7 +536,7 @@ def test_opening_28_arrays_takes_a_tenth_of_a_second(tmp_path):
 
 FILE_SIZE_LIMIT = """
 import errno, resource, runpy, sys
-from looptap.capture.store.errors import StoreFullError
+from looptap.errors import StoreFullError
 t = runpy.run_path(sys.argv[1])
 store = t["Store"].open(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -566,7 +566,7 @@ import os, runpy, subprocess, sys
 from pathlib import Path
 mount = Path(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", mount], check=True)
-from looptap.capture.store.errors import StoreFullError
+from looptap.errors import StoreFullError
 from looptap.capture.store.care.verify import verify_store
 t = runpy.run_path(sys.argv[1])
 store = t["make_store"](mount / "run.zarr", 1024, 9)

@@ -23,13 +23,13 @@ import pytest
 
 from looptap.capture.store.care.repair import clean
 from looptap.capture.store.care.verify import store_status, verify_store
-from looptap.capture.store.errors import StoreExistsError, StoreLockedError, UnitTakenError
 from looptap.capture.store.keys import ATTEMPTS, LEDGER, STAGING
 from looptap.capture.store.layout import create_store
 from looptap.capture.store.places import directory, disk, lease, liveness
 from looptap.capture.store.places.lock import driver_lock, lock_holder
 from looptap.capture.store.writing.attempt import Attempt, begin_attempt
 from looptap.capture.store.writing.commit import Store
+from looptap.errors import StoreExistsError, StoreLockedError, UnitTakenError
 from looptap.tests.small_stores import (
     RECEIPT,
     Killed,

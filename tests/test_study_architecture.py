@@ -19,7 +19,6 @@ from looptap.analysis.studies.architecture_page import write_architecture_study
 from looptap.analysis.studies.architecture_study import (
     AXES,
     DISTANCES_AFTER,
-    ArchitectureError,
     ArchitectureStudy,
     architecture_study,
 )
@@ -32,6 +31,7 @@ from looptap.capture.studies.architecture import architecture_plans, cells_of, r
 from looptap.cli import study_progress
 from looptap.cli.commands import main
 from looptap.cli.study_progress import expected_seconds, run_all_with_progress, to_duration
+from looptap.errors import ArchitectureError
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 
 # width 16 has one head of 16 channels; 40 recurrences: 32 exist and 101 do not

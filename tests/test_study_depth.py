@@ -11,15 +11,15 @@ import xarray as xr
 
 import looptap
 from looptap.analysis.studies.depth_page import write_depth_study
-from looptap.analysis.studies.depth_study import ENDS, PLACE_MEASURES, StudyError, depth_study, study_tables
+from looptap.analysis.studies.depth_study import ENDS, PLACE_MEASURES, depth_study, study_tables
 from looptap.capture.models.load import load_model
 from looptap.capture.models.starts import initial_state
 from looptap.capture.models.tap import Packed
-from looptap.capture.plan import PlanError
 from looptap.capture.run import Outcome, run_capture
 from looptap.capture.settings import DepthStudySettings
 from looptap.capture.studies.depth import counts_of, depth_plans, run_depth_study
 from looptap.cli.commands import main
+from looptap.errors import PlanError, StudyError
 from looptap.tests.oracle import Listening
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 

@@ -15,7 +15,8 @@ from looptap.analysis.answers.trajectories import MOST_PATHS, Scatter, trajector
 from looptap.analysis.figures import paths
 from looptap.analysis.findings import find
 from looptap.analysis.registry import ANALYSES
-from looptap.analysis.walk import CannotTellError, together
+from looptap.analysis.walk import together
+from looptap.errors import CannotTellError
 from looptap.tests.golden_files import FEEDFORWARD, NAMES
 from looptap.tests.synthetic import RNG_SEED, SHAPE, make_dataset, random_sequences, write_store
 from looptap.tests.test_golden_measures import RTOL, replayed

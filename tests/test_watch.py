@@ -19,9 +19,9 @@ from looptap.capture.models.load import load_model
 from looptap.capture.store.care.verify import store_status, verify_store
 from looptap.capture.store.quantities import QUANTITIES
 from looptap.capture.store.writing.commit import Store
-from looptap.capture.watch.errors import WatchError
 from looptap.capture.watch.structure import find_structure, show_order
 from looptap.cli.tables import print_store
+from looptap.errors import WatchError
 from looptap.tests.golden_files import GOLDEN, stored
 from looptap.tests.watched_modules import (
     golden_ouro,

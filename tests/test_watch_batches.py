@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import looptap
-from looptap.capture.watch.errors import WatchError
+from looptap.errors import WatchError
 from looptap.tests.watched_modules import make_looped, sequence_values, tiny_llama
 
 LENGTHS = (9, 5, 1, 12)  # one token; a row without padding

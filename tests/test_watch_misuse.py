@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import looptap
-from looptap.capture.store.errors import StoreExistsError
-from looptap.capture.watch.errors import WatchError
+from looptap.errors import StoreExistsError, WatchError
 from looptap.tests.watched_modules import HandBlock, make_looped, sequence_values
 
 IDS = torch.arange(12).view(2, 6)

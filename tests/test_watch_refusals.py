@@ -14,8 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import _get_current_function_mode_stack
 
 import looptap
-from looptap.capture.store.errors import StoreExistsError
-from looptap.capture.watch.errors import WatchError
+from looptap.errors import StoreExistsError, WatchError
 from looptap.tests.watched_modules import make_looped, sequence_values, tiny_llama
 
 IDS = torch.arange(12).view(2, 6)

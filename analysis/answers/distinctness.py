@@ -11,15 +11,12 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ...errors import NothingCapturedError, StatesMissingError
 from ..state_rows import decoded
-from ..streaming import Depths, MeanFold, NothingCapturedError, as_dataset, depths_of, iter_sequences
+from ..streaming import Depths, MeanFold, as_dataset, depths_of, iter_sequences
 
 _BLOCK_BYTES = 2**25  # float64 workspace, so that a long sequence does not multiply memory
 _TINY = np.finfo(float).tiny  # keeps 0 / 0 at 0
-
-
-class StatesMissingError(ValueError):
-    """The states a measure needs were not kept; the message says how to capture them."""
 
 
 def trajectory(

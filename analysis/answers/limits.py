@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ...errors import CannotTellError
 from ..streaming import BAND_Z, Arrays, Depths
-from ..walk import Analysis, CannotTellError, answer
+from ..walk import Analysis, answer
 
 LIMITS = ("fixed_point", "orbit", "slider", "unknown")
 FIXED_POINT, ORBIT, SLIDER, UNKNOWN = range(len(LIMITS))

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ...capture.store.reading.recorded_neurons import NoNeuronsError, recorded_neurons
+from ...capture.store.reading.recorded_neurons import recorded_neurons
+from ...errors import CannotTellError, NoNeuronsError
 from ..streaming import Arrays, Depths
-from ..walk import Analysis, CannotTellError, answer
+from ..walk import Analysis, answer
 
 KINDS = ("prediction", "suppression")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ...errors import CannotTellError
 from ..streaming import Arrays, Depths, MeanFold, MedianFold, finite_mean
-from ..walk import Analysis, CannotTellError, answer
+from ..walk import Analysis, answer
 
 LEAST_STEPS = 3  # two steps always lie on a line
 # machine epsilons of the norm that rounding may move a loop at its fixed point by: 1.3 to 2.7 were seen, in

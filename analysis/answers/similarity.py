@@ -13,8 +13,9 @@ import numpy as np
 import xarray as xr
 
 from ...capture.store.quantities import QUANTITIES
+from ...errors import CannotTellError
 from ..streaming import Arrays, Depths, MeanFold
-from ..walk import Analysis, CannotTellError, answer
+from ..walk import Analysis, answer
 
 STATISTICS = ["value", "low", "high", "sequences"]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ...errors import CannotTellError
 from ..measures import MEASURES, STATISTICS, measure
 from ..streaming import Arrays, Depths, MeanFold
-from ..walk import Analysis, CannotTellError, walk
+from ..walk import Analysis, walk
 
 STAGE_MEASURES = ("mixing_score", "sink_score", "colsum_concentration", "residual_norm")
 LEAST_LAYERS = 4  # fewer points correlate by chance

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ...errors import CannotTellError, NothingCapturedError, StatesMissingError
 from ..state_rows import decoded
-from ..streaming import Arrays, Depths, NothingCapturedError
-from ..walk import Analysis, CannotTellError, answer
-from .distinctness import StatesMissingError, core_states, last_rows, num_kept, position_of, row_of
+from ..streaming import Arrays, Depths
+from ..walk import Analysis, answer
+from .distinctness import core_states, last_rows, num_kept, position_of, row_of
 
 MOST_PATHS = 8
 _BLOCK_BYTES = 2**25  # float64 of the states that are merged at once: few passes over the matrix

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ...errors import CannotTellError
 from ..loop_state import to_depths
 from ..streaming import Arrays, Depths, MeanFold, finite_mean
-from ..walk import Analysis, CannotTellError, answer
+from ..walk import Analysis, answer
 
 STATISTICS = ["value", "low", "high", "sequences"]
 _BLOCK_BYTES = 2**21  # float64 of one block of tokens, of which a few copies stay in the cache

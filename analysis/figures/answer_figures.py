@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ...errors import CannotTellError
 from ..answers.limits import LIMITS
 from ..findings import Findings
-from ..walk import CannotTellError
 from .axes import value_domain, y_axis
 from .marks import DEPTH_COLOR, Figure, Panel
 

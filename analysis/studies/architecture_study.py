@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..answers.distinctness import StatesMissingError, distinctness
+from ...errors import ArchitectureError, NothingCapturedError, StatesMissingError
+from ..answers.distinctness import distinctness
 from ..measures import as_analyses, assembled
 from ..registry import ANALYSES
-from ..streaming import NothingCapturedError, as_dataset, depths_of
+from ..streaming import as_dataset, depths_of
 from ..verdicts import verdicts, worst_over_layers
 from ..walk import walk
 from .boundary import boundary_table
@@ -31,10 +32,6 @@ NUMBERS = (
     *("last_step", "least_cosine", "half_life", "fixed_point", "orbit"),
 )
 _ASKED = ("relative_step_median", "relative_gap_median", "entropy_change")
-
-
-class ArchitectureError(ValueError):
-    """Stores that are no architecture study, or not all of one."""
 
 
 @dataclass(frozen=True, kw_only=True)

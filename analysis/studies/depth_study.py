@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ...errors import StudyError
 from ..findings import STAGES
 from ..measures import MEASURES, STATISTICS, measure
 from ..streaming import Arrays, Depths, MeanFold, as_dataset, depths_of, finite_mean, iter_sequences
@@ -44,10 +45,6 @@ ENDS = {
     ),
 }
 _NEEDS = ("state", "lens_token", "lens_entropy")
-
-
-class StudyError(ValueError):
-    """Stores that are no depth study, or not all of one."""
 
 
 def depth_study(stores: Sequence[str | Path | xr.Dataset], own: int) -> xr.Dataset:

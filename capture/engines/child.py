@@ -14,7 +14,7 @@ import threading
 import traceback
 from multiprocessing.connection import Connection
 
-from ..store.errors import StoreFullError
+from ...errors import StoreFullError
 from .work import Recipe, RunUnit
 
 _PR_SET_PDEATHSIG = 1

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...errors import EngineError
 from .drive import Pool, run_on
 from .events import Event
 from .local import ThisProcess
@@ -15,10 +16,6 @@ from .work import Receipt, RunUnit, make_recipe, run_unit
 if TYPE_CHECKING:
     from ..plan import Plan
     from ..store.writing.commit import Store
-
-
-class EngineError(ValueError):
-    """Workers that the settings ask for and that cannot be had here."""
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,3 @@ class SlowUnit:
 
 Event = UnitDone | UnitFailed | WorkerJoined | WorkerLost | WorkerRefused | SlowUnit
 Command = Start | Give | Kill
-
-
-class NoWorkersError(OSError):
-    """No worker is left and none can come; what is committed stays."""

@@ -6,7 +6,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable
 
-from ..store.errors import StoreFullError
+from ...errors import StoreFullError
 from .events import Done, Placed, Raised, Ready, Report
 from .work import Recipe, RunUnit
 

@@ -18,17 +18,13 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from ..store.errors import StoreFullError
+from ...errors import ClusterError, StoreFullError
 from .events import Available, Died, Done, NotStarted, Placed, Raised, Ready, Report, Returned, Unavailable
 from .work import Receipt, Recipe, RunUnit
 
 PING_S = 0.5
 CONNECT_S = 10.0
 _STORE_BYTES = 200 << 20  # of a local cluster, whose objects are receipts
-
-
-class ClusterError(OSError):
-    """There is no Ray, or no cluster, that the capture could use."""
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
+from ...errors import NoWorkersError
 from .events import (
     Available,
     Command,
@@ -27,7 +28,6 @@ from .events import (
     Give,
     Kill,
     NotStarted,
-    NoWorkersError,
     Placed,
     Raised,
     Ready,

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ...errors import RecipeError
+
 if TYPE_CHECKING:
     from ..models.starts import StatesFile
     from ..plan import Plan
@@ -42,10 +44,6 @@ class Recipe(Protocol):
     """Builds what runs units, in the process where it will; small, and sent there by pickle."""
 
     def make(self) -> RunUnit: ...
-
-
-class RecipeError(ValueError):
-    """What a worker was to be built from is not there, or is something else."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def run_unit(worker: "Worker", store: "Store", unit: int) -> Receipt:
     One that another has begun later, as a worker thought lost may, is waited for a while and then begun
     again: that is no fault of the unit's, and the later attempt of the two goes on.
     """
-    from ..store.errors import UnitTakenError
+    from ...errors import UnitTakenError
 
     for wait_s in (0.2, 0.5, 1.0, 2.0, None):
         try:

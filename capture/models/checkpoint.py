@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, ModelError
+from ...errors import ModelError
+from .config import Config
 from .description import Description
 from .families import find_family
 from .model import LoopedModel, rotary_frequencies, rotary_table

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...errors import ModelError
 from .description import Llama3Scaling, Rotary
-
-
-class ModelError(ValueError):
-    """A model that cannot be used as it is given; says what is wrong with it and what would be right."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ wiring, and is refused by `checkpoint.py`.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from ...errors import ModelError
 from . import huggingface, raven
-from .config import Config, ModelError
+from .config import Config
 from .description import Description
 from .sources import Copy, Source
 

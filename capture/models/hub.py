@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .families import ModelError
+from ...errors import ModelError
 
 FORMS = (
     "a model is a directory with config.json and *.safetensors, a Hub id ORG/NAME or ORG/NAME@REVISION "

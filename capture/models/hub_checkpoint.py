@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from ...errors import ModelError
 from .checkpoint import Checkpoint, open_checkpoint
 from .description import Description
-from .families import ModelError
 from .hub import CONFIG, INDEX, TOKENIZER, Snapshot, fetch_model, fetch_weights, lacking, one_message
 from .model import LoopedModel
 

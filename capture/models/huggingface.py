@@ -11,7 +11,8 @@ Ouro's; OLMo-2's is the attention's output norm.
 from collections.abc import Collection
 from dataclasses import replace
 
-from .config import Config, ModelError, read_rotary
+from ...errors import ModelError
+from .config import Config, read_rotary
 from .description import Block, Description
 from .sources import Copy, Source
 

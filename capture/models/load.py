@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from ...errors import ModelError
 from .checkpoint import Checkpoint, open_checkpoint
 from .description import Description
-from .families import ModelError
 from .hub import FORMS
 from .hub_checkpoint import HubCheckpoint, open_hub
 from .model import LoopedModel

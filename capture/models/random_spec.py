@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ...errors import ModelError
 from .description import NORMS, Block, Description
-from .families import ModelError
 from .model import LoopedModel
 
 _LOOP = re.compile(r"random:\((\d+),(\d+)(?:x(\d+))?,(\d+)\)(I?)(?:,(.*))?", re.DOTALL)

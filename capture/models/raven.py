@@ -16,7 +16,8 @@ named in the retrofits' files are Huginn's, and are ordinary words there: none i
 
 from collections.abc import Collection
 
-from .config import Config, ModelError, read_rotary
+from ...errors import ModelError
+from .config import Config, read_rotary
 from .description import Block, Description, Rotary
 from .sources import Copy, Source
 

@@ -14,16 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...errors import InitialStateError
 from .description import Description
 from .draws import draw_initial_state
 
 SHARED_ID = 2**63 - 1  # no sequence has it; what is held fixed is drawn under it
 WORDS = ("random", "fixed", "zero")
 TENSOR = "input_states"
-
-
-class InitialStateError(ValueError):
-    """Initial states that do not fit the model or the data; says what would."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 
-from .errors import StoreError, StoreExistsError, StoreMissingError
+from ...errors import StoreError, StoreExistsError, StoreMissingError
 from .keys import FILES, PLAN
 from .places.disk import checksum, write_new
 from .places.open import open_place

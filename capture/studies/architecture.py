@@ -12,8 +12,9 @@ from importlib.resources import as_file, files
 from itertools import product
 from pathlib import Path
 
+from ...errors import PlanError
 from ..data import open_tokenizer, read_dataset
-from ..plan import Plan, PlanError, make_plan
+from ..plan import Plan, make_plan
 from ..run import Outcome
 from ..settings import ArchitectureStudySettings, CaptureSettings
 from ..store.layout import plan_differences, store_exists

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...errors import PlanError
 from ..models.load import ModelSource, find_model
-from ..plan import Plan, PlanError, make_plan
+from ..plan import Plan, make_plan
 from ..run import Outcome
 from ..settings import CaptureSettings, DepthStudySettings
 

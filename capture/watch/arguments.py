@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import WatchError
+from ...errors import WatchError
 
 _NO_IDS = ("mask", "position", "label", "type")  # arguments that may be whole numbers too
 _MASKS = ("mask", "pad")  # in the name of what may say which tokens are real

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ...errors import WatchError
 from ...kernels.attention import AttentionStatistics, attention_statistics
-from .errors import WatchError
 from .rows import Group, check_mask, unseen_padding
 
 _ATTENTION = {

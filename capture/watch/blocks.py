@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from .errors import WatchError
+from ...errors import WatchError
 
 Blocks = str | nn.Module | Iterable[str | nn.Module] | None
 _SHOWN = 8  # how many names an error lists

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import WatchError
+from ...errors import WatchError
 from .rows import Window
 from .watched_sequence import WatchedSequence
 

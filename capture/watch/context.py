@@ -9,15 +9,14 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ...errors import StoreExistsError, WatchError
 from ..selection import select_tokens
-from ..store.errors import StoreExistsError
 from ..store.layout import store_exists
 from ..store.quantities import GROUPS, resolve_quantities
 from ..store.reading.reader import open_store
 from .arguments import read_mask
 from .attention_calls import Listener
 from .blocks import Blocks, find_blocks
-from .errors import WatchError
 from .hooks import Link, register
 from .passes import WatchSettings
 from .record import Recorder

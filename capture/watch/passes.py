@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ...errors import WatchError
 from ...kernels.residual_norm import distance, row_norm, row_peak
 from ..store.quantities import GROUPS
 from .arguments import Arguments, refuse_other_masks
 from .attention_calls import AttentionCall
 from .cache import OpenRows, mark_keys, refuse_other_cache, refuse_other_keys
-from .errors import WatchError
 from .rows import Group, Window, groups, key_windows, pack, read_windows, refuse_other_axes
 from .structure import Structure
 

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...errors import WatchError
 from ..selection import select_depths, select_tokens
 from ..store.quantities import QUANTITIES
 from .arguments import read_arguments
 from .attention_calls import read_call
 from .cache import OpenRows, refer_to
-from .errors import WatchError, remembered
 from .passes import DTYPES, Pass, Sizes, WatchSettings
+from .refusals import remembered
 from .structure import Structure, find_structure, show_order
 from .watched_sequence import WatchedSequence
 

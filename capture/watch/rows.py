@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import WatchError
+from ...errors import WatchError
 
 # a key this far below a row's largest bias weighs nothing; below the second, the whole row is hidden
 _HIDDEN_BELOW, _ROW_HIDDEN = 1e3, -9.9e3

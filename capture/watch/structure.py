@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from ...errors import WatchError
 from ..models.description import Loop
-from .errors import WatchError
 
 _SHOWN = 12  # how many runs of calls an error lists
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...errors import WatchError
 from ..store.layout import create_store
 from ..store.places.lock import driver_lock
 from ..store.quantities import QUANTITIES
@@ -19,7 +20,6 @@ from ..store.writing.attempt import Attempt, begin_attempt
 from ..store.writing.commit import Store
 from ..units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from ..versions import versions
-from .errors import WatchError
 from .passes import Sizes
 from .record import Recorder
 from .structure import Structure

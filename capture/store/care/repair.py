@@ -13,7 +13,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from ..errors import StoreError
+from ....errors import StoreError
 from ..keys import ATTEMPTS, COMPLETE, FILES, LEDGER, PLAN, SUMMARY, attempt_key, entry_key
 from ..places.lock import driver_lock
 from ..writing.commit import Store

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StoreError
+from ....errors import StoreError
 from .place import Bytes
 
 if TYPE_CHECKING:

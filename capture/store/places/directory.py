@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from ..errors import StoreExistsError
+from ....errors import StoreExistsError
 from ..keys import ATTEMPTS, LEDGER, STAGING
 from . import disk
 from .disk import Identity, identity, write_new

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from ..errors import StoreFullError
+from ....errors import StoreFullError
 
 Identity = tuple[int, int, int]
 

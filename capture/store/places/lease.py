@@ -4,7 +4,7 @@ said to who comes second.
 
 from typing import Any
 
-from ..errors import StoreLockedError
+from ....errors import StoreLockedError
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreError
+from ....errors import StoreError
 from . import lease
 from .disk import write_new
 from .liveness import machine, process_start

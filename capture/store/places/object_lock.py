@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from ..errors import StoreError
+from ....errors import StoreError
 from ..keys import DRIVER_LOCK
 from . import lease
 from .bucket import Bucket, make_token

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreExistsError
+from ....errors import StoreExistsError
 from ..keys import DRIVER_LOCK
 from .bucket import Bucket, make_token
 from .object_draft import ObjectDraft

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..errors import StoreError
+from ....errors import StoreError
 from .directory import LocalPlace
 from .objects import ObjectPlace
 

@@ -6,7 +6,10 @@ Keys are paths inside the store with slashes, such as `state/c.0.0.0` or `.loopt
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    pass
 
 Bytes = bytes | bytearray | memoryview
 Item = TypeVar("Item")

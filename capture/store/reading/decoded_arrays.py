@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ..errors import StoreError
+from ....errors import StoreError
 from ..places.place import Place
 from .mapped_states import Key
 

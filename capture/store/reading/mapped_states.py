@@ -15,7 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ..errors import StoreError
+from ....errors import StoreError
 from .memory_map import Mapping
 
 Key = tuple[slice | np.ndarray, ...]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import StoreError
+from ....errors import StoreError
 
 _TRIED_PAGES = 8
 _TRIED_RUNS = 8  # once so many were in memory, one of so many is tried: asking takes a microsecond

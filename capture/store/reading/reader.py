@@ -14,14 +14,11 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from ....errors import MissingUnitsError
 from ..places.directory import LocalPlace
 from ..writing.commit import Store
 from .decoded_arrays import LibraryArray
 from .mapped_states import Key, MappedArray, can_map
-
-
-class MissingUnitsError(LookupError):
-    """What was to be read lies in units that are not committed; the message names them."""
 
 
 def open_store(

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-
-class NoNeuronsError(ValueError):
-    """The plan tells nothing of the model's neurons; the message says why."""
+from ....errors import NoNeuronsError
 
 
 def recorded_neurons(plan: dict[str, Any]) -> dict[str, Any]:

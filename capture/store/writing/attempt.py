@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 import zarr
 
-from ..errors import UnitTakenError
+from ....errors import UnitTakenError
 from ..keys import attempt_key, entry_key
 from ..places.place import Sink
 from .commit import Store

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import zarr
 
-from ..errors import StoreError
+from ....errors import StoreError
 from ..keys import COMPLETE, LEDGER, SUMMARY, entry_key
 from ..layout import read_group, unit_arrays
 from ..places.directory import LocalPlace

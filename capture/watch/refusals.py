@@ -1,16 +1,14 @@
-"""What `watch` refuses, as one error."""
+"""A refusal of `watch` is remembered by the recorder that raised it."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-
-class WatchError(ValueError):
-    """A module, a call or a setting that cannot be watched exactly; the message says what to do."""
+from ...errors import WatchError
 
 
 def remembered(method: Callable[..., None]) -> Callable[..., None]:
-    """What a method refuses is told to its object, for a watched module may catch the error and go on."""
+    """Tells a method's object what it refused, for a watched module may catch the error and go on."""
 
     @wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
