@@ -37,7 +37,7 @@ def memory_bytes(plan: Plan) -> int:
     elif plan.gap_method == "run twice":
         batch += plan.kept_bytes // d.recurrences
     weights = plan.source.num_parameters * itemsize
-    return _RUNTIME_BYTES + weights + 2 * _statistics_bytes(plan) + _ring_bytes(plan) + batch
+    return _RUNTIME_BYTES + weights + 2 * _statistics_bytes(plan) + ring_bytes(plan) + batch
 
 
 def _statistics_bytes(plan: Plan) -> int:
@@ -46,8 +46,8 @@ def _statistics_bytes(plan: Plan) -> int:
     return sum(_num_bytes(spec, spec.unit_rows) for name, spec in specs if name != "state")
 
 
-def _ring_bytes(plan: Plan) -> int:
-    """Bytes of the buffers that states go through."""
+def ring_bytes(plan: Plan) -> int:
+    """Bytes of the ring of buffers that states go through."""
     if "state" not in plan.quantities:
         return 0
     state = plan.arrays()["state"]
