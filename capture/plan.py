@@ -155,7 +155,7 @@ def make_plan(
         source: the settings' model, where it was found already.
         dataset: the data, where it is at hand already: the settings' file is then not looked at.
     Raises:
-        ModelError, DataError, PlanError, ValueError: a user's mistake; nothing was written.
+        UserError: ModelError, DataError, PlanError and others; nothing was written.
     """
     settings.check()
     model, data, measure = settings.model, settings.data, settings.measure
