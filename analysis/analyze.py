@@ -33,18 +33,22 @@ def write_analysis(
         paths written: `measures` (a row per measure and depth), `verdicts`, `non_finite`, `trajectory`,
         `distinctness` and `cycle` where states are kept, one or several of each analysis that the store can
         answer (such as `limits_share`; `heads` has a row per measure, depth and head, `sequences` one per
-        depth of up to sixteen sequences), and one file per figure and format.
+        depth of up to sixteen sequences), and one file per figure and format. A capture with several loops
+        has a folder for each.
     Raises:
         FormatError: a format is unknown.
         NothingCapturedError: the store has no finished sequence yet.
     """
     _check("table format", [table_format], TABLE_FORMATS)
     _check("figure format", figure_format, FIGURE_FORMATS)
-    (findings,) = find([store])
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    paths = [_write_table(t, out_dir / f"{name}.{table_format}") for name, t in tables(findings).items()]
-    return paths + (_write_figures(findings, out_dir, figure_format) if figure_format else [])
+    paths = []
+    for findings in find([store]):
+        folder = Path(out_dir, findings.loop)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in tables(findings).items():
+            paths.append(_write_table(table, folder / f"{name}.{table_format}"))
+        paths += _write_figures(findings, folder, figure_format) if figure_format else []
+    return paths
 
 
 def tables(findings: Findings) -> dict[str, pd.DataFrame]:

@@ -16,22 +16,15 @@ import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
 from . import by_head
+from .depths import Depths
+from .folds import STATISTICS, MaxFold, MeanFold, MedianFold, finite_mean, ratio
 from .loop_state import mean_at_loop_state, settled_share, to_depths
-from .streaming import (
-    Arrays,
-    Depths,
-    MaxFold,
-    MeanFold,
-    MedianFold,
-    as_dataset,
-    finite_mean,
-)
+from .streaming import Arrays, as_dataset
 from .walk import Analysis, count_captured, walk
 
 SINK_SCORE = (
     0.3  # a head whose mean mass on the first key reaches this counts as a sink head, as in the paper
 )
-STATISTICS = ("value", "low", "high", "sequences")
 _FOLDS = {"mean": MeanFold, "max": MaxFold, "median": MedianFold}
 
 
@@ -67,18 +60,14 @@ def _mean(name: str) -> Callable[[Arrays, Depths], np.ndarray]:
 
 
 def _relative_step(arrays: Arrays, depths: Depths) -> np.ndarray:
-    return _ratio(arrays["step_norm"], arrays["residual_norm"])
+    return ratio(arrays["step_norm"], arrays["residual_norm"])
 
 
 def _relative_gap(arrays: Arrays, depths: Depths) -> np.ndarray:
     last_D = np.arange(len(depths))
-    last_D[depths.core_RL] = depths.core_RL[-1]  # the same layer's depth at the last recurrence
-    return _ratio(arrays["gap_norm"], arrays["residual_norm"][:, last_D])
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.divide(above, below, dtype=np.float64)
+    for loop_RL in depths.loops:
+        last_D[loop_RL] = loop_RL[-1]  # the same layer's depth at the last recurrence
+    return ratio(arrays["gap_norm"], arrays["residual_norm"][:, last_D])
 
 
 def _tokens_to_mean(
@@ -95,7 +84,7 @@ def _largest_peak(arrays: Arrays, depths: Depths) -> np.ndarray:
 def _sink_rate(arrays: Arrays, depths: Depths) -> np.ndarray:
     score_DH = by_head.mean(arrays, "attention_sink")
     finite_DH = np.isfinite(score_DH)
-    return _ratio(((score_DH >= SINK_SCORE) & finite_DH).sum(axis=1), finite_DH.sum(axis=1))
+    return ratio(((score_DH >= SINK_SCORE) & finite_DH).sum(axis=1), finite_DH.sum(axis=1))
 
 
 def _colsum_concentration(arrays: Arrays, depths: Depths) -> np.ndarray:
@@ -108,9 +97,10 @@ def _entropy_change(arrays: Arrays, depths: Depths) -> np.ndarray:
 
 def _received_change(arrays: Arrays, depths: Depths) -> np.ndarray:
     """Total variation of the share that each key receives, from one recurrence to the next, mean of heads."""
-    change_TCH, change_D = by_head.changes(arrays["attention_received"], depths), np.full(len(depths), np.nan)
-    moved_CH = change_TCH.sum(axis=0, dtype=np.float64) / (2 * len(change_TCH))
-    change_D[depths.core][depths.core_RL.shape[1] :] = finite_mean(moved_CH, 1)
+    change_D = np.full(len(depths), np.nan)
+    for later, change_TCH in by_head.changes(arrays["attention_received"], depths):
+        moved_CH = change_TCH.sum(axis=0, dtype=np.float64) / (2 * len(change_TCH))
+        change_D[later] = finite_mean(moved_CH, 1)
     return change_D
 
 

@@ -14,8 +14,8 @@ import xarray as xr
 from .answers.limits import TAU
 from .answers.rates import ROUNDING_STEPS
 from .answers.stages import STAGE_MEASURES
+from .depths import Depths, depths_of
 from .measures import MEASURES
-from .streaming import Depths, depths_of
 
 # a step of a thousandth of the norm is far below what recurrences that still change show, and well above
 # the 3e-7 where rounding stops a converged loop in float32

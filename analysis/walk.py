@@ -15,7 +15,8 @@ import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
 from ..errors import CannotTellError, NothingCapturedError
-from .streaming import Arrays, Depths, as_dataset, depths_of, iter_sequences
+from .depths import Depths, depths_of
+from .streaming import Arrays, as_dataset, iter_sequences
 
 
 class Fold(Protocol):
@@ -131,11 +132,15 @@ class _Needing(Protocol):
 
 def why_missing(each: _Needing, dataset: xr.Dataset, depths: Depths) -> str | None:
     """Why a store cannot answer what `each` asks, with what to capture; None if it can."""
-    num_recurrences = len(depths.core_RL)
+    num_recurrences = max(map(len, depths.loops), default=0)
     if each.first >= 0 and num_recurrences == 0:
         return "the model has no loop"
     if each.first >= 0 and num_recurrences == 1:
         return "the loop ran once: capture with at least 2 recurrences"
+    if len(depths.loops) > 1 or "loop" in dataset.attrs:
+        for name in each.needs:
+            if "recurrence" in QUANTITIES[name].axes:
+                return f"{name} is by recurrence, and the model has several loops"
     absent = [name for name in each.needs if name not in dataset]
     if "exit_probability" in absent and not dataset.attrs["plan"]["model"].get("exit_gate"):
         return "the model has no exit gate"

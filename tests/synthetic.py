@@ -249,6 +249,28 @@ def _of_core(path, recurrences: int, layers: int, noise: float, lengths=(5, 1, 9
     return make_dataset([quantities_of_states(x, shape) for x in states], shape, states=states, **more)
 
 
+def one_after_another(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
+    """Two Datasets of the same tokens as one, in which the second's loop runs after the first's.
+
+    The loops' stages are core and core2.
+    """
+    variables = {}
+    for name, values in first.data_vars.items():
+        axis = values.dims.index("depth_state" if name == "state" else "depth")
+        variables[name] = (values.dims, np.concatenate([values.values, second[name].values], axis))
+    depths = [first.sizes["depth"], second.sizes["depth"]]
+    coords = {
+        name: c.variable for name, c in first.coords.items() if not {"depth", "depth_state"} & {*c.dims}
+    }
+    for name in ("layer", "recurrence"):
+        coords[name] = ("depth", np.concatenate([first[name].values, second[name].values]))
+    coords["stage"] = ("depth", np.repeat([0, 1], depths), {"flag_meanings": "core core2"})
+    coords["depth"] = ("depth", np.arange(sum(depths)))
+    if "state" in first:
+        coords["state_depth"] = ("depth_state", np.arange(sum(depths)))
+    return xr.Dataset(variables, coords, first.attrs)
+
+
 def write_store(dataset: xr.Dataset, path: Path, units: list[int] | None = None) -> Path:
     """The Dataset as a store on disk, with only `units` done (all by default)."""
     plan, U = dataset.attrs["plan"], dataset.sizes["unit"]

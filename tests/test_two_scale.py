@@ -5,7 +5,7 @@ import pytest
 
 import looptap
 from looptap.analysis.answers.two_scale import acceleration, accelerations, two_scale
-from looptap.analysis.streaming import BAND_Z
+from looptap.analysis.folds import BAND_Z
 from looptap.errors import CannotTellError
 from looptap.tests.synthetic import SHAPE, contraction, make_dataset, random_sequences, rotation, write_store
 

@@ -12,8 +12,10 @@ import numpy as np
 import xarray as xr
 
 from ...errors import NothingCapturedError, StatesMissingError
+from ..depths import Depths, depths_of
+from ..folds import STATISTICS, MeanFold
 from ..state_rows import decoded
-from ..streaming import Depths, MeanFold, as_dataset, depths_of, iter_sequences
+from ..streaming import as_dataset, iter_sequences
 
 _BLOCK_BYTES = 2**25  # float64 workspace, so that a long sequence does not multiply memory
 _TINY = np.finfo(float).tiny  # keeps 0 / 0 at 0
@@ -123,7 +125,7 @@ def distinctness(store: str | Path | xr.Dataset) -> xr.Dataset:
             "least_cosine": ("statistic", statistics_42LL[:, 0, *pair]),
             "cycle_size": ("statistic", size.result()[:, 0], {"units": "share of the norm"}),
         },
-        {"layer": layer, "other_layer": layer, "statistic": ["value", "low", "high", "sequences"]},
+        {"layer": layer, "other_layer": layer, "statistic": list(STATISTICS)},
         {"pair": [int(index) for index in pair], "num_tokens": num_tokens, "non_finite": bad},
     )
 

@@ -12,7 +12,8 @@ import xarray as xr
 
 from ...capture.store.reading.recorded_neurons import recorded_neurons
 from ...errors import CannotTellError, NoNeuronsError
-from ..streaming import Arrays, Depths
+from ..depths import Depths
+from ..streaming import Arrays
 from ..walk import Analysis, answer
 
 KINDS = ("prediction", "suppression")

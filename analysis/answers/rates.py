@@ -12,7 +12,9 @@ import numpy as np
 import xarray as xr
 
 from ...errors import CannotTellError
-from ..streaming import Arrays, Depths, MeanFold, MedianFold, finite_mean
+from ..depths import Depths
+from ..folds import STATISTICS, MeanFold, MedianFold, finite_mean
+from ..streaming import Arrays
 from ..walk import Analysis, answer
 
 LEAST_STEPS = 3  # two steps always lie on a line
@@ -114,7 +116,7 @@ class _RatesFold:
                 "refused": ("layer", self._refused_L, tokens),
             },
             {
-                "statistic": ["value", "low", "high", "sequences"],
+                "statistic": list(STATISTICS),
                 "layer": np.arange(len(self._fitted_L)),
                 "quartile": list(QUARTILES),
             },

@@ -16,8 +16,10 @@ import numpy as np
 import xarray as xr
 
 from ...errors import CannotTellError
-from ..measures import MEASURES, STATISTICS, measure
-from ..streaming import Arrays, Depths, MeanFold
+from ..depths import Depths
+from ..folds import STATISTICS, MeanFold
+from ..measures import MEASURES, measure
+from ..streaming import Arrays
 from ..walk import Analysis, walk
 
 STAGE_MEASURES = ("mixing_score", "sink_score", "colsum_concentration", "residual_norm")

@@ -21,8 +21,9 @@ import numpy as np
 import xarray as xr
 
 from ...errors import CannotTellError, NothingCapturedError, StatesMissingError
+from ..depths import Depths
 from ..state_rows import decoded
-from ..streaming import Arrays, Depths
+from ..streaming import Arrays
 from ..walk import Analysis, answer
 from .distinctness import core_states, last_rows, num_kept, position_of, row_of
 

@@ -7,7 +7,8 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from ..findings import STAGES, TIMES, Findings, depth_table
+from ..depths import STAGES
+from ..findings import TIMES, Findings, depth_table
 from ..measures import MEASURES
 
 STAGE_COLORS = {"prelude": "#e3ebf4", "core": "#f4f3ef", "coda": "#f3e6e1"}

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..findings import STAGES, Findings
+from ..depths import Depths
+from ..findings import Findings
 from ..measures import MEASURES, SINK_SCORE
-from ..streaming import Depths
 from ..verdicts import CONVERGED_STEP, SETTLED_ENTROPY, first_below
 
 _NEAR = 0.01  # "within 1 % of the last state"
@@ -36,7 +36,7 @@ def place(depths: Depths, depth: int) -> str:
     layer, recurrence = depths.layer[depth], depths.recurrence[depth]
     if not len(depths.core_RL):
         return f"layer {layer}"
-    stage = STAGES[depths.stage[depth]]
+    stage = depths.stages[depths.stage[depth]]
     return f"{stage} layer {layer}" + (f", recurrence {recurrence}" if recurrence >= 0 else "")
 
 

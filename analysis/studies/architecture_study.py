@@ -17,9 +17,10 @@ import xarray as xr
 
 from ...errors import ArchitectureError, NothingCapturedError, StatesMissingError
 from ..answers.distinctness import distinctness
+from ..depths import depths_of
 from ..measures import as_analyses, assembled
 from ..registry import ANALYSES
-from ..streaming import as_dataset, depths_of
+from ..streaming import as_dataset
 from ..verdicts import verdicts, worst_over_layers
 from ..walk import walk
 from .boundary import boundary_table

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..depths import stages_of
 from ..figures.axes import is_log, value_domain, y_axis
 from ..figures.captions import number
 from ..figures.marks import DEPTH_COLOR, RECURRENCE_COLORS, Figure, Panel, spread_colors
-from ..findings import STAGES
 from .depth_study import ENDS, PLACE_MEASURES
 
 _MOST_NAMES = 12  # of places below a panel
@@ -77,8 +77,9 @@ def _subtitle(study: xr.Dataset) -> str:
 
 
 def place_names(study: xr.Dataset) -> list[str]:
+    stages = stages_of(study)
     return [
-        f"{STAGES[stage]} {layer}"
+        f"{stages[stage]} {layer}"
         for stage, layer in zip(study["stage"].values, study["layer"].values, strict=True)
     ]
 

@@ -15,9 +15,10 @@ import pandas as pd
 import xarray as xr
 
 from ...errors import StudyError
-from ..findings import STAGES
-from ..measures import MEASURES, STATISTICS, measure
-from ..streaming import Arrays, Depths, MeanFold, as_dataset, depths_of, finite_mean, iter_sequences
+from ..depths import Depths, depths_of, stages_of
+from ..folds import STATISTICS, MeanFold, finite_mean
+from ..measures import MEASURES, measure
+from ..streaming import Arrays, as_dataset, iter_sequences
 from ..verdicts import worst_over_layers
 
 PLACE_MEASURES = ("mixing_score", "sink_rate", "colsum_concentration", "residual_norm")
@@ -80,7 +81,9 @@ def depth_study(stores: Sequence[str | Path | xr.Dataset], own: int) -> xr.Datas
     for name, values in ends.items():
         variables[name] = (("count", "statistic"), values, _attributes(*ENDS[name]))
     largest = measured[-1]
-    coordinates = {name: ("place", largest[name].values[places[-1]]) for name in ("stage", "layer")}
+    coordinates = {
+        name: ("place", largest[name].values[places[-1]], largest[name].attrs) for name in ("stage", "layer")
+    }
     coordinates |= {"count": counts, "statistic": list(STATISTICS)}
     return xr.Dataset(variables, coordinates, dict(largest.attrs) | {"own": own})
 
@@ -90,11 +93,11 @@ def study_tables(study: xr.Dataset) -> dict[str, pd.DataFrame]:
     by_count = {"recurrences": study["count"].values, "is_own": study["count"].values == study.attrs["own"]}
     for name in ENDS:
         by_count |= _with_band(name, study[name].values)
-    C, P = study.sizes["count"], study.sizes["place"]
+    stages, C, P = stages_of(study), study.sizes["count"], study.sizes["place"]
     by_place = {
         "recurrences": np.repeat(study["count"].values, P),
         "place": np.tile(np.arange(P), C),
-        "stage": np.tile([STAGES[stage] for stage in study["stage"].values], C),
+        "stage": np.tile([stages[stage] for stage in study["stage"].values], C),
         "layer": np.tile(study["layer"].values, C),
     }
     for name in PLACE_MEASURES:
@@ -148,8 +151,10 @@ def _identity(dataset: xr.Dataset) -> dict[str, object]:
 
 def _places(depths: Depths) -> np.ndarray:
     """Depth of every block in its last invocation, in the order they run."""
-    core_RL = depths.core_RL
-    return np.array([*np.flatnonzero(depths.stage == 0), *core_RL[-1], *np.flatnonzero(depths.stage == 2)])
+    is_last_D = np.ones(len(depths), bool)
+    for loop_RL in depths.loops:
+        is_last_D[loop_RL[:-1]] = False
+    return np.flatnonzero(is_last_D)
 
 
 def _last_step(measured: xr.Dataset) -> np.ndarray:
