@@ -5,17 +5,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from ..capture.engines.events import Event, UnitFailed, WorkerJoined
-from ..capture.models.starts import initial_state
-from ..capture.models.tap import Packed
 from ..capture.plan import Plan
 from ..capture.run import Outcome, RunBegan, run_capture
 from ..capture.store.layout import store_exists
 from ..capture.store.writing.commit import Store
+from ..capture.studies.estimate import expected_seconds
 from .progress import LINE_S, Halt, console
 from .tables import to_size
 
@@ -121,36 +119,6 @@ def _print_plans(plans: Sequence[Plan], todo: Sequence[Plan], seconds: float) ->
         table.add_row("disk", f"up to {to_size(sum(plan.disk_bytes for plan in todo))}")
         table.add_row("memory", f"about {to_size(max(plan.memory_bytes for plan in todo))}")
     console.print(table)
-
-
-def expected_seconds(plans: Sequence[Plan]) -> dict[str, float]:
-    """What captures take at least, by their store: the time of a block, one for each width, times its
-    invocations. What is measured in a capture comes on top.
-    """
-    block_s: dict[int, float] = {}
-    for plan in plans:
-        if plan.description.width not in block_s:
-            block_s[plan.description.width] = _time_a_block(plan)
-    return {
-        str(plan.settings.store): block_s[plan.description.width] * plan.description.depth for plan in plans
-    }
-
-
-@torch.inference_mode()
-def _time_a_block(plan: Plan) -> float:
-    """Seconds of one block over the longest sequence, the better of two recurrences, for all the data."""
-    d = plan.description.with_recurrences(1)
-    model = plan.source.origin.load(d, plan.device, torch.float32)
-    index, row = max(enumerate(plan.dataset.rows), key=lambda pair: len(pair[1]))
-    ids_N = torch.as_tensor(row, dtype=torch.int64, device=plan.device)
-    batch = Packed(ids_N, (len(row),))
-    state_ND = initial_state(None, d, plan.settings.seed, [index], batch.lengths, None)
-    best_s = float("inf")
-    for _ in range(2):
-        started_s = time.perf_counter()
-        model(batch, initial_state_ND=state_ND).sum().item()  # waits for the device
-        best_s = min(best_s, time.perf_counter() - started_s)
-    return best_s / d.core * plan.dataset.num_tokens / len(row)
 
 
 def to_duration(seconds: float) -> str:
