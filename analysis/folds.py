@@ -87,15 +87,23 @@ class MedianFold:
     """Median and quartiles over all tokens, per depth: exact, or of more values than are kept from a
     histogram on a logarithmic axis.
 
-    Its bins of 1/64 decade bound the error by 1.9 %, far finer than the decades that thresholds on distances
-    are about. Values below `LOWEST` count as 0 there.
+    Bins of 1/64 decade bound the error by 1.9 %, far finer than the decades that thresholds on distances are
+    about.
+
+    Args:
+        num_depths: values at a time.
+        lowest: where the histogram begins; values below it count as 0 there.
+        decades: how far it reaches.
+        bins_per_decade: how fine it is.
     """
 
-    LOWEST, DECADES, BINS_PER_DECADE = 1e-12, 18, 64
     MOST_KEPT = 2**15  # values: 256 KiB, a few tokens of many depths or thousands of one
 
-    def __init__(self, num_depths: int) -> None:
-        self.num_bins = self.DECADES * self.BINS_PER_DECADE + 1  # bin 0 holds zeros
+    def __init__(
+        self, num_depths: int, *, lowest: float = 1e-12, decades: int = 18, bins_per_decade: int = 64
+    ) -> None:
+        self._lowest, self._bins_per_decade = lowest, bins_per_decade
+        self.num_bins = decades * bins_per_decade + 1  # bin 0 holds zeros
         self.count = np.zeros(num_depths)
         self.histogram = np.zeros((num_depths, self.num_bins), np.int64)
         self._kept: list[np.ndarray] = [np.empty((0, num_depths))]
@@ -114,8 +122,8 @@ class MedianFold:
 
     def _count_in_bins(self, value_TD: np.ndarray) -> None:
         finite_TD = np.isfinite(value_TD)
-        floor_TD = np.maximum(np.where(finite_TD, value_TD, 0), self.LOWEST * 0.5)
-        bin_TD = np.floor(np.log10(floor_TD / self.LOWEST) * self.BINS_PER_DECADE).astype(np.int64) + 1
+        floor_TD = np.maximum(np.where(finite_TD, value_TD, 0), self._lowest * 0.5)
+        bin_TD = np.floor(np.log10(floor_TD / self._lowest) * self._bins_per_decade).astype(np.int64) + 1
         bin_TD = np.clip(bin_TD, 0, self.num_bins - 1) + np.arange(value_TD.shape[1]) * self.num_bins
         self.histogram += np.bincount(bin_TD[finite_TD], minlength=self.histogram.size).reshape(
             self.histogram.shape
@@ -134,7 +142,7 @@ class MedianFold:
         rows = np.arange(len(found))
         inside = self.histogram[rows, found]
         part = (rank[:, 0] - (cumulative[rows, found] - inside) + 0.5) / np.maximum(inside, 1)
-        value = self.LOWEST * 10 ** ((found - 1 + np.clip(part, 0, 1)) / self.BINS_PER_DECADE)
+        value = self._lowest * 10 ** ((found - 1 + np.clip(part, 0, 1)) / self._bins_per_decade)
         return np.where(cumulative[:, -1] > 0, np.where(found == 0, 0.0, value), np.nan)
 
 

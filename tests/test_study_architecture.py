@@ -17,7 +17,6 @@ from looptap.analysis.findings import find
 from looptap.analysis.studies.architecture_axes import near_the_paper
 from looptap.analysis.studies.architecture_page import write_architecture_study
 from looptap.analysis.studies.architecture_study import (
-    AXES,
     DISTANCES_AFTER,
     ArchitectureStudy,
     architecture_study,
@@ -27,10 +26,13 @@ from looptap.capture.models.random_spec import RandomModel
 from looptap.capture.plan import Plan, make_plan
 from looptap.capture.run import Outcome, run_capture
 from looptap.capture.settings import ArchitectureStudySettings
+from looptap.capture.store.cell import AXES
+from looptap.capture.studies import estimate
 from looptap.capture.studies.architecture import architecture_plans, cells_of, run_architecture_study
+from looptap.capture.studies.estimate import expected_seconds
 from looptap.cli import study_progress
 from looptap.cli.commands import main
-from looptap.cli.study_progress import expected_seconds, run_all_with_progress, to_duration
+from looptap.cli.study_progress import run_all_with_progress, to_duration
 from looptap.errors import ArchitectureError
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 
@@ -239,7 +241,7 @@ def test_ctrl_c_ends_between_captures_and_the_same_command_goes_on(tmp_path, mon
 
 def test_expected_time_goes_by_block_invocations(tmp_path, monkeypatch):
     plans = architecture_plans(settings_in(tmp_path, norms=("pre",), widths=(16, 32), layers=(2, 4)))
-    monkeypatch.setattr(study_progress, "_time_a_block", lambda plan: 0.01 * plan.description.width)
+    monkeypatch.setattr(estimate, "_time_a_block", lambda plan: 0.01 * plan.description.width)
     expected = expected_seconds(plans)
     assert len(expected) == len(plans)
     for plan in plans:

@@ -49,12 +49,6 @@ def fit_rates(step_RS: np.ndarray, floor_RS: np.ndarray) -> tuple[np.ndarray, np
     return np.where(window_S >= LEAST_STEPS, np.exp(slope_S), np.nan), window_S
 
 
-class _TokenRates(MedianFold):
-    """Median and quartiles of rates; of more than are kept from 0.0001 to 10 and within 0.2 %."""
-
-    LOWEST, DECADES, BINS_PER_DECADE = 1e-4, 5, 1024
-
-
 class _RatesFold:
     def __init__(self, dataset: xr.Dataset, depths: Depths) -> None:
         self._core_RL = depths.core_RL
@@ -66,7 +60,9 @@ class _RatesFold:
             )
         self._dtype = dataset.attrs["plan"]["settings"]["dtype"]
         self._floor = ROUNDING_STEPS * _EPSILON[self._dtype]
-        self._log_rate, self._window, self._tokens = MeanFold(L), MeanFold(L), _TokenRates(L)
+        self._log_rate, self._window = MeanFold(L), MeanFold(L)
+        # of more rates than are kept from 0.0001 to 10 and within 0.2 %
+        self._tokens = MedianFold(L, lowest=1e-4, decades=5, bins_per_decade=1024)
         self._fitted_L, self._refused_L, self._bad_L = (np.zeros(L, np.int64) for _ in range(3))
 
     def add(self, arrays: Arrays) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ...capture.store.cell import AXES, cell_of
 from ...errors import ArchitectureError, NothingCapturedError, StatesMissingError
 from ..answers.distinctness import distinctness
 from ..depths import depths_of
@@ -25,7 +26,6 @@ from ..verdicts import verdicts, worst_over_layers
 from ..walk import walk
 from .boundary import boundary_table
 
-AXES = ["norm", "injection", "layers", "recurrences", "width", "gain", "embedding_std"]
 DISTANCES_AFTER = (1, 8, 32, 101)  # so many recurrences, and more must follow
 # what is said of a capture in one number, and of a combination by its median, least and largest over seeds
 NUMBERS = (
@@ -108,7 +108,7 @@ def architecture_study(stores: Sequence[str | Path | xr.Dataset]) -> Architectur
 
 def _ask(dataset: xr.Dataset) -> tuple[dict[str, object], np.ndarray]:
     """A capture's row, and its distance to the last state by recurrence, without the last [recurrence]."""
-    axes = _axes_of(dataset)
+    axes = vars(cell_of(dataset.attrs["plan"]["model"]))
     if missing := int((dataset["unit_done"].values == 0).sum()):
         raise ArchitectureError(f"{missing} units of a capture are missing: run the study again, it goes on")
     if lacking := [name for name in ("step_norm", "gap_norm") if name not in dataset]:
@@ -165,25 +165,6 @@ def _limits_of(limits: xr.Dataset | str) -> dict[str, float]:
         return dict.fromkeys(names, np.nan)
     last = limits["share"].sel(statistic="value").isel(layer=-1)
     return {name: float(last.sel(limit=name)) for name in names}
-
-
-def _axes_of(dataset: xr.Dataset) -> dict[str, object]:
-    """The combination and seed of a capture: from its description, and what only the spec holds from that."""
-    model = dataset.attrs["plan"]["model"]
-    spec = str(model.get("spec"))
-    options = dict(each.split("=") for each in spec.rpartition(")")[2].split(",") if "=" in each)
-    if not spec.startswith("random:") or not {"gain", "embedding_std", "seed"} <= options.keys():
-        raise ArchitectureError(f"{spec} is no model of an architecture study")
-    return {
-        "norm": model["norm"],
-        "injection": model["injection"] is not None,
-        "layers": model["core"],
-        "recurrences": model["recurrences"],
-        "width": model["width"],
-        "gain": float(options["gain"]),
-        "embedding_std": float(options["embedding_std"]),
-        "seed": int(options["seed"]),
-    }
 
 
 def _in_words(row: pd.Series) -> str:

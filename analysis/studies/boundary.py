@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ...capture.store.cell import AXES
 from ..verdicts import CONVERGED_STEP
 
 ROUNDING = 2.0**-23  # of float32: a last step below it, 0 included, says only that the loop stands still
-_AXES = ["norm", "injection", "layers", "recurrences", "width", "embedding_std"]
+AXES_BUT_GAIN = [name for name in AXES if name != "gain"]
 
 
 class Crossing(NamedTuple):
@@ -70,13 +71,13 @@ def boundary_table(captures: pd.DataFrame) -> pd.DataFrame:
         most of any seed.
     """
     rows = []
-    for _, group in captures.groupby(_AXES, sort=False):
+    for _, group in captures.groupby(AXES_BUT_GAIN, sort=False):
         if len(set(group["gain"])) > 1:
             seeds = [
                 find_crossing(np.asarray(each["gain"]), np.asarray(each["last_step"]))
                 for _, each in group.sort_values("gain").groupby("seed")
             ]
-            rows.append({name: group[name].iloc[0] for name in _AXES} | _over_seeds(seeds))
+            rows.append({name: group[name].iloc[0] for name in AXES_BUT_GAIN} | _over_seeds(seeds))
     return pd.DataFrame(rows)
 
 

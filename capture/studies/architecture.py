@@ -7,16 +7,18 @@ that studies in one directory share what they have in common.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import as_file, files
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from ...errors import PlanError
 from ..data import open_tokenizer, read_dataset
 from ..plan import Plan, make_plan
 from ..run import Outcome
 from ..settings import ArchitectureStudySettings, CaptureSettings
+from ..store.cell import Cell
 from ..store.layout import plan_differences, store_exists
 from ..store.places.open import open_place
 from ..store.writing.commit import Store
@@ -24,38 +26,6 @@ from ..units import DEFAULT_UNIT_TOKENS
 
 QUANTITIES = ("residual", "steps", "gaps")
 STATES = "core[all]@last"  # whether layers have points of their own
-AXES = ("norms", "injection", "layers", "recurrences", "widths", "gains", "embedding_stds", "seeds")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One combination with its seed."""
-
-    norm: str
-    injection: bool
-    layers: int
-    recurrences: int
-    width: int
-    gain: float
-    embedding_std: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its store."""
-        injection = "injection" if self.injection else "no-injection"
-        return (
-            f"{self.norm}-{injection}-{self.layers}x{self.recurrences}"
-            f"-width{self.width}-gain{_short(self.gain)}-embedding{_short(self.embedding_std)}-seed{self.seed}"
-        )
-
-    def spec(self, head_width: int) -> str:
-        """The model, as `looptap capture` takes it."""
-        return (
-            f"random:(0,{self.layers}x{self.recurrences},0){'I' if self.injection else ''},norm={self.norm},"
-            f"width={self.width},heads={max(1, self.width // head_width)},gain={_short(self.gain)},"
-            f"embedding_std={_short(self.embedding_std)},seed={self.seed}"
-        )
 
 
 @dataclass(frozen=True)
@@ -88,10 +58,14 @@ def run_architecture_study(
 
 def cells_of(settings: ArchitectureStudySettings) -> Iterator[Cell]:
     """The product of the axes, the last one first to change."""
-    s = settings
-    is_injected = [each == "yes" for each in s.injection]
-    axes = (s.norms, is_injected, s.layers, s.recurrences, s.widths, s.gains, s.embedding_stds, s.seeds)
-    return (Cell(*values) for values in product(*axes))
+    axes = _axes(settings) | {"injection": [each == "yes" for each in settings.injection]}
+    return (Cell(*values) for values in product(*axes.values()))
+
+
+def _axes(settings: ArchitectureStudySettings) -> dict[str, Sequence[Any]]:
+    """The values of every field of a cell, by the setting's name: the field's or its plural."""
+    names = [name for field in fields(Cell) for name in (field.name, f"{field.name}s")]
+    return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
 
 
 def architecture_plans(settings: ArchitectureStudySettings) -> list[Plan]:
@@ -126,8 +100,7 @@ def _capture(
 
 
 def _check_axes(settings: ArchitectureStudySettings) -> None:
-    for name in AXES:
-        values = getattr(settings, name)
+    for name, values in _axes(settings).items():
         option = f"--{name.replace('_', '-')}"
         if not values:
             raise PlanError(f"{option} has no value; give at least one, or leave it out for the paper's")
@@ -177,8 +150,3 @@ def _unit_tokens(settings: ArchitectureStudySettings, data: Path) -> int:
     dataset = read_dataset(data, open_tokenizer(None), field=settings.field, limit=settings.limit)
     longest = max(map(len, dataset.rows))
     return max(longest, min(dataset.num_tokens, DEFAULT_UNIT_TOKENS))
-
-
-def _short(number: float) -> str:
-    """The shortest text that reads back as the number."""
-    return repr(float(number)).removesuffix(".0")
