@@ -187,12 +187,6 @@ class NothingCapturedError(UserError, ValueError):
     status = 422
 
 
-class StatesMissingError(UserError, ValueError):
-    """The states a measure needs were not kept; the message says how to capture them."""
-
-    status = 422
-
-
 class CannotTellError(UserError, ValueError):
     """An analysis has no answer from what the store holds; the message says why, or what to capture."""
 

@@ -9,6 +9,7 @@ from ..errors import CannotTellError, FormatError
 from .answers import heads
 from .answers import single_sequences as sequences
 from .findings import Findings, find, long_table
+from .registry import ANALYSES
 
 _TOGETHER = {"heads": heads, "sequences": sequences}  # whose analyses make one table
 TABLE_FORMATS = ("parquet", "csv")
@@ -59,20 +60,11 @@ def tables(findings: Findings) -> dict[str, pd.DataFrame]:
         "verdicts": pd.DataFrame([vars(verdict) for verdict in findings.verdicts]),
         "non_finite": wrong[wrong["non_finite"] > 0].reset_index(drop=True),
     }
-    if isinstance(findings.trajectory, xr.Dataset):
-        position = findings.trajectory["position"]
-        table = position.to_dataframe().reset_index()
-        table["explained"] = findings.trajectory["explained"].values[table["component"]]
-        result["trajectory"] = table
-    if isinstance(findings.distinctness, xr.Dataset):
-        pairs = findings.distinctness[["cosine", "relative_distance"]]
-        result["distinctness"] = pairs.to_dataframe().reset_index()
-        of_all = findings.distinctness[["least_cosine", "cycle_size"]]
-        result["cycle"] = of_all.to_dataframe().reset_index()
     alone = set(findings.answers) - {each.name for part in _TOGETHER.values() for each in part.ANALYSES}
     for name, found in findings.answers.items():
         if isinstance(found, xr.Dataset) and name in alone:
-            result |= _answer_tables(name, found)
+            own = ANALYSES[name].tables
+            result |= _by_variable(name, found) if own is None else own(found)
     for name, part in _TOGETHER.items():
         try:
             result[name] = part.long_table(part.gathered(findings.answers))
@@ -81,7 +73,7 @@ def tables(findings: Findings) -> dict[str, pd.DataFrame]:
     return result
 
 
-def _answer_tables(name: str, found: xr.Dataset) -> dict[str, pd.DataFrame]:
+def _by_variable(name: str, found: xr.Dataset) -> dict[str, pd.DataFrame]:
     """A table for each variable, or one for an analysis that has a single one; statistics as columns."""
     tables = {}
     for variable, values in found.data_vars.items():

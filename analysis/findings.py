@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 
-from ..errors import CannotTellError, NothingCapturedError, StatesMissingError
-from .answers.distinctness import distinctness, trajectory
+from ..errors import CannotTellError, NothingCapturedError
 from .answers.feedforward import Reference, choose_reference
 from .answers.stages import STAGE_MEASURES, gathered
 from .depths import Depths, depths_of, loops_apart
@@ -25,12 +25,10 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What one capture shows; the reason stands where there is no trajectory, distinctness or answer."""
+    """What one capture shows; the reason stands where there is no answer."""
 
     label: str
     measures: xr.Dataset
-    trajectory: xr.Dataset | str
-    distinctness: xr.Dataset | str
     verdicts: list[Verdict]
     answers: Mapping[str, xr.Dataset | str] = field(default_factory=dict)
     """by name of the analysis"""
@@ -88,29 +86,25 @@ def _find_one(dataset: xr.Dataset, label: str, trained: int | str, reference: Re
     except NothingCapturedError as error:
         raise NothingCapturedError(f"{label}: {error}") from error
     measures, answers = assembled(dataset, found), {name: found[name] for name in ANALYSES}
-    path, apart = _or_reason(trajectory, dataset), _or_reason(distinctness, dataset)
-    stages = _or_reason(lambda _: gathered(STAGE_MEASURES, found), dataset)
     if isinstance(reference, Reference):
         num_layers = depths_of(dataset).core_RL.shape[1]
-        beside = _or_reason(lambda _: reference.gathered(found, num_layers), dataset)
+        beside = _or_reason(partial(reference.gathered, found, num_layers))
     else:
         beside = reference
     return Findings(
         label=label,
         measures=measures,
         answers=answers,
-        stages=stages,
+        stages=_or_reason(partial(gathered, STAGE_MEASURES, found)),
         reference=beside,
-        trajectory=path,
-        distinctness=apart,
-        verdicts=verdicts(measures, apart, answers, trained, beside),
+        verdicts=verdicts(measures, answers["distinctness"], answers, trained, beside),
     )
 
 
-def _or_reason(function: Callable[[xr.Dataset], xr.Dataset], dataset: xr.Dataset) -> xr.Dataset | str:
+def _or_reason(gather: Callable[[], xr.Dataset]) -> xr.Dataset | str:
     try:
-        return function(dataset)
-    except (StatesMissingError, NothingCapturedError, CannotTellError) as error:
+        return gather()
+    except CannotTellError as error:
         return str(error)
 
 

@@ -80,7 +80,7 @@ def _distance(each: Findings) -> str:
 
 
 def _trajectory(each: Findings) -> str:
-    path = each.trajectory
+    path = each.answers["trajectory"]
     if isinstance(path, str):
         return ""
     share = float(path["explained"].values[:2].sum())

@@ -20,7 +20,8 @@ _POINT, _SMALL_POINT = 26, 14  # square pixels
 
 def path_figure(findings: Sequence[Findings], *, name: str, title: str, paper: str) -> Figure | None:
     """One panel a capture: a token's points joined in the order the blocks run, coloured by layer."""
-    drawn = [(each, each.trajectory) for each in findings if not isinstance(each.trajectory, str)]
+    found = [(each, each.answers["trajectory"]) for each in findings]
+    drawn = [(each, path) for each, path in found if not isinstance(path, str)]
     if not drawn:
         return None
     domain = group_domain([each for each, _ in drawn], "layer")
@@ -51,7 +52,7 @@ def path_figure(findings: Sequence[Findings], *, name: str, title: str, paper: s
         tables=tables,
         group="layer",
         group_domain=domain,
-        absent={each.label: each.trajectory for each in findings if isinstance(each.trajectory, str)},
+        absent={each.label: path for each, path in found if isinstance(path, str)},
     )
 
 

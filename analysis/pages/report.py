@@ -145,10 +145,6 @@ def _missing(findings: Sequence[Findings]) -> list[tuple[str, list[tuple[str, st
         for name, value in each.answers.items():
             if isinstance(value, str) and name not in _OF_MEASURES:
                 reasons.setdefault(value, []).append(ANALYSES[name].title.lower())
-        for name in ("trajectory", "distinctness"):
-            value = getattr(each, name)
-            if isinstance(value, str):
-                reasons.setdefault(value, []).append(name)
         if reasons:
             result.append((each.label, [(", ".join(names), why) for why, names in reasons.items()]))
     return result

@@ -16,8 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from ...capture.store.cell import AXES, cell_of
-from ...errors import ArchitectureError, NothingCapturedError, StatesMissingError
-from ..answers.distinctness import distinctness
+from ...errors import ArchitectureError
 from ..depths import depths_of
 from ..measures import as_analyses, assembled
 from ..registry import ANALYSES
@@ -113,16 +112,11 @@ def _ask(dataset: xr.Dataset) -> tuple[dict[str, object], np.ndarray]:
         raise ArchitectureError(f"{missing} units of a capture are missing: run the study again, it goes on")
     if lacking := [name for name in ("step_norm", "gap_norm") if name not in dataset]:
         raise ArchitectureError(f"a capture lacks {' and '.join(lacking)}: run the study itself")
-    found = walk(dataset, [*as_analyses(_ASKED), ANALYSES["rates"], ANALYSES["limits"]])
+    asked = [ANALYSES[name] for name in ("rates", "limits", "distinctness")]
+    found = walk(dataset, [*as_analyses(_ASKED), *asked])
     measures = assembled(dataset, found)
-    try:
-        apart = distinctness(dataset)
-    except (StatesMissingError, NothingCapturedError) as error:
-        apart = str(error)
-    said = {
-        each.name: each
-        for each in verdicts(measures, apart, {name: found[name] for name in ("rates", "limits")})
-    }
+    answers = {each.name: found[each.name] for each in asked}
+    said = {each.name: each for each in verdicts(measures, answers["distinctness"], answers)}
     depths = depths_of(measures)
     distance_R = worst_over_layers(_value(measures["relative_gap_median"]), depths)
     row = axes | {
