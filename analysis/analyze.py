@@ -5,13 +5,10 @@ from pathlib import Path
 import pandas as pd
 import xarray as xr
 
-from ..errors import CannotTellError, FormatError
-from .answers import heads
-from .answers import single_sequences as sequences
-from .findings import Findings, find, long_table
-from .registry import ANALYSES
+from ..errors import FormatError
+from .findings import Findings, find
+from .tables import tables
 
-_TOGETHER = {"heads": heads, "sequences": sequences}  # whose analyses make one table
 TABLE_FORMATS = ("parquet", "csv")
 FIGURE_FORMATS = ("png", "svg")
 _PNG_SCALE = 2.0  # pixels a point: sharp on paper and on dense screens
@@ -50,42 +47,6 @@ def write_analysis(
             paths.append(_write_table(table, folder / f"{name}.{table_format}"))
         paths += _write_figures(findings, folder, figure_format) if figure_format else []
     return paths
-
-
-def tables(findings: Findings) -> dict[str, pd.DataFrame]:
-    """All numbers of one capture, by name of the table."""
-    wrong = findings.measures["non_finite"].to_dataframe().reset_index()
-    result = {
-        "measures": long_table(findings.measures),
-        "verdicts": pd.DataFrame([vars(verdict) for verdict in findings.verdicts]),
-        "non_finite": wrong[wrong["non_finite"] > 0].reset_index(drop=True),
-    }
-    alone = set(findings.answers) - {each.name for part in _TOGETHER.values() for each in part.ANALYSES}
-    for name, found in findings.answers.items():
-        if isinstance(found, xr.Dataset) and name in alone:
-            own = ANALYSES[name].tables
-            result |= _by_variable(name, found) if own is None else own(found)
-    for name, part in _TOGETHER.items():
-        try:
-            result[name] = part.long_table(part.gathered(findings.answers))
-        except CannotTellError:
-            continue  # why stands in the report, with every measure that is missing
-    return result
-
-
-def _by_variable(name: str, found: xr.Dataset) -> dict[str, pd.DataFrame]:
-    """A table for each variable, or one for an analysis that has a single one; statistics as columns."""
-    tables = {}
-    for variable, values in found.data_vars.items():
-        if "statistic" in values.dims:
-            columns = {str(each): values.sel(statistic=each, drop=True) for each in found["statistic"].values}
-            table = xr.Dataset(columns)
-        else:
-            table = values.to_dataset(name="value")
-        frame = table.to_dataframe() if table.dims else pd.DataFrame([table.to_pandas()])
-        key = name if len(found.data_vars) == 1 else f"{name}_{variable}"
-        tables[key] = frame.reset_index(drop=not table.dims)
-    return tables
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> Path:

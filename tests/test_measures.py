@@ -11,9 +11,10 @@ import xarray as xr
 
 from looptap.analysis.answers.distinctness import distinctness
 from looptap.analysis.answers.trajectory import trajectory
-from looptap.analysis.findings import depth_table, find, long_table, make_labels
+from looptap.analysis.findings import find, make_labels
 from looptap.analysis.folds import BAND_Z, MeanFold, MedianFold
 from looptap.analysis.measures import MEASURES, measure
+from looptap.analysis.tables import depth_table, long_table
 from looptap.analysis.verdicts import CONVERGED_STEP, first_below, verdicts
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
 from looptap.errors import CannotTellError, NothingCapturedError

@@ -13,9 +13,10 @@ from looptap.analysis.analyze import write_analysis
 from looptap.analysis.figures.axes import log_ticks, value_domain
 from looptap.analysis.figures.captions import caption, number
 from looptap.analysis.figures.catalogue import FIGURES
-from looptap.analysis.findings import find, long_table
+from looptap.analysis.findings import find
 from looptap.analysis.measures import MEASURES, measure
 from looptap.analysis.pages.report import write_report
+from looptap.analysis.tables import long_table
 from looptap.errors import FormatError, NothingCapturedError
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 from looptap.tests.synthetic import (

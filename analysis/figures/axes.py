@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from ..depths import STAGES
-from ..findings import TIMES, Findings, depth_table
+from ..findings import TIMES, Findings
 from ..measures import MEASURES
+from ..tables import depth_table
 
 STAGE_COLORS = {"prelude": "#e3ebf4", "core": "#f4f3ef", "coda": "#f3e6e1"}
 PANEL_HEIGHT = 250
