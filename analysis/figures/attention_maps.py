@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..depths import Depths
-from .captions import number, place
+from .words import number, place
 
 WEIGHT_COLORS = ("#f4f5f7", "#c9dbea", "#86b0d3", "#3f7fb5", "#1d4d8c", "#0a1f4d")
 MOST_MAPS = 60  # more are too small and too many to compare by eye

@@ -19,10 +19,10 @@ from ..measures import MEASURES, SINK_SCORE
 from ..verdicts import SETTLED_ENTROPY
 from .answer_figures import drawn_by
 from .axes import SHORT_LABEL, log_ticks, note_in_place
-from .captions import number
 from .choices import ALL, EVERYWHERE, Choice, chosen, fading, is_shown, numbered
 from .marks import Figure, Panel, chosen_place
 from .panels import means_over
+from .words import number
 
 _DECADES = ("entropy_change", "attention_step", "attention_gap")  # what spans decades while heads settle
 _LEAST = 1e-8  # of the largest value: below it is rounding

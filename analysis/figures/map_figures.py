@@ -9,8 +9,8 @@ import xarray as xr
 
 from ..findings import Findings
 from .answer_figures import counts_of, drawn_of
-from .captions import number
 from .marks import Figure, Panel
+from .words import number
 
 MAP_HEIGHT = 420  # pixels; beside another capture's a map is about square
 MOST_BINS = 128  # cells a side of a map: a page holds as many as a screen can show

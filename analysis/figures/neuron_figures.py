@@ -11,8 +11,8 @@ import xarray as xr
 from ..answers.neuron_shares import KINDS
 from ..findings import Findings
 from .axes import STAGE_COLORS
-from .captions import number
 from .marks import Figure, Panel
+from .words import number
 
 KIND_COLORS = ("#2b66a8", "#d96b3a")
 

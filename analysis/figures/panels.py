@@ -4,7 +4,7 @@ Two kinds: lines over layers or recurrences of the core, and lines along realise
 measure, a column a capture; where one capture lacks what its row shows, its place stays and says so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from .axes import (
 )
 from .choices import ALL, EVERYWHERE
 from .marks import FEW_LINES, Figure, Panel, depth_lines, grouped_lines
+from .words import captioned
 
 _WIDE = 100  # from this many depths on a panel takes the whole width
 _WIDEST_BAND = 3  # a band this many times as wide as what curves run through would only grey the panel
@@ -41,6 +42,8 @@ def grouped_figure(
     measures: Sequence[str],
     thresholds: dict[str, tuple[float, str]] | None = None,
     at_loop_state: bool = False,
+    caption: str,
+    seen: Callable[[Findings], str],
 ) -> Figure | None:
     """Rows of measures, columns of captures; a line per layer or per recurrence of the core, or one alone for
     what is read from the loop state.
@@ -75,6 +78,7 @@ def grouped_figure(
         group_domain=domain,
         absent=_absent(findings, drawn, measures),
         notes=notes,
+        caption=captioned(caption, seen, findings),
     )
 
 
@@ -109,7 +113,14 @@ class _GroupedRow:
 
 
 def depth_figure(
-    findings: Sequence[Findings], *, name: str, title: str, paper: str, rows: Sequence[tuple[str, ...]]
+    findings: Sequence[Findings],
+    *,
+    name: str,
+    title: str,
+    paper: str,
+    rows: Sequence[tuple[str, ...]],
+    caption: str,
+    seen: Callable[[Findings], str],
 ) -> Figure | None:
     """Rows of measures (dashed from the second on), columns of captures, along realised depth."""
     measures = [measured for row in rows for measured in row]
@@ -133,6 +144,7 @@ def depth_figure(
         tables=tables,
         absent=_absent(findings, drawn, measures),
         notes=notes,
+        caption=captioned(caption, seen, findings),
     )
 
 

@@ -14,10 +14,10 @@ from ..findings import Findings
 from ..measures import MEASURES
 from .answer_figures import Drawn, drawn_by
 from .axes import depth_axis, is_log, note_in_place, stage_shading, value_domain, y_axis
-from .captions import number
 from .choices import ALL, EVERYWHERE, Choice, chosen, fading
 from .marks import Figure, Panel, depth_lines, grouped_lines
 from .panels import group_domain, means_over
+from .words import number
 
 _MEAN = -1  # stands for the mean in the column of sequence ids
 _GREY = "#b5b4ad"

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..figures.captions import caption
 from ..findings import Findings
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def render_page(
             title=title,
             lead=lead,
             findings=findings,
-            figures=[_with_caption(figure, findings) for figure in figures],
+            figures=[_with_panels(figure) for figure in figures],
             choices=_choices(figures, findings),
             panel_height=axes.PANEL_HEIGHT,
             colors={group: ", ".join(colors) for group, colors in marks.GROUP_COLORS.items()},
@@ -102,7 +101,8 @@ def _environment() -> "Environment":
     return environment
 
 
-def _with_caption(figure: "Figure", findings: Sequence[Findings]) -> dict[str, Any]:
+def _with_panels(figure: "Figure") -> dict[str, Any]:
+    """A figure and its panels as templates take them."""
     panels = [
         {
             "id": f"{figure.name}-{index}",
@@ -113,11 +113,7 @@ def _with_caption(figure: "Figure", findings: Sequence[Findings]) -> dict[str, A
         }
         for index, panel in enumerate(figure.panels)
     ]
-    return {
-        "figure": figure,
-        "panels": panels,
-        "caption": list(figure.caption) or caption(figure.name, findings),
-    }
+    return {"figure": figure, "panels": panels}
 
 
 def _packed(panel: "Panel", figure: "Figure") -> dict[str, Any]:

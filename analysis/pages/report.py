@@ -10,7 +10,7 @@ import xarray as xr
 
 from ..answers.heads import ANALYSES as HEADS
 from ..answers.single_sequences import ANALYSES as SEQUENCES
-from ..figures.captions import number
+from ..figures.words import number
 from ..findings import Findings, find
 from ..measures import MEASURES
 from ..registry import ANALYSES

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..figures.captions import number
 from ..figures.marks import Figure
+from ..figures.words import number
 from ..pages.page import render_page, write_page
 from ..verdicts import CONVERGED_STEP, DISTINCT_COSINE
 from .architecture_axes import WORDS, column, label_of, values_of, varying

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from ..figures.axes import SHORT_LABEL, y_axis
-from ..figures.captions import number
 from ..figures.marks import DEPTH_COLOR, Figure, Panel
+from ..figures.words import number
 from ..verdicts import CONVERGED_STEP
 from .architecture_axes import (
     WORDS,

@@ -13,8 +13,8 @@ import xarray as xr
 
 from ..depths import stages_of
 from ..figures.axes import is_log, value_domain, y_axis
-from ..figures.captions import number
 from ..figures.marks import DEPTH_COLOR, RECURRENCE_COLORS, Figure, Panel, spread_colors
+from ..figures.words import number
 from .depth_study import ENDS, PLACE_MEASURES
 
 _MOST_NAMES = 12  # of places below a panel

@@ -8,15 +8,14 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..figures.captions import number
 from ..figures.marks import Figure
+from ..figures.words import number
 from ..findings import Findings, find
 from ..pages.page import model_facts, render_page, unchecked_charts, write_page
 from ..streaming import as_dataset
 from .depth_figures import ends_by_count, stages_by_count
 from .depth_study import ENDS, depth_study, study_tables
 
-_OF_THE_LARGEST = ("steps", "distance_to_the_fixed_point", "stages_by_recurrence", "lens")
 _PNG_SCALE = 2.0
 
 
@@ -50,13 +49,12 @@ def write_depth_study(stores: Sequence[str | Path | xr.Dataset], own: int, out_d
 
 @unchecked_charts()
 def _render(study: xr.Dataset, counts: pd.DataFrame, figures: Sequence[Figure], largest: Findings) -> str:
-    from ..figures.catalogue import FIGURES
+    from ..figures.convergence_figures import distance_to_the_fixed_point, steps
+    from ..figures.loop_state_figures import lens
+    from ..figures.stage_figures import stages_by_recurrence
 
-    of_the_largest = [
-        figure
-        for draw in FIGURES
-        if draw.__name__ in _OF_THE_LARGEST and (figure := draw([largest])) is not None
-    ]
+    draws = (steps, distance_to_the_fixed_point, stages_by_recurrence, lens)
+    of_the_largest = [figure for draw in draws if (figure := draw([largest])) is not None]
     size, most, plan = study.attrs, int(study["count"][-1]), study.attrs["plan"]
     facts = model_facts(plan)
     del facts["Loop"], facts["Notation"]  # which differ from count to count
