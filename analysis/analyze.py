@@ -56,7 +56,7 @@ def tables(findings: Findings) -> dict[str, pd.DataFrame]:
     wrong = findings.measures["non_finite"].to_dataframe().reset_index()
     result = {
         "measures": long_table(findings.measures),
-        "verdicts": pd.DataFrame([vars(verdict) for verdict in findings.verdicts]),
+        "verdicts": pd.DataFrame([verdict.row() for verdict in findings.verdicts]),
         "non_finite": wrong[wrong["non_finite"] > 0].reset_index(drop=True),
     }
     if isinstance(findings.trajectory, xr.Dataset):

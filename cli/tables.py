@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ..analysis.thresholds import CONVERGED_STEP, rounding_step
+
 if TYPE_CHECKING:
     from ..capture.models.description import Description
     from ..capture.models.load import ModelSource
@@ -15,11 +17,6 @@ if TYPE_CHECKING:
     from ..capture.prompt import Inspection
     from ..capture.store.care.repair import Repair
     from ..capture.store.care.verify import Report
-
-
-# of the norm, and of machine epsilons, as the report's verdict on convergence has them
-SETTLED_STEP = 1e-3
-ROUNDING_STEPS = 4
 
 
 def make_console(stderr: bool) -> Console:
@@ -267,9 +264,9 @@ def _print_contraction(found: "Contraction", tokens: list[str]) -> None:
 
 def _settled(step: float, epsilon: float) -> str:
     """What a last step so long says of the state."""
-    if step <= SETTLED_STEP:
+    if step <= CONVERGED_STEP:
         return ""
-    if step <= ROUNDING_STEPS * epsilon:
+    if step <= rounding_step(epsilon):
         return ", which rounding alone may do: give --dtype float32 to tell"
     return ", so it is no fixed point and the factor is that of a place on the way"
 

@@ -15,8 +15,8 @@ def print_verdicts(findings: Sequence[Findings]) -> None:
         cells = []
         for verdict in row:
             answer = {True: "yes", False: "no", None: "cannot tell"}[verdict.answer]
-            number = "" if verdict.value is None else f", {verdict.value:.2g} {verdict.unit}"
+            number = "" if verdict.value is None else f", {verdict.value:.2g} {verdict.question.unit}"
             since = f", from recurrence {verdict.recurrence}" if verdict.recurrence is not None else ""
             cells.append(answer + number + since)
-        table.add_row(row[0].question, *cells)
+        table.add_row(row[0].question.text, *cells)
     Console(highlight=False, markup=False).print(table)

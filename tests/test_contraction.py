@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
+from looptap.analysis.thresholds import CONVERGED_STEP
 from looptap.capture.models.description import Block, Rotary
 from looptap.capture.models.load import load_model
 from looptap.capture.models.model import LoopedModel
@@ -15,7 +16,7 @@ from looptap.capture.models.tap import Packed
 from looptap.capture.probes.contraction import contraction, power_iteration
 from looptap.capture.prompt import inspect_prompt
 from looptap.capture.settings import InspectSettings
-from looptap.cli.tables import SETTLED_STEP, print_inspection
+from looptap.cli.tables import print_inspection
 from looptap.errors import PlanError
 from looptap.tests.oracle import Straight, describe, fill, initial_state, random_ids
 
@@ -147,7 +148,7 @@ def test_inspect_prints_the_factor_of_every_token(capsys):
     largest = int(direct.factor_N.argmax())
     assert f"after 128 recurrences: {direct.factor_N.max():.4f} +-" in said and f"(token {largest}, " in said
     assert f"median {direct.factor_N.quantile(0.5):.4f}" in said
-    assert ("no fixed point" in said) == (direct.step_N.max().item() > SETTLED_STEP)
+    assert ("no fixed point" in said) == (direct.step_N.max().item() > CONVERGED_STEP)
 
 
 def test_a_loop_in_bfloat16_is_told_from_one_that_moves(capsys):

@@ -13,7 +13,8 @@ from looptap.analysis.answers.distinctness import distinctness, trajectory
 from looptap.analysis.findings import depth_table, find, long_table, make_labels
 from looptap.analysis.folds import BAND_Z, MeanFold, MedianFold
 from looptap.analysis.measures import MEASURES, measure
-from looptap.analysis.verdicts import CONVERGED_STEP, first_below, verdicts
+from looptap.analysis.thresholds import CONVERGED_STEP
+from looptap.analysis.verdicts import first_below, verdicts
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
 from looptap.errors import NothingCapturedError, StatesMissingError
 from looptap.tests.synthetic import (

@@ -285,7 +285,7 @@ def test_captures_are_their_direct_definitions(stores, study):
 
 def test_verdicts_are_those_of_the_capture_s_own_report(stores, study):
     for findings, row in zip(find(stores[::5]), study.captures.to_dict("records")[::5], strict=True):
-        said = {verdict.name: verdict for verdict in findings.verdicts}
+        said = {verdict.question.name: verdict for verdict in findings.verdicts}
         assert row["converged"] is said["converged"].answer and row["distinct"] is said["distinct"].answer
         assert row["last_step"] == said["converged"].value
         assert row["least_cosine"] == said["distinct"].value

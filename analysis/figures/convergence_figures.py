@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..findings import Findings
-from ..verdicts import CONVERGED_STEP, SETTLED_ENTROPY, first_below
+from ..thresholds import CONVERGED_STEP, SETTLED_ENTROPY
+from ..verdicts import first_below
 from .marks import Figure
 from .panels import grouped_figure
 from .words import core_values, measure_in_words, number

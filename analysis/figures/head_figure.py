@@ -16,7 +16,7 @@ import xarray as xr
 from ..answers.heads import HEAD_MEASURES, gathered
 from ..findings import Findings
 from ..measures import MEASURES, SINK_SCORE
-from ..verdicts import SETTLED_ENTROPY
+from ..thresholds import SETTLED_ENTROPY
 from .answer_figures import drawn_by
 from .axes import SHORT_LABEL, log_ticks, note_in_place
 from .choices import ALL, EVERYWHERE, Choice, chosen, fading, is_shown, numbered

@@ -108,17 +108,17 @@ def _facts(findings: Sequence[Findings]) -> list[tuple[str, list[str]]]:
 
 
 def _verdict_row(row: Sequence[Verdict]) -> dict[str, Any]:
-    first = row[0]
+    asked = row[0].question
     return {
-        "question": first.question,
-        "figure": first.figure,
-        "threshold": f"{first.relation} {number(first.threshold)} {first.unit}",
-        "reason": first.reason,
-        "source": first.source,
+        "question": asked.text,
+        "figure": asked.figure,
+        "threshold": f"{asked.relation} {number(asked.threshold)} {asked.unit}",
+        "reason": asked.reason,
+        "source": asked.source,
         "cells": [
             {
                 "answer": {True: "yes", False: "no", None: "cannot tell"}[verdict.answer],
-                "value": None if verdict.value is None else f"{_precise(verdict)} {verdict.unit}",
+                "value": None if verdict.value is None else f"{_precise(verdict)} {asked.unit}",
                 "since": verdict.recurrence,
                 "detail": verdict.detail,
             }
@@ -130,9 +130,8 @@ def _verdict_row(row: Sequence[Verdict]) -> dict[str, Any]:
 def _precise(verdict: Verdict) -> str:
     """A cosine near 1 needs the digits that tell it from the threshold."""
     assert verdict.value is not None
-    return (
-        f"{verdict.value:.6f}" if verdict.unit == "cosine" and verdict.value > 0.99 else number(verdict.value)
-    )
+    is_near_1 = verdict.question.unit == "cosine" and verdict.value > 0.99
+    return f"{verdict.value:.6f}" if is_near_1 else number(verdict.value)
 
 
 def _missing(findings: Sequence[Findings]) -> list[tuple[str, list[tuple[str, str]]]]:

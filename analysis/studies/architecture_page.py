@@ -10,7 +10,7 @@ import xarray as xr
 from ..figures.marks import Figure
 from ..figures.words import number
 from ..pages.page import render_page, write_page
-from ..verdicts import CONVERGED_STEP, DISTINCT_COSINE
+from ..thresholds import CONVERGED_STEP, DISTINCT_COSINE
 from .architecture_axes import WORDS, column, label_of, values_of, varying
 from .architecture_figures import figures_of
 from .architecture_study import DISTANCES_AFTER, ArchitectureStudy, architecture_study

@@ -18,6 +18,7 @@ import xarray as xr
 from ...capture.store.cell import AXES, cell_of
 from ...errors import ArchitectureError, NothingCapturedError, StatesMissingError
 from ..answers.distinctness import distinctness
+from ..answers.rates import slowest_half_life
 from ..depths import depths_of
 from ..measures import as_analyses, assembled
 from ..registry import ANALYSES
@@ -120,7 +121,7 @@ def _ask(dataset: xr.Dataset) -> tuple[dict[str, object], np.ndarray]:
     except (StatesMissingError, NothingCapturedError) as error:
         apart = str(error)
     said = {
-        each.name: each
+        each.question.name: each
         for each in verdicts(measures, apart, {name: found[name] for name in ("rates", "limits")})
     }
     depths = depths_of(measures)
@@ -135,7 +136,7 @@ def _ask(dataset: xr.Dataset) -> tuple[dict[str, object], np.ndarray]:
         },
         "last_step": _or_nan(said["converged"].value),
         "least_cosine": _or_nan(said["distinct"].value),
-        "half_life": _slowest(found["rates"]),
+        "half_life": slowest_half_life(found["rates"]),
         **_limits_of(found["limits"]),
     }
     sizes = {name: measures.attrs[name] for name in ("num_sequences", "num_tokens")}
@@ -148,14 +149,6 @@ def _value(statistics: xr.DataArray) -> np.ndarray:
 
 def _or_nan(value: float | None) -> float:
     return np.nan if value is None else value
-
-
-def _slowest(rates: xr.Dataset | str) -> float:
-    """Half-life of the slowest layer that has one, recurrences; infinite where its steps do not shrink."""
-    if isinstance(rates, str):
-        return np.nan
-    half_life_L = _value(rates["half_life"])
-    return float(half_life_L[~np.isnan(half_life_L)].max())
 
 
 def _limits_of(limits: xr.Dataset | str) -> dict[str, float]:

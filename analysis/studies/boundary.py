@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from ...capture.store.cell import AXES
-from ..verdicts import CONVERGED_STEP
+from ..thresholds import CONVERGED_STEP, EPSILON
 
-ROUNDING = 2.0**-23  # of float32: a last step below it, 0 included, says only that the loop stands still
+ROUNDING = EPSILON["float32"]  # a last step below it, 0 included, says only that the loop stands still
 AXES_BUT_GAIN = [name for name in AXES if name != "gain"]
 
 

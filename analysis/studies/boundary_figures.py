@@ -11,7 +11,7 @@ import pandas as pd
 from ..figures.axes import SHORT_LABEL, y_axis
 from ..figures.marks import DEPTH_COLOR, Figure, Panel
 from ..figures.words import number
-from ..verdicts import CONVERGED_STEP
+from ..thresholds import CONVERGED_STEP
 from .architecture_axes import (
     WORDS,
     color_of,
