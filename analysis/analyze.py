@@ -8,12 +8,11 @@ import xarray as xr
 from ..errors import CannotTellError, FormatError
 from .answers import heads
 from .answers import single_sequences as sequences
+from .figures.pictures import FIGURE_FORMATS, save_figures
 from .findings import Findings, find, long_table
 
 _TOGETHER = {"heads": heads, "sequences": sequences}  # whose analyses make one table
 TABLE_FORMATS = ("parquet", "csv")
-FIGURE_FORMATS = ("png", "svg")
-_PNG_SCALE = 2.0  # pixels a point: sharp on paper and on dense screens
 
 
 def write_analysis(
@@ -107,16 +106,8 @@ def _write_table(table: pd.DataFrame, path: Path) -> Path:
 def _write_figures(findings: Findings, out_dir: Path, formats: tuple[str, ...]) -> list[Path]:
     from .figures.catalogue import FIGURES
 
-    paths = []
-    for draw in FIGURES:
-        figure = draw([findings])
-        if figure is None:
-            continue
-        for each in formats:
-            path = out_dir / f"{figure.name}.{each}"
-            figure.chart().save(path, scale_factor=_PNG_SCALE if each == "png" else 1)
-            paths.append(path)
-    return paths
+    drawn = (figure for draw in FIGURES if (figure := draw([findings])) is not None)
+    return save_figures(drawn, out_dir, formats)
 
 
 def _check(what: str, given: list[str] | tuple[str, ...], known: tuple[str, ...]) -> None:

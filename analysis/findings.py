@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .verdicts import Verdict, verdicts
 from .walk import walk
 
 TIMES = "\N{MULTIPLICATION SIGN}"
+_SMALLEST = 1e-30  # stands for the lower end of a band that reaches zero or less, on a logarithmic axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,16 @@ class Findings:
     @property
     def depths(self) -> Depths:
         return depths_of(self.measures)
+
+    @cached_property
+    def by_depth(self) -> pd.DataFrame:
+        """What figures draw from: `depth_table` with bands that a logarithmic axis can show, made once."""
+        table = depth_table(self.measures)
+        for name, about in MEASURES.items():
+            if about.log and name in table:
+                low = table[f"{name}_low"]
+                table[f"{name}_low"] = low.where(~(low <= 0), _SMALLEST)
+        return table
 
     @property
     def loop(self) -> str:

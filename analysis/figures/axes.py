@@ -5,15 +5,12 @@ from typing import Any
 
 import altair as alt
 import numpy as np
-import pandas as pd
 
 from ..depths import STAGES
-from ..findings import TIMES, Findings, depth_table
-from ..measures import MEASURES
+from ..findings import TIMES
 
 STAGE_COLORS = {"prelude": "#e3ebf4", "core": "#f4f3ef", "coda": "#f3e6e1"}
 PANEL_HEIGHT = 250
-_SMALLEST = 1e-30  # stands for the lower end of a band that reaches zero or less, on a log axis
 SHORT_LABEL = (  # zeros that would have to be counted become an exponent
     "abs(datum.value) < 0.001 && datum.value != 0 || abs(datum.value) > 99999"
     " ? format(datum.value, '~e') : format(datum.value, '.6~g')"
@@ -30,23 +27,6 @@ def y_axis(title: str, domain: tuple[float, float], log: bool) -> dict[str, Any]
         }
     scale = alt.Scale(domain=list(domain), nice=False, zero=False)
     return {"scale": scale, "axis": alt.Axis(title=title, tickCount=6, labelExpr=SHORT_LABEL)}
-
-
-def is_log(name: str) -> bool:
-    """Whether a measure spans decades: distances, changes, norms and largest channels do."""
-    spans = ("relative_", "step_norm", "gap_norm", "entropy_", "received_", "lens_kl")
-    spans += ("residual_norm", "residual_peak", "attention_step", "attention_gap")
-    return name.startswith(spans)
-
-
-def figure_table(each: Findings) -> pd.DataFrame:
-    """What figures draw from: the measures by depth, with bands that a log axis can show."""
-    table = depth_table(each.measures)
-    for name in MEASURES:
-        if is_log(name) and name in table:
-            low = table[f"{name}_low"]
-            table[f"{name}_low"] = low.where(~(low <= 0), _SMALLEST)
-    return table
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -15,8 +15,6 @@ import pandas as pd
 from ..findings import Findings
 from ..measures import MEASURES
 from .axes import (
-    figure_table,
-    is_log,
     note_in_place,
     stage_shading,
     threshold_line,
@@ -51,7 +49,7 @@ def grouped_figure(
     drawn = [each for each in findings if len(each.depths.core_RL) and _has(each, measures)]
     if not drawn:
         return None
-    tables = {_table_name(each): figure_table(each) for each in drawn}
+    tables = {_table_name(each): each.by_depth for each in drawn}
     domain, x_domain = group_domain(drawn, group), group_domain(drawn, x)
     if at_loop_state:  # one line a capture, and so one colour for all
         domain = (domain[1], domain[1])
@@ -127,7 +125,7 @@ def depth_figure(
     drawn = [each for each in findings if _has(each, measures)]
     if not drawn:
         return None
-    tables = {_table_name(each): figure_table(each) for each in drawn}
+    tables = {_table_name(each): each.by_depth for each in drawn}
     panels, notes, banded = [], [], False
     for row in (row for row in rows if any(_has(each, row) for each in drawn)):
         axis = _axis(tables, row, [], core_only=False, band=True)
@@ -181,7 +179,8 @@ class _Axis:
 def _axis(
     tables: dict[str, pd.DataFrame], names: Sequence[str], marks: Sequence[float], core_only: bool, band: bool
 ) -> _Axis:
-    log, about, notes = is_log(names[0]), MEASURES[names[0]], []
+    about, notes = MEASURES[names[0]], []
+    log = about.log
     parts = [table.query("recurrence >= 0") if core_only else table for table in tables.values()]
     values = [_column(part, name) for part in parts for name in names if name in part]
     lows = [_column(part, f"{name}_low") for part in parts for name in names if name in part]

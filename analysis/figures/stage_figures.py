@@ -10,8 +10,8 @@ import xarray as xr
 
 from ..findings import Findings
 from ..measures import MEASURES, SINK_SCORE
-from .answer_figures import answer_figure, counts_of, curve, drawn_of, numbers
-from .axes import is_log, value_domain, y_axis
+from .answer_figures import answer_figure, counts_of, curve, drawn_of, numbers, with_band
+from .axes import value_domain, y_axis
 from .choices import ALL
 from .marks import Figure, Panel, grouped_lines
 from .panels import depth_figure, group_domain, grouped_figure
@@ -112,9 +112,9 @@ def profiles_beside_the_reference(findings: Sequence[Findings]) -> Figure | None
     layers = group_domain([each for each, _ in drawn], "layer")
     panels = []
     for name in dict.fromkeys(str(name) for _, found in drawn for name in found["measure"].values):
-        about, log = MEASURES[name], is_log(name)
+        about = MEASURES[name]
         values = [table[name].to_numpy(float) for table in tables.values() if name in table]
-        options = y_axis(f"{about.title} ({about.unit})", value_domain(values, [], log), log)
+        options = y_axis(f"{about.title} ({about.unit})", value_domain(values, [], about.log), about.log)
         for (each, found), key in zip(drawn, tables, strict=True):
             if name in found["measure"]:
                 panels.append(_profiles_panel(each.label, key, name, layers, domain, options, len(drawn) > 1))
@@ -222,7 +222,7 @@ def _profiles_panel(
     tooltip += [alt.Tooltip(f"{each}:Q", format="d") for each in ("layer", "recurrence")]
     lines, hover = grouped_lines(
         x="layer", x_domain=layers, y=name, y_options=options, group="recurrence", domain=domain,
-        log=is_log(name), band=False, tooltip=tooltip,
+        log=about.log, band=False, tooltip=tooltip,
     )  # fmt: skip
     reference = alt.Chart().transform_filter("datum.recurrence == -1")
     reference = reference.mark_line(strokeDash=[5, 3], strokeWidth=1.8, color=REFERENCE_COLOR, clip=True)
@@ -238,14 +238,12 @@ def _profiles_panel(
 
 
 def _stages_table(found: xr.Dataset) -> pd.DataFrame:
-    correlation = found["correlation"]
-    table = xr.Dataset({key: correlation.sel(statistic=key, drop=True) for key in ("value", "low", "high")})
-    frame = table.to_dataframe().reset_index()
+    frame = with_band(found["correlation"])
     frame["measure"] = [str(name).replace("_", " ") for name in frame["measure"]]
     return frame.loc[:, ["measure", "recurrence", "value", "low", "high"]]
 
 
-def _stages_layers(tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
+def _stages_layers(table: pd.DataFrame, tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
     names = list(dict.fromkeys(str(name) for table in tables for name in table["measure"]))
     scale = alt.Scale(domain=names, range=list(MEASURE_COLORS[: len(names)]))
     color = alt.Color("measure:N", scale=scale, legend=alt.Legend(title=None, symbolOpacity=1))

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..figures.marks import Figure
+from ..figures.pictures import save_figures
 from ..figures.words import number
 from ..pages.page import render_page, write_page
 from ..thresholds import CONVERGED_STEP, DISTINCT_COSINE
@@ -15,7 +16,6 @@ from .architecture_axes import WORDS, column, label_of, values_of, varying
 from .architecture_figures import figures_of
 from .architecture_study import DISTANCES_AFTER, ArchitectureStudy, architecture_study
 
-_PNG_SCALE = 2.0
 _MOST_ROWS = 24  # that stand open on the page
 # what a combination's row shows beside its verdicts: title and definition
 _COLUMNS = {
@@ -73,10 +73,7 @@ def write_architecture_study(stores: Sequence[str | Path | xr.Dataset], out_dir:
         paths.append(out_dir / f"{name}.csv")
         table.to_csv(paths[-1], index=False, float_format="%.7g")
     figures = figures_of(study)
-    for figure in figures:
-        for ending, scale in (("png", _PNG_SCALE), ("svg", 1.0)):
-            paths.append(out_dir / f"{figure.name}.{ending}")
-            figure.chart().save(paths[-1], scale_factor=scale)
+    paths += save_figures(figures, out_dir)
     return [*paths, write_page(_render(study, figures), out_dir / "report.html")]
 
 

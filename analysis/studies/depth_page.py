@@ -9,14 +9,13 @@ import pandas as pd
 import xarray as xr
 
 from ..figures.marks import Figure
+from ..figures.pictures import save_figures
 from ..figures.words import number
 from ..findings import Findings, find
 from ..pages.page import model_facts, render_page, unchecked_charts, write_page
 from ..streaming import as_dataset
 from .depth_figures import ends_by_count, stages_by_count
 from .depth_study import ENDS, depth_study, study_tables
-
-_PNG_SCALE = 2.0
 
 
 def write_depth_study(stores: Sequence[str | Path | xr.Dataset], own: int, out_dir: str | Path) -> list[Path]:
@@ -38,10 +37,7 @@ def write_depth_study(stores: Sequence[str | Path | xr.Dataset], own: int, out_d
         paths.append(out_dir / f"{name}.csv")
         table.to_csv(paths[-1], index=False)
     figures = [ends_by_count(study, tables), stages_by_count(study, tables)]
-    for figure in figures:
-        for ending, scale in (("png", _PNG_SCALE), ("svg", 1.0)):
-            paths.append(out_dir / f"{figure.name}.{ending}")
-            figure.chart().save(paths[-1], scale_factor=scale)
+    paths += save_figures(figures, out_dir)
     (largest,) = find([max(datasets, key=lambda dataset: dataset.sizes["depth"])])
     page = _render(study, tables["counts"], figures, largest)
     return [*paths, write_page(page, out_dir / "report.html")]
@@ -69,9 +65,9 @@ def _render(study: xr.Dataset, counts: pd.DataFrame, figures: Sequence[Figure], 
         num_study=len(figures),
         most=most,
         facts=[(name, [value]) for name, value in facts.items()],
-        head=[(title, unit) for title, unit, _ in ENDS.values()],
+        head=[(each.title, each.unit) for each in ENDS.values()],
         rows=[_row(row) for row in counts.to_dict("records")],
-        definitions=[(title, definition) for title, _, definition in ENDS.values()],
+        definitions=[(each.title, each.definition) for each in ENDS.values()],
     )
 
 

@@ -9,6 +9,7 @@ reading; so are the output's cosine and the share of equal answers.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,27 +23,39 @@ from ..streaming import Arrays, as_dataset, iter_sequences
 from ..verdicts import worst_over_layers
 
 PLACE_MEASURES = ("mixing_score", "sink_rate", "colsum_concentration", "residual_norm")
-# what is read at the end of every count: title, unit, definition
+
+
+class End(NamedTuple):
+    """What is read at the end of every count."""
+
+    title: str
+    unit: str
+    definition: str
+    log: bool = False
+    """it spans decades"""
+
+
 ENDS = {
-    "output_cosine": (
+    "output_cosine": End(
         "Output cosine",
         "cosine",
         "between what the last block leaves and what it leaves at the model's own count, mean over tokens",
     ),
-    "same_answer": (
+    "same_answer": End(
         "Same answer",
         "share of tokens",
         "tokens whose likeliest next one, read from the last loop state, is that at the model's own count",
     ),
-    "lens_entropy": (
+    "lens_entropy": End(
         "Lens entropy",
         "nat",
         "of the next-token distribution read from the last loop state, mean over tokens",
     ),
-    "last_step": (
+    "last_step": End(
         "Last step",
         "share of the norm",
         "median over tokens of the last recurrence's step over the residual's norm, in the slowest layer",
+        log=True,
     ),
 }
 _NEEDS = ("state", "lens_token", "lens_entropy")
@@ -79,7 +92,7 @@ def depth_study(stores: Sequence[str | Path | xr.Dataset], own: int) -> xr.Datas
         "last_step": np.stack([_last_step(each) for each in measured])
     }
     for name, values in ends.items():
-        variables[name] = (("count", "statistic"), values, _attributes(*ENDS[name]))
+        variables[name] = (("count", "statistic"), values, _attributes(*ENDS[name][:3]))
     largest = measured[-1]
     coordinates = {
         name: ("place", largest[name].values[places[-1]], largest[name].attrs) for name in ("stage", "layer")
