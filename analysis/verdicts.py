@@ -35,6 +35,10 @@ class Verdict:
     """first recurrence from which the answer holds to the end"""
     detail: str
 
+    @property
+    def answer_in_words(self) -> str:
+        return {True: "yes", False: "no", None: "cannot tell"}[self.answer]
+
     def row(self) -> dict[str, object]:
         """The verdict with its question, as a row of a table."""
         asked = self.question

@@ -8,6 +8,7 @@ import pandas as pd
 import xarray as xr
 
 from ..findings import Findings
+from .answer_figures import drawn_of
 from .axes import SHORT_LABEL
 from .choices import ALL, EVERYWHERE, FADED, fading, is_shown
 from .marks import DEPTH_COLOR, Figure, Panel, color_by, color_scale
@@ -79,13 +80,13 @@ def _path_seen(label: str, path: xr.Dataset) -> str:
 
 def trajectories(findings: Sequence[Findings]) -> Figure | None:
     """Several tokens' paths in the plane of all kept core states (figure 5, for more than one token)."""
-    found = {each.label: each.answers.get("trajectories", "not asked") for each in findings}
-    planes = {label: each for label, each in found.items() if isinstance(each, xr.Dataset)}
-    if not planes:
+    drawn, absent = drawn_of(findings, "trajectories")
+    if not drawn:
         return None
-    domain = group_domain([each for each in findings if each.label in planes], "layer")
+    domain = group_domain([each for each, _ in drawn], "layer")
     panels, tables, notes = [], {}, []
-    for label, plane in planes.items():
+    for each, plane in drawn:
+        label = each.label
         laps, num_laps = _laps(plane)
         tables[f"plane {label}"] = table = _plane_table(plane, laps)
         last = int(plane["recurrence"].max())
@@ -103,9 +104,9 @@ def trajectories(findings: Sequence[Findings]) -> Figure | None:
             )
         )
     counts = dict.fromkeys(
-        f"{each.sizes['path']} sequences in the plane of {each.attrs['num_states']:,} states"
-        + (f", of one in {each.attrs['every']} kept tokens" if each.attrs["every"] > 1 else "")
-        for each in planes.values()
+        f"{plane.sizes['path']} sequences in the plane of {plane.attrs['num_states']:,} states"
+        + (f", of one in {plane.attrs['every']} kept tokens" if plane.attrs["every"] > 1 else "")
+        for _, plane in drawn
     )
     caption = "The last kept token of each of several sequences after every core block, joined in the order "
     caption += "the blocks run, on the first two principal components of the kept core states of the "
@@ -120,9 +121,9 @@ def trajectories(findings: Sequence[Findings]) -> Figure | None:
         tables=tables,
         group="layer",
         group_domain=domain,
-        absent={label: each for label, each in found.items() if isinstance(each, str)},
+        absent=absent,
         notes=notes,
-        caption=[caption, *(_plane_seen(label, each) for label, each in planes.items())],
+        caption=[caption, *(_plane_seen(each.label, plane) for each, plane in drawn)],
     )
 
 

@@ -117,7 +117,7 @@ def _verdict_row(row: Sequence[Verdict]) -> dict[str, Any]:
         "source": asked.source,
         "cells": [
             {
-                "answer": {True: "yes", False: "no", None: "cannot tell"}[verdict.answer],
+                "answer": verdict.answer_in_words,
                 "value": None if verdict.value is None else f"{_precise(verdict)} {asked.unit}",
                 "since": verdict.recurrence,
                 "detail": verdict.detail,
