@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from ..depths import STAGES
+from ..depths import Depths
 from ..findings import TIMES
 
 STAGE_COLORS = {"prelude": "#e3ebf4", "core": "#f4f3ef", "coda": "#f3e6e1"}
@@ -65,11 +65,12 @@ def depth_axis(num_depths: int) -> alt.X:
     )
 
 
-def stage_shading(stage: np.ndarray, recurrence: np.ndarray) -> list[alt.Chart]:
+def stage_shading(depths: Depths) -> list[alt.Chart]:
     """Prelude, core and coda behind a plot by depth; every other recurrence is shaded while they are few."""
+    stage, recurrence = depths.stage, depths.recurrence
     edges = np.flatnonzero(np.diff(stage) != 0) + 1
     blocks = [
-        {"from": start - 0.5, "to": stop - 0.5, "stage": STAGES[stage[start]]}
+        {"from": start - 0.5, "to": stop - 0.5, "stage": depths.stages[stage[start]]}
         for start, stop in zip([0, *edges.tolist()], [*edges.tolist(), len(stage)], strict=True)
     ]
     stripes = [

@@ -162,7 +162,7 @@ def _depth_panel(each: Findings, row: Sequence[str], axis: "_Axis", beside: bool
             layers, hover = layers + lines, hover + near
     if not layers:
         return _empty_panel(each, row[0])
-    shading = stage_shading(each.depths.stage, each.depths.recurrence)
+    shading = stage_shading(each.depths)
     return _panel(each, beside, row, [*shading, *layers], hover)
 
 

@@ -168,7 +168,7 @@ def _along_depth(each: Findings, name: str, y_options: dict[str, Any], looped: S
         tooltip=_tooltip(name),
         where=_OWN,
     )
-    shading = stage_shading(each.depths.stage, each.depths.recurrence)
+    shading = stage_shading(each.depths)
     return [*shading, _mean(name, y_options, depth_axis(len(each.depths))), *lines], hover
 
 
