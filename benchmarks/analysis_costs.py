@@ -174,7 +174,7 @@ def _write_data(path: Path, num_sequences: int) -> None:
 
 def _fill(store: "Store", unit: int, planned: xr.Dataset, rng: np.random.Generator) -> None:
     """Commits a unit's arrays, each with rows up to the last used slot, as a capture writes them."""
-    sizes = {axis: store.plan[f"unit_{axis}s"] for axis in ("token", "sequence")}
+    sizes = {axis: store.plan.unit_rows(axis) for axis in ("token", "sequence")}
     part = planned.isel({axis: slice(unit * size, (unit + 1) * size) for axis, size in sizes.items()})
     used = {
         "token": int((part["token_sequence"].values >= 0).sum()),

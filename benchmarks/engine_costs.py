@@ -26,6 +26,7 @@ from ..capture.engines.work import Receipt, RunUnit
 from ..capture.store.layout import ArraySpec, create_store
 from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
+from .bare_plan import bare_plan
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def commits_per_s(directory: Path | None, num_units: int = 400) -> float:
         tiny = ArraySpec(
             dimensions=("token", "depth"), shape=(num_units, 8), unit_rows=1, dtype="float32", attributes={}
         )
-        create_store(path, plan={"num_units": num_units}, coordinates={}, arrays={"residual_norm": tiny})
+        create_store(path, plan=bare_plan(num_units), coordinates={}, arrays={"residual_norm": tiny})
         store = Store.open(path)
 
         def commit(unit: int) -> None:

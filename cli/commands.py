@@ -115,10 +115,9 @@ def info(
     if target.startswith("s3://") or (Path(target) / ".looptap").is_dir():
         print_store(target)
         if neurons:
-            from ..capture.store.reading.recorded_neurons import recorded_neurons
             from ..capture.store.writing.commit import Store
 
-            print_neurons(recorded_neurons(Store.open(target).plan))
+            print_neurons(Store.open(target).plan.recorded_neurons())
         return 0
     from ..capture.models.load import find_model
 

@@ -205,11 +205,11 @@ def test_info_of_a_store(looptap_command, store):
     plan = Store.open(store).plan
     said = rows(ended.stdout)
     assert ended.code == 0 and "(1,2x3,1)I, huginn norms, float32" in said["model"]
-    assert said["weights"].startswith(f"{plan['model']['num_parameters']} parameters, sha256 ")
-    assert plan["model"]["weights_sha256"].startswith(said["weights"].split()[-1].rstrip("…"))
+    assert said["weights"].startswith(f"{plan.model.num_parameters} parameters, sha256 ")
+    assert (plan.model.weights_sha256 or "").startswith(said["weights"].split()[-1].rstrip("…"))
     assert said["data"] == f"texts.jsonl, 4 sequences, {NUM_TOKENS} tokens"
     assert said["states"] == "core[all]@last of tokens last"
-    assert set(said["quantities"].split(", ")) == set(plan["settings"]["quantities"])
+    assert set(said["quantities"].split(", ")) == set(plan.settings.quantities)
 
 
 def test_info_of_neurons(looptap_command, store, tmp_path):

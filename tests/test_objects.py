@@ -17,6 +17,7 @@ import pytest
 import zarr
 from obstore.store import S3Store
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.repair import repair_store
 from looptap.capture.store.care.verify import store_status, verify_store
 from looptap.capture.store.layout import create_store, store_exists
@@ -86,7 +87,7 @@ def test_written_and_closed(path):
     store = open_or_create(path, 4)
     assert store_exists(path) and store.todo() == [0, 1, 2, 3]
     with pytest.raises(StoreExistsError, match=r"run\.zarr holds a store"):
-        create_store(path, plan={"num_units": 4}, coordinates={}, arrays={})
+        create_store(path, plan=bare_plan(4), coordinates={}, arrays={})
     entries = [write_unit(begin_attempt(store, unit)).commit(RECEIPT) for unit in (2, 0)]
     assert store.done() == [0, 2] and list(store.entries()) == entries[::-1]
     check_content(store, {0: 0, 2: 0})

@@ -20,7 +20,7 @@ from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.selection import select_depths, select_tokens
 from looptap.capture.settings import CaptureSettings
-from looptap.capture.store.layout import plan_differences
+from looptap.capture.store.plan import plan_differences
 from looptap.capture.units import pack
 from looptap.errors import PlanError
 

@@ -134,7 +134,7 @@ def test_what_does_not_belong_goes(store):
 def test_a_unit_of_another_plan_is_done_again(tmp_path):
     """All files and the entry of a unit, sound in themselves, from a store with other settings."""
     store, other = (
-        open_or_create(tmp_path / f"{plan}.zarr", NUM_UNITS, hash=plan) for plan in ("mine", "other")
+        open_or_create(tmp_path / f"{plan}.zarr", NUM_UNITS, recorded_hash=plan) for plan in ("mine", "other")
     )
     fill(store)
     write_unit(begin_attempt(other, 1), salt=1).commit(RECEIPT)

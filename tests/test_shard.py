@@ -14,6 +14,7 @@ import pytest
 import tensorstore
 import zarr
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
 from looptap.capture.store.places import file_sink
 from looptap.capture.store.places.file_sink import FileSink
@@ -28,9 +29,7 @@ BFLOAT16 = {"bits_of": "bfloat16"}
 
 def make_array(root: Path, spec: ArraySpec) -> dict:
     """Metadata of one array of a store made for it."""
-    create_store(
-        root, plan={"num_units": spec.shape[0] // spec.unit_rows}, coordinates={}, arrays={"x": spec}
-    )
+    create_store(root, plan=bare_plan(spec.shape[0] // spec.unit_rows), coordinates={}, arrays={"x": spec})
     return json.loads((root / "x" / "zarr.json").read_bytes())
 
 

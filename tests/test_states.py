@@ -7,6 +7,7 @@ import pytest
 import torch
 import zarr
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.plan import make_plan
 from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
@@ -28,7 +29,7 @@ def make_store(path, dtype: str) -> Store:
     shape = (ROWS, DEPTHS, HIDDEN)
     axes = ("token", "depth_state", "hidden")
     spec = ArraySpec(axes, shape, ROWS, dtype, attributes, "none", shard_rows=512)  # and so are buffers
-    create_store(path, plan={"num_units": 1}, coordinates={}, arrays={"state": spec})
+    create_store(path, plan=bare_plan(1), coordinates={}, arrays={"state": spec})
     return Store.open(path)
 
 
@@ -133,7 +134,7 @@ def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
         here = stored[unit * store.unit_rows("state") :][: store.unit_rows("state")]
         np.testing.assert_array_equal(here[:K].view(expected.numpy().dtype), expected.numpy())
         assert (here[K:] == BFLOAT16_NAN).all() if dtype == "bfloat16" else np.isnan(here[K:]).all()
-    assert store.plan["settings"]["state_codec"] == codec
+    assert store.plan.settings.state_codec == codec
     ring = make_ring(store.arrays["state"], CPU)
     assert plan._ring_bytes == ring.num_buffers * ring.num_bytes, "what the plan says it takes"
 

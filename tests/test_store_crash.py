@@ -21,6 +21,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.repair import clean
 from looptap.capture.store.care.verify import store_status, verify_store
 from looptap.capture.store.keys import ATTEMPTS, LEDGER, STAGING
@@ -528,7 +529,7 @@ def test_two_builders_of_one_store(tmp_path):
     open_or_create(tmp_path / "run.zarr", 2)
     assert {p.name for p in tmp_path.iterdir()} == {"run.zarr", living.name}
     with pytest.raises(StoreExistsError):
-        create_store(tmp_path / "run.zarr", plan={"num_units": 2}, coordinates={}, arrays={})
+        create_store(tmp_path / "run.zarr", plan=bare_plan(2), coordinates={}, arrays={})
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def _unit_files(store: Store, unit: int) -> list[_Written]:
         raise ValueError("it is not what was written")
     if entry["unit"] != unit or set(entry["shards"]) != set(store.arrays):
         raise ValueError(f"it is for unit {entry['unit']} and arrays {', '.join(entry['shards'])}")
-    if entry["plan"] != store.plan.get("hash"):
+    if entry["plan"] != store.plan.hash:
         raise ValueError("it is of another plan")
     files = []
     for name, shards in entry["shards"].items():
