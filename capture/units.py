@@ -8,6 +8,7 @@ give the same units.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -74,8 +75,8 @@ class Slots:
             return self.unit_tokens
         return max(1, *(sum(len(kept[row]) for row in unit) for unit in self.units))
 
-    def facts(self) -> dict[str, int | None]:
-        """What the plan in a store says of its layout."""
+    def facts(self) -> dict[str, Any]:
+        """What the plan in a store says of its layout: the fields of StoredPlan of these names."""
         return {
             "num_sequences": self.num_sequences,
             "num_tokens": sum(map(len, self.rows)),

@@ -113,8 +113,8 @@ def create_store(
     for name, spec in arrays.items():
         if spec.shape[0] != plan.num_units * spec.unit_rows:
             raise ValueError(
-                f"{name} has {spec.shape[0]} rows, but {plan['num_units']} units of {spec.unit_rows} rows "
-                f"make {plan['num_units'] * spec.unit_rows}"
+                f"{name} has {spec.shape[0]} rows, but {plan.num_units} units of {spec.unit_rows} rows "
+                f"make {plan.num_units * spec.unit_rows}"
             )
     num_bytes = sum(values.nbytes for _, values, _ in coordinates.values())
     with place.full_disk_named("the coordinates of a new store", num_bytes):
