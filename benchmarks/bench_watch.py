@@ -132,9 +132,9 @@ def _make_worker(settings: WatchBench, data: Path, directory: Path) -> tuple[Any
     from ..capture.plan import make_plan
     from ..capture.run import prepare_store
     from ..capture.settings import CaptureSettings
-    from ..capture.worker import Worker
+    from .measuring import MeasuringWorker
 
-    wanted = CaptureSettings(
+    wanted = CaptureSettings.of(
         model=settings.model,
         data=data,
         store=directory / "own.zarr",
@@ -150,7 +150,7 @@ def _make_worker(settings: WatchBench, data: Path, directory: Path) -> tuple[Any
             f"{sum(map(len, rows))} tokens do not fit one unit of {plan.slots.unit_tokens} slots: give fewer "
             "--sequences"
         )
-    return Worker(plan.source, prepare_store(plan)), rows
+    return MeasuringWorker(plan.load_model(), prepare_store(plan)), rows
 
 
 def _run_module(module: Any, rows: Sequence[Any]) -> None:

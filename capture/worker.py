@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .models.description import Description
 from .models.interventions import Interventions
-from .models.load import ModelSource
-from .models.model import PLAIN
+from .models.model import PLAIN, LoopedModel
 from .models.starts import StatesFile, initial_state, prelude_direction
 from .models.tap import Packed, Plain
 from .selection import select_halves
@@ -23,7 +22,7 @@ from .store.writing.attempt import Attempt, begin_attempt
 from .store.writing.commit import Store
 from .store.writing.ring import Ring
 from .taps.state_stream import StateStream, make_ring
-from .taps.statistics import Buffers, LastStates, StateSink, StatesInMemory, Statistics
+from .taps.statistics import Buffers, LastStates, StateSink, Statistics
 from .versions import versions
 
 
@@ -45,17 +44,17 @@ class Worker:
     """Holds a model on a device and works for one store.
 
     Args:
+        model: what the store's plan is of, in its dtype, on the device that it is to run on.
         initial_states: where the plan reads them from a file.
     """
 
-    def __init__(self, source: ModelSource, store: Store, initial_states: StatesFile | None = None) -> None:
+    def __init__(self, model: LoopedModel, store: Store, initial_states: StatesFile | None = None) -> None:
         self._store = store
         self._plan: dict[str, Any] = store.plan
         self._settings: dict[str, Any] = store.plan["settings"]
-        self.model = source.load(self._settings["device"], self._settings["dtype"])
-        self._source = source
+        self.model = model
         self._initial_states = initial_states
-        self._zeroed = select_halves(self._settings["zero"], source.description)
+        self._zeroed = select_halves(self._settings["zero"], model.description)
         self._group = store.group()
         self._ring: Ring | None = None  # made for the first unit, and used for all
         has_states = "state" in self._settings["quantities"]
@@ -79,7 +78,7 @@ class Worker:
         stream = self._open_stream(attempt)
         try:
             values = self._measure(unit, sequences, stream)
-            non_finite = _count_non_finite(values, num_tokens, len(sequences), self._source.description)
+            non_finite = _count_non_finite(values, num_tokens, len(sequences), self.model.description)
             if stream is not None and (count := stream.finish()):
                 non_finite["state"] = count
         finally:
@@ -96,21 +95,6 @@ class Worker:
             attempt.write(name, values.pop(name).movedim(0, 1).contiguous().cpu().numpy())
         receipt["seconds"] = time.perf_counter() - started_s
         return attempt.commit(receipt)
-
-    def measure(self, unit: int) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Runs one unit and returns what was measured and the states, without touching the store; for
-        benchmarks.
-        """
-        sequences, states = self._sequences(unit), None
-        if self._state_depths:
-            shape = (
-                len(self._state_depths),
-                len(self._state_slots(unit, sequences)),
-                self._source.description.width,
-            )
-            states = StatesInMemory(torch.empty(shape, dtype=self.model.dtype, device=self.model.device))
-        values = self._measure(unit, sequences, states)
-        return values, None if states is None else states.state_LKD
 
     @torch.inference_mode()
     def forward(self, unit: int, tap: Plain = PLAIN) -> Tensor:
@@ -142,7 +126,7 @@ class Worker:
 
     @torch.inference_mode()
     def _measure(self, unit: int, sequences: list[_Sequence], states: StateSink | None) -> dict[str, Tensor]:
-        d, device = self._source.description, self.model.device
+        d, device = self.model.description, self.model.device
         sizes = {
             "token": self._plan["unit_tokens"],
             "sequence": self._plan["unit_sequences"],
@@ -173,7 +157,7 @@ class Worker:
         return values
 
     def _measure_batch(self, batch: list[_Sequence], buffers: Buffers) -> None:
-        d = self._source.description
+        d = self.model.description
         packed, initial_ND, interventions = self._inputs(batch)
         first_run = None
         if self._plan["gap_method"] == "run twice":
@@ -193,7 +177,7 @@ class Worker:
         self.model(packed, tap, initial_ND, interventions)
 
     def _inputs(self, batch: list[_Sequence]) -> _Inputs:
-        d, device, settings = self._source.description, self.model.device, self._settings
+        d, device, settings = self.model.description, self.model.device, self._settings
         token_id_N = torch.from_numpy(
             np.concatenate([sequence.token_ids for sequence in batch]).astype(np.int64)
         )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from tyro.extras import SubcommandApp
@@ -42,6 +42,8 @@ app = SubcommandApp()
 bench = SubcommandApp()
 study = SubcommandApp()
 
+Settings = TypeVar("Settings")
+Flat = OmitArgPrefixes[Annotated[Settings, arg(name="")]]  # parts are groups of options, and in no name
 # text, as a URL does not survive a Path
 StorePath = Annotated[str, Positional, arg(metavar="STORE", help="A store made by looptap capture.")]
 StorePaths = Annotated[
@@ -50,7 +52,7 @@ StorePaths = Annotated[
 
 
 @app.command
-def capture(settings: OmitArgPrefixes[CaptureSettings]) -> int:
+def capture(settings: Flat[CaptureSettings]) -> int:
     """Run a model over a dataset and record what happens inside its loop.
 
     The same command continues a capture that was stopped or killed.
@@ -64,7 +66,7 @@ def capture(settings: OmitArgPrefixes[CaptureSettings]) -> int:
 @app.command
 def status(store: StorePath) -> int:
     """Say how far a capture is, what failed, and who is at work on it."""
-    from ..capture.store.care.verify import store_status
+    from ..capture.store.care.status import store_status
     from .tables import print_status
 
     print_status(store, store_status(store))
@@ -168,7 +170,7 @@ def report(
 
 
 @app.command
-def inspect(settings: OmitArgPrefixes[InspectSettings]) -> int:
+def inspect(settings: Flat[InspectSettings]) -> int:
     """Run one prompt: its way through the loop, and attention maps with --out."""
     from ..capture.prompt import inspect_prompt
     from .tables import print_inspection
@@ -213,7 +215,7 @@ app.command(study, name="study", help="Run many captures that answer one questio
 
 
 @study.command(name="architecture")
-def study_architecture(settings: OmitArgPrefixes[ArchitectureStudySettings]) -> int:
+def study_architecture(settings: Flat[ArchitectureStudySettings]) -> int:
     """Capture randomly initialised loops of many kinds, and say which converge.
 
     The grid is the paper's if nothing is given.
@@ -233,7 +235,7 @@ def study_architecture(settings: OmitArgPrefixes[ArchitectureStudySettings]) -> 
 
 
 @study.command(name="depth")
-def study_depth(settings: OmitArgPrefixes[DepthStudySettings]) -> int:
+def study_depth(settings: Flat[DepthStudySettings]) -> int:
     """Capture one checkpoint at many recurrence counts, and compare what comes of it.
 
     The same command continues a study that was stopped or killed.

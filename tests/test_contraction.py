@@ -133,11 +133,11 @@ def test_factors_are_the_dense_jacobians(seed, recurrences, changes):
 
 
 def test_inspect_prints_the_factor_of_every_token(capsys):
-    settings = InspectSettings(model="random:(1,2x3,1)I,width=32", prompt="ab cab", dtype="float32")
+    settings = InspectSettings.of(model="random:(1,2x3,1)I,width=32", prompt="ab cab", dtype="float32")
     inspection = inspect_prompt(settings)
     found = inspection.contraction
     assert found is not None and len(found.factor_N) == 6 and found.recurrences == 128
-    model = load_model(settings.model, dtype="float32")
+    model = load_model(settings.model.model, dtype="float32")
     ids_N = torch.tensor(list(b"ab cab"))
     state_ND = drawn_state(None, model.description, settings.seed, [0], (6,), None)
     direct = contraction(model, Packed(ids_N, (6,)), state_ND)
@@ -154,7 +154,7 @@ def test_a_loop_in_bfloat16_is_told_from_one_that_moves(capsys):
     """Rounding keeps a settled loop moving by more than the threshold; the factor is near float32's."""
     found = {}
     for dtype in ("float32", "bfloat16"):
-        settings = InspectSettings(model="random:(0,4x8,0)I,width=64,seed=1", prompt="ab cab", dtype=dtype)
+        settings = InspectSettings.of(model="random:(0,4x8,0)I,width=64,seed=1", prompt="ab cab", dtype=dtype)
         inspection = inspect_prompt(settings)
         print_inspection(inspection)
         found[dtype] = inspection.contraction
@@ -165,7 +165,7 @@ def test_a_loop_in_bfloat16_is_told_from_one_that_moves(capsys):
 
 def test_a_state_that_is_no_number_has_no_factor(capsys):
     """Weights so large that the residual overflows float32 on the way to 128 recurrences."""
-    settings = InspectSettings(model="random:(0,1x2,0),gain=1e20,width=32", prompt="ab", dtype="float32")
+    settings = InspectSettings.of(model="random:(0,1x2,0),gain=1e20,width=32", prompt="ab", dtype="float32")
     print_inspection(inspect_prompt(settings))
     assert "no contraction factor: after 128 recurrences the state is not finite" in capsys.readouterr().out
 
@@ -174,7 +174,7 @@ def test_a_state_that_is_no_number_has_no_factor(capsys):
     ("model", "recurrences"), [("random:(2,0,0),width=32", 128), ("random:(0,1x2,0)I,width=32", 0)]
 )
 def test_inspect_leaves_the_factor_out(model, recurrences):
-    settings = InspectSettings(model=model, prompt="ab", contraction_recurrences=recurrences)
+    settings = InspectSettings.of(model=model, prompt="ab", contraction_recurrences=recurrences)
     assert inspect_prompt(settings).contraction is None
 
 
@@ -182,4 +182,4 @@ def test_a_loop_is_needed_and_a_count_from_0():
     with pytest.raises(ValueError, match=r"\(1,0,0\) has no loop"):
         contraction(fill(LoopedModel(describe(core=0, recurrences=0, coda=0))), random_ids(50, (2,)))
     with pytest.raises(PlanError, match=r"contraction_recurrences must be at least 1, or 0 .*got -1"):
-        inspect_prompt(InspectSettings(model="random:(0,1x2,0)", prompt="a", contraction_recurrences=-1))
+        inspect_prompt(InspectSettings.of(model="random:(0,1x2,0)", prompt="a", contraction_recurrences=-1))

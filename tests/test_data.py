@@ -137,7 +137,7 @@ def test_sequence_id_is_the_row_number_whatever_the_order(tmp_path):
     rows = [np.arange(n) + 10 * i for i, n in enumerate(lengths)]
     path = tmp_path / "data.txt"
     path.write_bytes(b"\n".join(bytes((row % 64 + 32).tolist()) for row in rows) + b"\n")
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model="random:(1,0,0),width=16,heads=2", data=path, store=tmp_path / "s", unit_tokens=12
     )
     plan = make_plan(settings)

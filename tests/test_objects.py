@@ -19,7 +19,15 @@ from obstore.store import S3Store
 
 from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.repair import repair_store
-from looptap.capture.store.care.verify import store_status, verify_store
+from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.verify import verify_store
+from looptap.capture.store.errors import (
+    StoreError,
+    StoreExistsError,
+    StoreLockedError,
+    StoreMissingError,
+    UnitTakenError,
+)
 from looptap.capture.store.layout import create_store, store_exists
 from looptap.capture.store.places import lease, liveness
 from looptap.capture.store.places.lock import driver_lock, lock_holder
@@ -102,8 +110,8 @@ def test_written_and_closed(path):
     check_content(store, dict.fromkeys(range(4), 0))
     assert store.group()["unit_done"][...].tolist() == [1, 1, 1, 1]
     status = store_status(path)
-    assert status["complete"] and status["attempts"] == 4 and status["driver"] is None
-    assert status["num_bytes"] == sum(sum(store.place.sizes(name).values()) for name in store.arrays) - sum(
+    assert status.complete and status.attempts == 4 and status.driver is None
+    assert status.num_bytes == sum(sum(store.place.sizes(name).values()) for name in store.arrays) - sum(
         store.place.sizes(name)["zarr.json"] for name in store.arrays
     )
 
@@ -121,8 +129,8 @@ def test_an_attempt_that_is_given_up_leaves_nothing(path):
         raise RuntimeError
     begin_attempt(store, 1).fail("ValueError: out of memory")
     assert store.todo() == [0, 1] and verify_store(path).uncommitted == []
-    (failure,) = store_status(path)["failures"]
-    assert (failure["unit"], failure["attempt"], failure["error"]) == (1, 2, "ValueError: out of memory")
+    (failure,) = store_status(path).failures
+    assert (failure.unit, failure.attempt, failure.error) == (1, 2, "ValueError: out of memory")
 
 
 def test_streamed_states(path):
@@ -187,7 +195,7 @@ def test_a_repaired_store_is_finished_again(path):
     store.place.replace("state/c.3.0.0", b"broken")
     repair = repair_store(path)
     assert repair.units_voided == repair.units_missing == [1] and repair.irreparable == []
-    assert store.todo() == [1] and not store_status(path)["complete"]
+    assert store.todo() == [1] and not store_status(path).complete
     check_content(store, {0: 0, 2: 0})
     write_unit(begin_attempt(store, 1)).commit(RECEIPT)
     store.finish()
@@ -330,7 +338,7 @@ def test_reading_needs_no_more_than_reading(url, door):
     write_unit(begin_attempt(store, 0)).commit(RECEIPT)
     door.refuses = lambda method, path: method not in ("GET", "HEAD")
     check_content(Store.open(url), {0: 0})
-    assert store_status(url)["units_done"] == 1
+    assert store_status(url).units_done == 1
 
 
 def test_without_obstore(monkeypatch):

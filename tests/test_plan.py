@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from looptap.capture.models.description import STAGES, Block, Description
 from looptap.capture.models.load import find_model
-from looptap.capture.plan import make_plan
+from looptap.capture.plan import PlanError, make_plan
+from looptap.capture.plan_cost import disk_bytes
 from looptap.capture.run import run_capture
 from looptap.capture.selection import select_depths, select_tokens
 from looptap.capture.settings import CaptureSettings
@@ -34,7 +35,7 @@ def settings(tmp_path) -> CaptureSettings:
     """Eight rows of text, one of them empty, in units of 32 slots."""
     rows = ["".join(chr(65 + (7 * i + j) % 58) for j in range(n)) for i, n in enumerate(LENGTHS)]
     (tmp_path / "data.txt").write_text("\n".join(rows) + "\n")
-    return CaptureSettings(model=MODEL, data=tmp_path / "data.txt", store=tmp_path / "s", unit_tokens=32)
+    return CaptureSettings.of(model=MODEL, data=tmp_path / "data.txt", store=tmp_path / "s", unit_tokens=32)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any), st.integers(0, 30))
@@ -57,7 +58,7 @@ def test_another_description_is_another_model(tmp_path):
     shutil.copytree(GOLDEN / "retro-llama32", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     np.save(tmp_path / "ids.npy", np.arange(48).reshape(2, 24))
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model=str(tmp_path / "model"), data=tmp_path / "ids.npy", store=tmp_path / "s", unit_tokens=24,
         quantities=("residual_norm",),
     )  # fmt: skip
@@ -86,8 +87,8 @@ def test_every_field_of_a_description_is_in_the_plan(settings):
 
 
 def test_quantities_may_be_joined_by_commas(settings):
-    apart = make_plan(replace(settings, quantities=("steps", "residual_norm", "gaps")))
-    joined = make_plan(replace(settings, quantities=("steps,residual_norm", "gaps")))
+    apart = make_plan(settings.but(quantities=("steps", "residual_norm", "gaps")))
+    joined = make_plan(settings.but(quantities=("steps,residual_norm", "gaps")))
     assert joined.quantities == apart.quantities
     assert joined.quantities == ("residual_norm", "step_norm", "step_cosine", "gap_norm", "gap_cosine")
 
@@ -104,7 +105,7 @@ def test_units_are_what_the_arrays_hold(settings):
 
 def test_coordinates_describe_every_slot(settings):
     """Against the rows and units, slot by slot."""
-    plan = make_plan(replace(settings, states=("core[all]@last",), tokens="every:4"))
+    plan = make_plan(settings.but(states=("core[all]@last",), tokens="every:4"))
     found = {name: values for name, (_, values, _) in plan.coordinates().items()}
     C, Q, K = plan.slots.unit_tokens, plan.slots.unit_sequences, plan.slots.unit_state_rows
     assert all(len(found[name]) == plan.slots.num_units * C for name in ("token_id", "token_position"))
@@ -156,7 +157,7 @@ def test_the_plan_is_json_and_says_what_was_asked(settings):
     assert document["tokenizer"]["name"] == "bytes"
     assert document["data"]["num_rows"] == 8
     text = json.dumps(document)
-    assert str(settings.store.parent) not in text, "a path of this machine would make equal plans differ"
+    assert str(settings.run.store.parent) not in text, "a path of this machine would make equal plans differ"
 
 
 def test_the_hash_is_stable(settings, tmp_path):
@@ -164,14 +165,14 @@ def test_the_hash_is_stable(settings, tmp_path):
     wanted = make_plan(settings).document()["hash"]
     (tmp_path / "other").mkdir()
     moved = tmp_path / "other" / "data.txt"
-    moved.write_bytes(settings.data.read_bytes())
-    assert make_plan(replace(settings, data=moved, store=tmp_path / "t")).document()["hash"] == wanted
+    moved.write_bytes(settings.data.data.read_bytes())
+    assert make_plan(settings.but(data=moved, store=tmp_path / "t")).document()["hash"] == wanted
     code = f"""
         from pathlib import Path
         from looptap.capture.plan import make_plan
         from looptap.capture.settings import CaptureSettings
         data, store = Path({str(moved)!r}), Path("elsewhere")
-        settings = CaptureSettings(model={MODEL!r}, data=data, store=store, unit_tokens=32)
+        settings = CaptureSettings.of(model={MODEL!r}, data=data, store=store, unit_tokens=32)
         print(make_plan(settings).document()["hash"])
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
@@ -199,8 +200,8 @@ CHANGES = [
 
 def test_the_hash_shows_every_change(settings):
     base = make_plan(settings).document()
-    documents = [make_plan(replace(settings, **change)).document() for change in CHANGES]
-    settings.data.write_text(settings.data.read_text().replace("A", "B"))
+    documents = [make_plan(settings.but(**change)).document() for change in CHANGES]
+    settings.data.data.write_text(settings.data.data.read_text().replace("A", "B"))
     documents.append(make_plan(settings).document())
     hashes = [base["hash"], *(document["hash"] for document in documents)]
     assert len(set(hashes)) == len(hashes)
@@ -209,12 +210,12 @@ def test_the_hash_shows_every_change(settings):
 
 
 def test_unit_tokens_by_default_hold_the_longest_row(settings):
-    assert make_plan(replace(settings, unit_tokens=None)).slots.unit_tokens == 4096
-    settings.data.write_text("x" * 5000 + "\nshort\n")
-    assert make_plan(replace(settings, unit_tokens=None)).slots.unit_tokens == 5120
+    assert make_plan(settings.but(unit_tokens=None)).slots.unit_tokens == 4096
+    settings.data.data.write_text("x" * 5000 + "\nshort\n")
+    assert make_plan(settings.but(unit_tokens=None)).slots.unit_tokens == 5120
     with pytest.raises(PlanError, match=r"row 0 has 5000 tokens .* give --unit-tokens 5000 or more"):
-        make_plan(replace(settings, unit_tokens=4999))
-    assert make_plan(replace(settings, unit_tokens=5000)).slots.num_units == 2
+        make_plan(settings.but(unit_tokens=4999))
+    assert make_plan(settings.but(unit_tokens=5000)).slots.num_units == 2
 
 
 def test_gap_method_follows_the_memory_bound(settings):
@@ -222,36 +223,37 @@ def test_gap_method_follows_the_memory_bound(settings):
     plan = make_plan(settings)
     assert plan.kept_bytes == 32 * 2 * 4 * 32 * 4
     for bound, method in ((plan.kept_bytes, "keep states"), (plan.kept_bytes - 1, "run twice")):
-        assert make_plan(replace(settings, gap_memory_gib=bound / 2**30)).gap_method == method
-    assert make_plan(replace(settings, quantities=("steps",))).gap_method is None
-    assert make_plan(replace(settings, model="random:(3,0,0),width=32")).gap_method is None
+        assert make_plan(settings.but(gap_memory_gib=bound / 2**30)).gap_method == method
+    assert make_plan(settings.but(quantities=("steps",))).gap_method is None
+    assert make_plan(settings.but(model="random:(3,0,0),width=32")).gap_method is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_disk_estimate_holds(settings, dtype):
     """Never below what was written, and above it by no more than empty slots and what zstd gains."""
-    settings = replace(settings, states=("all",), tokens="all", dtype=dtype)
+    settings = settings.but(states=("all",), tokens="all", dtype=dtype)
     plan = make_plan(settings)
     outcome = run_capture(plan)
     assert outcome.complete
     written = sum(
-        path.stat().st_size for name in plan.quantities for path in (settings.store / name).glob("c*")
+        path.stat().st_size for name in plan.quantities for path in (settings.run.store / name).glob("c*")
     )
     fill = plan.dataset.num_tokens / (plan.slots.num_units * plan.slots.unit_tokens)
     num_units = plan.slots.num_units
     index_bytes = 16 * num_units * plan.description.depth + 4 * num_units  # of the states' shards
-    assert written <= plan.disk_bytes + index_bytes
-    assert written >= 0.6 * fill * plan.disk_bytes
+    assert written <= disk_bytes(plan) + index_bytes
+    assert written >= 0.6 * fill * disk_bytes(plan)
 
 
 MEASURED = """
     from pathlib import Path
     import torch
     from looptap.capture.plan import make_plan
+    from looptap.capture.plan_cost import memory_bytes
     from looptap.capture.run import run_capture
     from looptap.capture.settings import CaptureSettings
     torch.set_num_threads(1)  # as quick at this size, and quicker beside other work
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model="random:(0,4x16,0)I,width=64,heads=32",
         data=Path("data.txt"),
         store=Path("store"),
@@ -261,7 +263,7 @@ MEASURED = """
     plan = make_plan(settings)
     assert run_capture(plan).complete
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(plan.gap_method, plan.memory_bytes, int(peak.split()[1]) * 1024, sep=";")
+    print(plan.gap_method, memory_bytes(plan), int(peak.split()[1]) * 1024, sep=";")
 """
 
 

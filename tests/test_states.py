@@ -57,7 +57,7 @@ def test_stream_writes_rows_in_order(tmp_path, batches, dtype):
             first += num_rows
         assert stream.finish() == (2 if total > 2 else 0)
         attempt.commit({"num_sequences": 1, "num_tokens": 1, "seconds": 0.0, "non_finite": {}})
-    assert writer.ring.num_free == num_buffers(DEPTHS)
+    assert writer.ring._free.qsize() == num_buffers(DEPTHS)
     found = np.asarray(zarr.open_array(str(tmp_path / "run.zarr"), path="state")[...])
     bits_LKD = states_LKD.view(torch.int32 if dtype == "float32" else torch.int16).numpy()
     bits = f"i{found.dtype.itemsize}"
@@ -111,7 +111,7 @@ def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
     lengths = [200, 190, 150, 90, 140, 133, 120, 1, 70]
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": ("abcdefg" * n)[:n]}) + "\n" for n in lengths))
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model="random:(1,2x3,0)I,width=32,heads=2", data=data, store=tmp_path / "run.zarr", dtype=dtype,
         quantities=("residual_norm",), states=("prelude", "core[-1]@0,last"), tokens=tokens,
         state_codec=codec, unit_tokens=640, batch_tokens=256,
@@ -119,9 +119,9 @@ def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
     plan = make_plan(settings)
     outcome = run_capture(plan)
     assert outcome.complete
-    store = Store.open(settings.store)
-    worker = Worker(plan.source, store)
-    stored = np.asarray(zarr.open_array(str(settings.store), path="state")[...])
+    store = Store.open(settings.run.store)
+    worker = Worker(plan.load_model(), store)
+    stored = np.asarray(zarr.open_array(str(settings.run.store), path="state")[...])
     for unit in range(store.num_units):
         sink: StateSink = Everything(len(plan.state_depths))
         worker._measure(unit, worker._sequences(unit), sink)
@@ -140,13 +140,13 @@ def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
 
 
 def test_failed_unit_gives_every_buffer_back(tmp_path):
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model="random:(1,2x3,0)I,width=32,heads=2", data=tmp_path / "ids.npy", store=tmp_path / "run.zarr",
         quantities=("residual_norm",), states=("all",), batch_tokens=8,
     )  # fmt: skip
     np.save(tmp_path / "ids.npy", np.ones((3, 8), np.int64))
     plan = make_plan(settings)
-    worker = Worker(plan.source, prepare_store(plan))
+    worker = Worker(plan.load_model(), prepare_store(plan))
     calls = []
     measure = worker._measure_batch
 
@@ -160,7 +160,7 @@ def test_failed_unit_gives_every_buffer_back(tmp_path):
     with pytest.raises(RuntimeError, match="a bad kernel"):
         worker.run(0)
     assert worker._ring is not None
-    assert worker._ring.num_free == worker._ring.num_buffers
+    assert worker._ring._free.qsize() == worker._ring.num_buffers
     assert not any((tmp_path / "run.zarr" / "state").glob("c.*"))
     worker._measure_batch = measure
     assert worker.run(0)["attempt"] == 2

@@ -13,8 +13,9 @@ import pytest
 import xarray as xr
 import zarr
 
-from looptap.benchmarks.bare_plan import bare_plan
-from looptap.capture.store.care.verify import store_status, verify_store
+from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.verify import verify_store
+from looptap.capture.store.errors import StoreError, StoreExistsError, StoreMissingError
 from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.layout import (
     BFLOAT16_NAN,
@@ -347,16 +348,16 @@ def test_status(tmp_path):
     begin_attempt(store, 1).fail("ValueError: out of memory")
     entries = [run_unit(store, unit) for unit in (0, 2)]
     status = store_status(store.path)
-    assert (status["units_done"], status["units_total"], status["attempts"]) == (2, 3, 3)
-    assert (status["num_tokens"], status["num_sequences"], status["seconds"]) == (20, 4, 1.0)
+    assert (status.units_done, status.units_total, status.attempts) == (2, 3, 3)
+    assert (status.num_tokens, status.num_sequences, status.seconds) == (20, 4, 1.0)
     shards = [s for entry in entries for shards in entry["shards"].values() for s in shards]
-    assert status["num_bytes"] == sum(shard["bytes"] for shard in shards)
-    assert status["num_bytes"] == sum(
+    assert status.num_bytes == sum(shard["bytes"] for shard in shards)
+    assert status.num_bytes == sum(
         p.stat().st_size for name in store.arrays for p in (store.path / name).glob("c.*")
     )
-    assert status["last_commit"] == entries[1]["committed"] and not status["complete"]
-    (failure,) = status["failures"]
-    assert (failure["unit"], failure["attempt"], failure["error"]) == (1, 1, "ValueError: out of memory")
+    assert status.last_commit == entries[1]["committed"] and not status.complete
+    (failure,) = status.failures
+    assert (failure.unit, failure.attempt, failure.error) == (1, 1, "ValueError: out of memory")
 
 
 def flip(path: Path) -> None:

@@ -23,7 +23,9 @@ import pytest
 
 from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.repair import clean
-from looptap.capture.store.care.verify import store_status, verify_store
+from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.verify import verify_store
+from looptap.capture.store.errors import StoreExistsError, StoreLockedError, UnitTakenError
 from looptap.capture.store.keys import ATTEMPTS, LEDGER, STAGING
 from looptap.capture.store.layout import create_store
 from looptap.capture.store.places import directory, disk, lease, liveness
@@ -420,7 +422,7 @@ def test_names_of_deleted_open_files_are_no_files(tmp_path):
         write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     store.finish()
     report = verify_store(store.path)
-    assert report.ok and report.uncommitted == [] and store_status(store.path)["attempts"] == 2
+    assert report.ok and report.uncommitted == [] and store_status(store.path).attempts == 2
 
 
 def test_a_driver_keeps_others_out(tmp_path):

@@ -27,16 +27,13 @@ U w too is our choice. Cosines put more neurons past it (in SmolLM2-135M's last 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.description import STAGES, Stage
 from ..models.model import LoopedModel, TransformerBlock
-
-if TYPE_CHECKING:
-    from ..plan import Plan
 
 KURTOSIS = 10.0
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -115,13 +112,6 @@ def summarise(moments: Sequence[Moments], threshold: float = KURTOSIS) -> dict[s
             }
         )
     return {"threshold": threshold, "quantiles": list(QUANTILES), "blocks": blocks}
-
-
-def neurons_of(plan: "Plan") -> dict[str, Any]:
-    """What a plan records of its model's neurons: `summarise` of the weights in the type that they run in."""
-    settings = plan.settings
-    is_run_here = settings.engine == "local" and settings.workers is None
-    return summarise(logit_moments(plan.source.load(plan.device if is_run_here else "cpu", plan.dtype)))
 
 
 def _unembedding(model: LoopedModel, cosines: bool) -> Iterator[Tensor]:

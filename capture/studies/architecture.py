@@ -12,11 +12,18 @@ from importlib.resources import as_file, files
 from itertools import product
 from pathlib import Path
 
-from ...errors import PlanError
-from ..data import open_tokenizer, read_dataset
-from ..plan import Plan, make_plan
+from ..data import Dataset, open_tokenizer, read_dataset
+from ..plan import Plan, PlanError, make_plan
+from ..plan_cost import disk_bytes
 from ..run import Outcome
-from ..settings import ArchitectureStudySettings, CaptureSettings
+from ..settings import (
+    ArchitectureStudySettings,
+    CaptureSettings,
+    DataSettings,
+    MeasureSettings,
+    ModelSettings,
+    RunSettings,
+)
 from ..store.layout import plan_differences, store_exists
 from ..store.places.open import open_place
 from ..store.writing.commit import Store
@@ -82,7 +89,7 @@ def run_architecture_study(
     plans = architecture_plans(settings)
     _check_stores(plans, settings.out)
     outcomes = run_all(plans)
-    stores = tuple(Path(plan.settings.store) for plan in plans)
+    stores = tuple(Path(plan.store) for plan in plans)
     return ArchitectureStudy(stores, all(outcome.complete for outcome in outcomes))
 
 
@@ -98,30 +105,32 @@ def architecture_plans(settings: ArchitectureStudySettings) -> list[Plan]:
     """The plan of every cell; raises as `run_architecture_study`."""
     _check_axes(settings)
     with ExitStack() as stack:
-        data = settings.data
-        if data is None:
-            data = stack.enter_context(as_file(files("looptap.capture.studies") / "demo_prompts.jsonl"))
-        unit_tokens = _unit_tokens(settings, data)
-        return [make_plan(_capture(settings, cell, data, unit_tokens)) for cell in cells_of(settings)]
+        path = settings.data
+        if path is None:
+            path = stack.enter_context(as_file(files("looptap.capture.studies") / "demo_prompts.jsonl"))
+        data = DataSettings(data=path, field=settings.field, limit=settings.limit)
+        dataset = read_dataset(path, open_tokenizer(None), field=data.field, limit=data.limit)
+        cells = cells_of(settings)
+        return [make_plan(_capture(settings, cell, data, dataset), dataset=dataset) for cell in cells]
 
 
 def _capture(
-    settings: ArchitectureStudySettings, cell: Cell, data: Path, unit_tokens: int
+    settings: ArchitectureStudySettings, cell: Cell, data: DataSettings, dataset: Dataset
 ) -> CaptureSettings:
     """What a user would give `looptap capture` for one cell."""
     return CaptureSettings(
-        model=cell.spec(settings.head_width),
+        model=ModelSettings(model=cell.spec(settings.head_width), device=settings.device),
         data=data,
-        store=settings.out / f"{cell.name}.zarr",
-        field=settings.field,
-        limit=settings.limit,
-        quantities=QUANTITIES,
-        states=(STATES,),
-        tokens="last",
-        device=settings.device,
-        seed=cell.seed,
-        unit_tokens=unit_tokens,
-        batch_tokens=settings.batch_tokens,
+        measure=MeasureSettings(
+            quantities=QUANTITIES,
+            states=(STATES,),
+            tokens="last",
+            seed=cell.seed,
+            # slots for all tokens where they are few, so that hundreds of stores are read without padding
+            unit_tokens=max(dataset.longest, min(dataset.num_tokens, DEFAULT_UNIT_TOKENS)),
+            batch_tokens=settings.batch_tokens,
+        ),
+        run=RunSettings(store=settings.out / f"{cell.name}.zarr"),
     )
 
 
@@ -156,11 +165,11 @@ def _check_stores(plans: Sequence[Plan], out: Path) -> None:
     """Refuses before anything runs what `prepare_store` would refuse at one capture after another."""
     needed = 0
     for plan in plans:
-        if not store_exists(plan.settings.store):
-            needed += plan.disk_bytes
-        elif differences := plan_differences(Store.open(plan.settings.store).plan, plan.document()):
+        if not store_exists(plan.store):
+            needed += disk_bytes(plan)
+        elif differences := plan_differences(Store.open(plan.store).plan, plan.document()):
             raise PlanError(
-                f"{plan.settings.store} was begun with another plan; it differs in\n  "
+                f"{plan.store} was begun with another plan; it differs in\n  "
                 + "\n  ".join(differences)
                 + "\ngo on with the old settings, or choose another --out"
             )
@@ -170,13 +179,6 @@ def _check_stores(plans: Sequence[Plan], out: Path) -> None:
             f"the stores in {out} need up to {needed / 2**20:,.1f} MiB more and its disk has "
             f"{free / 2**20:,.1f} MiB free; choose fewer values or rows, or another disk"
         )
-
-
-def _unit_tokens(settings: ArchitectureStudySettings, data: Path) -> int:
-    """Slots for all tokens where they are few, so that hundreds of stores are read without their padding."""
-    dataset = read_dataset(data, open_tokenizer(None), field=settings.field, limit=settings.limit)
-    longest = max(map(len, dataset.rows))
-    return max(longest, min(dataset.num_tokens, DEFAULT_UNIT_TOKENS))
 
 
 def _short(number: float) -> str:

@@ -1,0 +1,42 @@
+"""What a token of a batch keeps in memory, in bytes, that steps, gaps, the lens and maps of all pairs of
+blocks are measured from.
+"""
+
+from collections.abc import Collection
+
+from .models.description import Description
+from .store.quantities import GROUPS
+
+
+def itemsize_of(dtype: str) -> int:
+    """Bytes of one number of a dtype that a model runs in."""
+    return 4 if dtype == "float32" else 2
+
+
+def kept_bytes(d: Description, quantities: Collection[str], dtype: str) -> int:
+    """Bytes that wait for the last recurrence: states of the core's layers for the gaps, their attention
+    patterns for attention_gap, the loop state for the lens.
+    """
+    has_gaps = any(name in GROUPS["gaps"] for name in quantities)
+    states = (d.core if has_gaps else 0) + ("lens_kl" in quantities)
+    patterns = d.core if "attention_gap" in quantities else 0
+    return d.recurrences * (states * d.width * itemsize_of(dtype) + patterns * _pattern_bytes(d, dtype))
+
+
+def before_bytes(d: Description, quantities: Collection[str], dtype: str) -> int:
+    """Bytes that the recurrence before left, which steps are measured from."""
+    states = d.width * itemsize_of(dtype) if any(name in GROUPS["steps"] for name in quantities) else 0
+    patterns = _pattern_bytes(d, dtype) if "attention_step" in quantities else 0
+    return d.core * (states + patterns)
+
+
+def map_bytes(d: Description, quantities: Collection[str], dtype: str) -> int:
+    """Bytes kept at every depth for the maps of all pairs of block invocations."""
+    patterns = _pattern_bytes(d, dtype) if "attention_distance" in quantities else 0
+    states = d.width * itemsize_of(dtype) if "residual_similarity" in quantities else 0
+    return d.depth * (patterns + states)
+
+
+def _pattern_bytes(d: Description, dtype: str) -> int:
+    """Bytes of one token in one attention pattern: its queries, its keys, the row's sum."""
+    return (d.num_heads + d.num_kv_heads) * d.head_width * itemsize_of(dtype) + 4 * d.num_heads
