@@ -10,6 +10,8 @@ for rows in looptap.batches("run.zarr", depths=[12], seed=0): ...  # its states 
 
 from typing import TYPE_CHECKING, Any
 
+from .errors import UserError, WatchError
+
 __version__ = "0.1.0"
 __all__ = ["UserError", "WatchError", "batches", "capture", "load_model", "open", "watch"]
 

@@ -299,8 +299,8 @@ def _work_unasked(path: Path, seed: float) -> None:
     from ..capture.worker import Worker
 
     store = Store.open(path)
-    settings = store.plan["settings"]
-    worker = Worker(find_model(MODEL).load(settings["device"], settings["dtype"]), store)
+    settings = store.plan.settings
+    worker = Worker(find_model(MODEL).load(settings.device, settings.dtype), store)
     order = random.Random(seed)
     while todo := store.todo():
         with suppress(OSError):  # taken by others, or the disk is full

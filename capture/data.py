@@ -13,11 +13,11 @@ from zipfile import BadZipFile
 import numpy as np
 import safetensors.numpy
 
+from ..errors import DataError
 from .models.load import ModelSource
+from .store.plan import StoredData
 
 Rows = Sequence[str] | Sequence[Sequence[int]]
-
-from ..errors import DataError
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Dataset:
     """Token ids of every row, int32, in the data's order; empty rows keep their number and hold no ids."""
 
     rows: list[np.ndarray]
-    identity: dict[str, object]
+    identity: StoredData
     """What a plan says of the data: its name, the hash of its content, how many rows it has."""
     tokenizer: Tokenizer | None = None
     """The model's; None where it has none."""
@@ -150,14 +150,11 @@ def check_rows(dataset: Dataset, vocab_size: int, max_positions: int) -> None:
             )
 
 
-def _identity(name: str, sha256: str, field: str | None, rows: list[np.ndarray]) -> dict[str, object]:
-    return {
-        "name": name,
-        "sha256": sha256,
-        "field": field,
-        "num_rows": len(rows),
-        "num_empty_rows": sum(not len(row) for row in rows),
-    }
+def _identity(name: str, sha256: str, field: str | None, rows: list[np.ndarray]) -> StoredData:
+    num_empty_rows = sum(not len(row) for row in rows)
+    return StoredData(
+        name=name, sha256=sha256, field=field, num_rows=len(rows), num_empty_rows=num_empty_rows
+    )
 
 
 def _check_not_empty(name: str, rows: list[np.ndarray], limit: int | None) -> None:

@@ -4,13 +4,11 @@ The same inputs always give the same plan. A worker reads what it needs from the
 a plan never travels.
 """
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from ..errors import PlanError
 from . import token_memory
 from .data import Dataset, check_rows, model_tokenizer, read_dataset
 from .models.description import Description
@@ -21,6 +19,7 @@ from .models.starts import StatesFile, check_start, open_states
 from .selection import select_depths, select_halves, select_tokens
 from .settings import CaptureSettings
 from .store.layout import ArraySpec, Coordinate
+from .store.plan import StoredModel, StoredPlan, StoredSettings, StoredTokenizer
 from .store.quantities import GROUPS, QUANTITIES, resolve_quantities
 from .units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from .versions import versions
@@ -108,41 +107,39 @@ class Plan:
         steps = list(self.description.steps())
         return {**depth_coordinates(steps, depths, has_pairs=has_pairs), **self.slots.coordinates()}
 
-    def document(self) -> dict[str, Any]:
-        """The plan as the store records it; `hash` is over everything but `versions` and `created`."""
+    def stored(self) -> StoredPlan:
+        """The plan as the store records it: of the model and the data no path, which is one machine's, but
+        what they hold.
+        """
         model, data, measure = self.settings.model, self.settings.data, self.settings.measure
-        # of the model and the data no path, which is one machine's: their contents are recorded instead
+        states, tokenizer = self.initial_states, self.dataset.tokenizer
         settings = {
-            "field": data.field,
-            "limit": data.limit,
-            "loop": model.loop,
-            "recurrences": model.recurrences,
-            **asdict(measure),
-            "quantities": list(self.quantities),
-            "states": list(measure.states),
-            "zero": list(measure.zero),
-            "device": self.device,
-            "dtype": self.dtype,
+            **vars(measure),
+            "quantities": self.quantities,
+            "initial_state": measure.initial_state if states is None else states.identity(),
             "unit_tokens": self.slots.unit_tokens,
             "batch_tokens": self.batch_tokens,
         }
-        if self.initial_states is not None:
-            settings["initial_state"] = self.initial_states.identity()
-        tokenizer = self.dataset.tokenizer
-        plan: dict[str, Any] = {
-            "model": self.source.identity(),
-            "data": self.dataset.identity,
-            "tokenizer": {} if tokenizer is None else {"name": tokenizer.name, "sha256": tokenizer.sha256},
-            "settings": settings,
+        return StoredPlan(
+            model=StoredModel.of(self.source.identity()),
+            data=self.dataset.identity,
+            tokenizer=tokenizer and StoredTokenizer(name=tokenizer.name, sha256=tokenizer.sha256),
+            settings=StoredSettings(
+                field=data.field,
+                limit=data.limit,
+                loop=model.loop,
+                recurrences=model.recurrences,
+                dtype=self.dtype,
+                device=self.device,
+                **settings,
+            ),
             **self.slots.facts(),
-            "gap_method": self.gap_method,
-            "dtype": self.dtype,
-            "backend": "pytorch" if self.device == "cpu" else "triton",
-        }
-        plan["hash"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-        plan["versions"] = versions()
-        plan["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-        return plan
+            gap_method=self.gap_method,
+            dtype=self.dtype,
+            backend="pytorch" if self.device == "cpu" else "triton",
+            versions=versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
 
 def make_plan(

@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from ..errors import PlanError
 from .data import make_dataset, model_tokenizer
 from .models.description import Description, Step
 from .models.load import find_model

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from ..errors import PlanError, StoreLockedError
 from .engines.drive import POLL_S
 from .engines.engine import open_engine, run_units
 from .engines.events import Event, RunBegan, UnitDone, UnitFailed
-from .plan import Plan, PlanError
+from .plan import Plan
 from .plan_cost import disk_bytes
 from .probes.neurons import logit_moments, summarise
 from .store.care.repair import clean
-from .store.layout import create_store, plan_differences, store_exists
+from .store.layout import create_store, store_exists
 from .store.places.lock import driver_lock
 from .store.places.open import open_place
+from .store.plan import plan_differences
 from .store.writing.commit import Store
 
 
@@ -50,7 +51,7 @@ def begun_store(plan: Plan) -> Store | None:
     if not store_exists(plan.store):
         return None
     store = Store.open(plan.store)
-    if differences := plan_differences(store.plan, plan.document()):
+    if differences := plan_differences(store.document, plan.stored().to_json()):
         raise PlanError(
             f"{plan.store} was begun with another plan; it differs in\n  "
             + "\n  ".join(differences)
@@ -119,10 +120,10 @@ def _checked_store(plan: Plan, begun: Store | None) -> Store:
     _check_disk(plan, plan.slots.num_units if begun is None else len(begun.todo()))
     if begun is not None:
         return begun
-    document = plan.document()
+    stored = plan.stored()
     if plan.settings.measure.neurons:
-        document["model"]["neurons"] = neurons_of(plan)
-    create_store(plan.store, plan=document, coordinates=plan.coordinates(), arrays=plan.arrays())
+        stored = replace(stored, model=replace(stored.model, neurons=neurons_of(plan)))
+    create_store(plan.store, plan=stored, coordinates=plan.coordinates(), arrays=plan.arrays())
     return Store.open(plan.store)
 
 

@@ -50,14 +50,16 @@ class Worker:
 
     def __init__(self, model: LoopedModel, store: Store, initial_states: StatesFile | None = None) -> None:
         self._store = store
-        self._plan: dict[str, Any] = store.plan
-        self._settings: dict[str, Any] = store.plan["settings"]
+        self._plan = store.plan
+        self._settings = settings = store.plan.settings
+        assert settings.batch_tokens is not None, "a capture's plan says how many tokens run at once"
+        self._batch_tokens = settings.batch_tokens
         self.model = model
         self._initial_states = initial_states
-        self._zeroed = select_halves(self._settings["zero"], model.description)
+        self._zeroed = select_halves(self._settings.zero, model.description)
         self._group = store.group()
         self._ring: Ring | None = None  # made for the first unit, and used for all
-        has_states = "state" in self._settings["quantities"]
+        has_states = "state" in self._settings.quantities
         self._state_depths: list[int] = (
             np.asarray(self._array("state_depth")[:]).tolist() if has_states else []
         )
@@ -100,13 +102,13 @@ class Worker:
     def forward(self, unit: int, tap: Plain = PLAIN) -> Tensor:
         """Runs one unit's batches through another tap; returns what the head would read of the last one."""
         head_input_ND = torch.empty(0)
-        for batch in _batches(self._sequences(unit), self._settings["batch_tokens"]):
+        for batch in _batches(self._sequences(unit), self._batch_tokens):
             inputs = self._inputs(batch)
             head_input_ND = self.model(inputs.packed, tap, inputs.initial_state_ND, inputs.interventions)
         return head_input_ND
 
     def _sequences(self, unit: int) -> list[_Sequence]:
-        C, Q = self._plan["unit_tokens"], self._plan["unit_sequences"]
+        C, Q = self._plan.unit_tokens, self._plan.unit_sequences
         here = slice(unit * Q, (unit + 1) * Q)
         ids = np.asarray(self._array("token_id")[unit * C : (unit + 1) * C])
         columns = (np.asarray(self._array(f"sequence_{name}")[here]) for name in ("id", "start", "length"))
@@ -128,20 +130,20 @@ class Worker:
     def _measure(self, unit: int, sequences: list[_Sequence], states: StateSink | None) -> dict[str, Tensor]:
         d, device = self.model.description, self.model.device
         sizes = {
-            "token": self._plan["unit_tokens"],
-            "sequence": self._plan["unit_sequences"],
+            "token": self._plan.unit_tokens,
+            "sequence": self._plan.unit_sequences,
             "depth": d.depth,
             "depth_other": d.depth,
             "recurrence": d.recurrences,
             "head": d.num_heads,
         }
         values = {
-            name: _undefined(name, sizes, device) for name in self._settings["quantities"] if name != "state"
+            name: _undefined(name, sizes, device) for name in self._settings.quantities if name != "state"
         }
-        keeps_some = states is not None and self._plan["num_state_rows"] is not None
+        keeps_some = states is not None and self._plan.num_state_rows is not None
         state_slots = self._state_slots(unit, sequences) if keeps_some else np.empty(0, np.int64)
         first_sequence = 0
-        for batch in _batches(sequences, self._settings["batch_tokens"]):
+        for batch in _batches(sequences, self._batch_tokens):
             start, end = batch[0].start, batch[-1].start + len(batch[-1].token_ids)
             rows = {
                 "token": slice(start, end),
@@ -160,7 +162,7 @@ class Worker:
         d = self.model.description
         packed, initial_ND, interventions = self._inputs(batch)
         first_run = None
-        if self._plan["gap_method"] == "run twice":
+        if self._plan.gap_method == "run twice":
             is_measured = any(name.startswith("attention_") for name in buffers.values)
             first_run = LastStates(
                 d, measures_attention=is_measured, keeps_patterns="attention_gap" in buffers.values
@@ -169,7 +171,7 @@ class Worker:
         tap = Statistics(
             d,
             buffers,
-            sink_tokens=self._settings["sink_tokens"],
+            sink_tokens=self._settings.sink_tokens,
             state_depths=self._state_depths,
             last=first_run,
             model=self.model,
@@ -182,9 +184,11 @@ class Worker:
             np.concatenate([sequence.token_ids for sequence in batch]).astype(np.int64)
         )
         lengths = tuple(len(sequence.token_ids) for sequence in batch)
-        ids, seed = [sequence.sequence_id for sequence in batch], settings["seed"]
-        state_ND = initial_state(settings["initial_state"], d, seed, ids, lengths, self._initial_states)
-        direction_ND = prelude_direction(settings["prelude_output"], seed, ids, lengths, d.width)
+        ids, seed = [sequence.sequence_id for sequence in batch], settings.seed
+        # the plan names a file by its hash, and the worker was handed it
+        wanted = settings.initial_state if isinstance(settings.initial_state, str) else None
+        state_ND = initial_state(wanted, d, seed, ids, lengths, self._initial_states)
+        direction_ND = prelude_direction(settings.prelude_output, seed, ids, lengths, d.width)
         return _Inputs(
             Packed(token_id_N.to(device), lengths),
             None if state_ND is None else state_ND.to(device),
@@ -193,7 +197,7 @@ class Worker:
 
     def _state_slots(self, unit: int, sequences: list[_Sequence]) -> np.ndarray:
         """Slots inside the unit whose states are kept, in order."""
-        rows, C = self._plan["num_state_rows"], self._plan["unit_tokens"]
+        rows, C = self._plan.num_state_rows, self._plan.unit_tokens
         if rows is None:
             return np.arange(sum(len(sequence.token_ids) for sequence in sequences))
         slots = np.asarray(self._array("state_token")[unit * rows : (unit + 1) * rows])

@@ -41,7 +41,7 @@ def print_plan(plan: Plan) -> None:
         "model",
         f"{plan.source.title}  {d.notation}, {d.block.norm} norms, {plan.dtype} on {plan.device}",
     )
-    empty = plan.dataset.identity["num_empty_rows"]
+    empty = plan.dataset.identity.num_empty_rows
     table.add_row(
         "data",
         f"{plan.slots.num_sequences} sequences, {plan.dataset.num_tokens} tokens"

@@ -16,6 +16,7 @@ from ..capture.prompt import Inspection
 from ..capture.store.care.repair import Repair
 from ..capture.store.care.status import StoreStatus
 from ..capture.store.care.verify import Report
+from ..capture.store.plan import StoredSettings, plan_of
 from ..capture.store.quantities import QUANTITIES
 from ..capture.store.writing.commit import Store
 
@@ -109,19 +110,20 @@ def print_repaired(repair: Repair) -> None:
 def print_store(path: str | Path) -> None:
     """The plan that a store was made from."""
     plan = Store.open(path).plan
-    model, data, settings = plan["model"], plan["data"], plan["settings"]
+    model, data, settings = plan.model, plan.data, plan.settings
     table = Table.grid(padding=(0, 2))
-    table.add_row("model", f"{model['name']}  {model['notation']}, {model['norm']} norms, {plan['dtype']}")
-    table.add_row("weights", f"{model['num_parameters']} parameters, sha256 {model['weights_sha256'][:16]}…")
-    table.add_row("data", f"{data['name']}, {plan['num_sequences']} sequences, {plan['num_tokens']} tokens")
-    table.add_row("units", f"{plan['num_units']} of {plan['unit_tokens']} token slots")
-    table.add_row("quantities", ", ".join(settings["quantities"]))
-    if settings["states"]:
-        table.add_row("states", f"{' '.join(settings['states'])} of tokens {settings['tokens']}")
+    table.add_row("model", f"{model.name}  {model.notation}, {model.norm} norms, {plan.dtype}")
+    weights = "unknown" if model.weights_sha256 is None else f"{model.weights_sha256[:16]}…"
+    table.add_row("weights", f"{model.num_parameters} parameters, sha256 {weights}")
+    table.add_row("data", f"{data.name}, {plan.num_sequences} sequences, {plan.num_tokens} tokens")
+    table.add_row("units", f"{plan.num_units} of {plan.unit_tokens} token slots")
+    table.add_row("quantities", ", ".join(settings.quantities))
+    if settings.states:
+        table.add_row("states", f"{' '.join(settings.states)} of tokens {settings.tokens}")
     if changed := _interventions(settings):
         table.add_row("changed", "; ".join(changed))
     table.add_row(
-        "made", f"{plan['created']}, looptap {plan['versions']['looptap']}, torch {plan['versions']['torch']}"
+        "made", f"{plan.created}, looptap {plan.versions['looptap']}, torch {plan.versions['torch']}"
     )
     console.print(str(path))
     console.print(table)
@@ -200,22 +202,22 @@ def print_model(source: ModelSource) -> None:
     console.print(volume)
 
 
-def _interventions(settings: dict[str, Any]) -> list[str]:
+def _interventions(settings: StoredSettings) -> list[str]:
     """What a capture did otherwise than the model says."""
     found = []
-    if (start := settings["initial_state"]) is not None:
+    if (start := settings.initial_state) is not None:
         found.append(f"initial state {start['file'] if isinstance(start, dict) else start}")
-    if settings["prelude_output"] != "model":
-        found.append(f"prelude output {settings['prelude_output']}")
-    if settings["zero"]:
-        found.append(f"zero {' '.join(settings['zero'])}")
+    if settings.prelude_output != "model":
+        found.append(f"prelude output {settings.prelude_output}")
+    if settings.zero:
+        found.append(f"zero {' '.join(settings.zero)}")
     return found
 
 
 def print_inspection(inspection: Inspection) -> None:
     """The last token's way through the loop, a row a recurrence."""
     console.print(
-        f"{inspection.dataset.plan['model']['name']}, {len(inspection.tokens)} tokens, "
+        f"{plan_of(inspection.dataset).model.name}, {len(inspection.tokens)} tokens, "
         f"the last of them {inspection.tokens[-1]!r}"
     )
     gate = ["exit"] if "exit_probability" in inspection.dataset else []

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from looptap.capture.engines.drive import run_on
-from looptap.capture.engines.events import NoWorkersError, Receipt, UnitDone, UnitFailed, WorkerLost
+from looptap.capture.engines.events import Receipt, UnitDone, UnitFailed, WorkerLost
 from looptap.capture.engines.scheduler import Limits
 from looptap.capture.engines.work import Recipe, RunUnit
-from looptap.capture.store.errors import StoreFullError
+from looptap.errors import NoWorkersError, StoreFullError
 
 QUICK = Limits(reissue_s=0.5, lost_s=1.5)
 

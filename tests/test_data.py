@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_jsonl_lines(tmp_path, end, ascii_only):
     path.write_bytes(end.join(lines).encode())
     dataset = read_dataset(path, BYTES, field="question")
     assert rows_of(dataset) == as_bytes(texts)
-    assert dataset.identity == {
+    assert asdict(dataset.identity) == {
         "name": "data.jsonl",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "field": "question",
@@ -57,7 +58,7 @@ def test_blank_lines_keep_row_numbers(tmp_path):
     path.write_text('\n{"text": "one"}\n   \n\n{"text": "four"}\n')
     dataset = read_dataset(path, BYTES)
     assert rows_of(dataset) == as_bytes(["", "one", "", "", "four"])
-    assert dataset.identity["num_empty_rows"] == 3
+    assert dataset.identity.num_empty_rows == 3
     assert dataset.num_tokens == 7
 
 

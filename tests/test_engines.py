@@ -164,7 +164,7 @@ def test_who_works_is_not_of_the_plan(settings):
     """So a capture goes on with another engine than it was begun with."""
     plan = make_plan(settings)
     other = make_plan(settings.but(workers=3, unit_limit_s=60.0, engine="ray", ray_address="a:1"))
-    assert plan.document()["hash"] == other.document()["hash"]
+    assert plan.stored().hash == other.stored().hash
     store = prepare_store(plan)
     assert store.todo() and run_capture(make_plan(settings.but(workers=1))).complete
 

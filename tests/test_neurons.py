@@ -202,7 +202,7 @@ def test_a_capture_records_them_and_goes_on(store, tmp_path, monkeypatch):
     plan = make_plan(settings)
     wanted = summarise(logit_moments(load_model(MODEL)))
     assert Store.open(store).plan.model.neurons == json.loads(json.dumps(wanted))
-    assert Store.open(store).plan.hash == plan.document()["hash"]
+    assert Store.open(store).plan.hash == plan.stored().hash
     # going on takes neither the time again nor the same last digits
     monkeypatch.setattr("looptap.capture.run.neurons_of", lambda plan: pytest.fail("taken twice"))
     make_recipe(plan, prepare_store(plan))()

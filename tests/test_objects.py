@@ -21,13 +21,6 @@ from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.repair import repair_store
 from looptap.capture.store.care.status import store_status
 from looptap.capture.store.care.verify import verify_store
-from looptap.capture.store.errors import (
-    StoreError,
-    StoreExistsError,
-    StoreLockedError,
-    StoreMissingError,
-    UnitTakenError,
-)
 from looptap.capture.store.layout import create_store, store_exists
 from looptap.capture.store.places import lease, liveness
 from looptap.capture.store.places.lock import driver_lock, lock_holder

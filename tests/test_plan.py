@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from looptap.capture.models.description import STAGES, Block, Description
 from looptap.capture.models.load import find_model
-from looptap.capture.plan import PlanError, make_plan
+from looptap.capture.plan import make_plan
 from looptap.capture.plan_cost import disk_bytes
 from looptap.capture.run import run_capture
 from looptap.capture.selection import select_depths, select_tokens
@@ -143,9 +143,9 @@ def test_coordinates_describe_every_slot(settings):
 
 
 def test_the_plan_is_json_and_says_what_was_asked(settings):
-    document = make_plan(settings).document()
+    document = make_plan(settings).stored().to_json()
     assert json.loads(json.dumps(document)) == document
-    assert plan_differences(document, make_plan(settings).document()) == []
+    assert plan_differences(document, make_plan(settings).stored().to_json()) == []
     model = document["model"]
     assert model["notation"] == "(1,2x4,1)I"
     assert (model["prelude"], model["core"], model["recurrences"], model["coda"]) == (1, 2, 4, 1)
@@ -162,18 +162,18 @@ def test_the_plan_is_json_and_says_what_was_asked(settings):
 
 def test_the_hash_is_stable(settings, tmp_path):
     """Over another store path, another process, and the time; the data may lie elsewhere under its name."""
-    wanted = make_plan(settings).document()["hash"]
+    wanted = make_plan(settings).stored().hash
     (tmp_path / "other").mkdir()
     moved = tmp_path / "other" / "data.txt"
     moved.write_bytes(settings.data.data.read_bytes())
-    assert make_plan(settings.but(data=moved, store=tmp_path / "t")).document()["hash"] == wanted
+    assert make_plan(settings.but(data=moved, store=tmp_path / "t")).stored().hash == wanted
     code = f"""
         from pathlib import Path
         from looptap.capture.plan import make_plan
         from looptap.capture.settings import CaptureSettings
         data, store = Path({str(moved)!r}), Path("elsewhere")
         settings = CaptureSettings.of(model={MODEL!r}, data=data, store=store, unit_tokens=32)
-        print(make_plan(settings).document()["hash"])
+        print(make_plan(settings).stored().hash)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.stdout.strip() == wanted, done.stderr
@@ -199,10 +199,10 @@ CHANGES = [
 
 
 def test_the_hash_shows_every_change(settings):
-    base = make_plan(settings).document()
-    documents = [make_plan(settings.but(**change)).document() for change in CHANGES]
+    base = make_plan(settings).stored().to_json()
+    documents = [make_plan(settings.but(**change)).stored().to_json() for change in CHANGES]
     settings.data.data.write_text(settings.data.data.read_text().replace("A", "B"))
-    documents.append(make_plan(settings).document())
+    documents.append(make_plan(settings).stored().to_json())
     hashes = [base["hash"], *(document["hash"] for document in documents)]
     assert len(set(hashes)) == len(hashes)
     for document in documents:

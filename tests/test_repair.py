@@ -11,7 +11,6 @@ import pytest
 from looptap.capture.store.care.repair import clean, repair_store
 from looptap.capture.store.care.status import store_status
 from looptap.capture.store.care.verify import verify_store
-from looptap.capture.store.errors import StoreError, StoreLockedError
 from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.places.directory import LocalPlace
 from looptap.capture.store.places.lock import driver_lock

@@ -35,6 +35,7 @@ from looptap.capture.engines.events import (
     WorkerRefused,
 )
 from looptap.capture.engines.scheduler import MAX_TRIES, Limits, Scheduler
+from looptap.errors import NoWorkersError
 
 LIMITS = Limits(reissue_s=3, lost_s=30, retry_s=60, no_worker_s=600)
 

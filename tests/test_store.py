@@ -13,9 +13,9 @@ import pytest
 import xarray as xr
 import zarr
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.status import store_status
 from looptap.capture.store.care.verify import verify_store
-from looptap.capture.store.errors import StoreError, StoreExistsError, StoreMissingError
 from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.layout import (
     BFLOAT16_NAN,

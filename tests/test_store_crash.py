@@ -25,7 +25,6 @@ from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.repair import clean
 from looptap.capture.store.care.status import store_status
 from looptap.capture.store.care.verify import verify_store
-from looptap.capture.store.errors import StoreExistsError, StoreLockedError, UnitTakenError
 from looptap.capture.store.keys import ATTEMPTS, LEDGER, STAGING
 from looptap.capture.store.layout import create_store
 from looptap.capture.store.places import directory, disk, lease, liveness

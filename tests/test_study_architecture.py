@@ -32,6 +32,7 @@ from looptap.capture.studies.architecture import architecture_plans, cells_of, r
 from looptap.cli import study_progress
 from looptap.cli.commands import main
 from looptap.cli.study_progress import run_all_with_progress, to_duration
+from looptap.errors import ArchitectureError
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 
 # width 16 has one head of 16 channels; 40 recurrences: 32 exist and 101 do not
@@ -112,7 +113,7 @@ def test_heads_keep_their_width(width, head_width, heads, tmp_path):
 def test_every_cell_is_an_ordinary_capture(tmp_path):
     settings = settings_in(tmp_path, gains=(0.1, 1e-7), embedding_stds=(2.5,))
     for cell, plan in zip(cells_of(settings), architecture_plans(settings), strict=True):
-        assert make_plan(plan.settings).document()["hash"] == plan.document()["hash"]
+        assert make_plan(plan.settings).stored().hash == plan.stored().hash
         assert isinstance(plan.source.origin, RandomModel)
         d, options = plan.description, plan.source.origin.options
         assert (d.block.norm, d.injection is not None) == (cell.norm, cell.injection)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from ...errors import EngineError
 from ..plan import Plan
 from ..store.writing.commit import Store
 from .drive import Pool, run_on
@@ -13,10 +14,6 @@ from .local import ThisProcess
 from .processes import Processes
 from .scheduler import Limits
 from .work import committed, make_recipe, make_runner
-
-
-class EngineError(ValueError):
-    """Workers that the settings ask for and that cannot be had here."""
 
 
 @contextmanager

@@ -225,9 +225,5 @@ class SlowUnit(Event):
 Command = Start | Give | Kill
 
 
-class NoWorkersError(OSError):
-    """No worker is left and none can come; what is committed stays."""
-
-
 def _kind(event: type) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", event.__name__).lower()

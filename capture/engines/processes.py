@@ -14,7 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ..store.errors import StoreFullError
+from ...errors import StoreFullError
 from .events import Died, Done, NotStarted, Placed, Raised, Ready, Receipt, Report, Returned
 from .work import Recipe
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from ..store.errors import StoreFullError
+from ...errors import ClusterError, StoreFullError
 from .events import (
     Available,
     Died,

@@ -2,22 +2,21 @@
 disk.
 """
 
-import json
 import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from ...errors import RecipeError, UnitTakenError
 from .events import Receipt
-
-from ...errors import RecipeError
 
 if TYPE_CHECKING:
     from ..models.load import ModelSource
     from ..models.starts import StatesFile
     from ..plan import Plan
+    from ..store.plan import StoredModel
     from ..store.writing.commit import Store
     from ..worker import Worker
 
@@ -35,7 +34,7 @@ class CaptureRecipe:
     store: str
     """Place of the store, which holds the plan."""
     plan_hash: str
-    created: str
+    created: str | None
     """With the hash it tells this store from another at the same path of another machine."""
     model: str
     loop: str | None
@@ -45,24 +44,25 @@ class CaptureRecipe:
     def __call__(self) -> RunUnit:
         """Raises RecipeError, ModelError or StoreError where what is here is not what was planned with."""
         from ..models.load import find_model
+        from ..store.plan import StoredModel
         from ..store.writing.commit import Store
 
         store = Store.open(self.store)
-        if (store.plan["hash"], store.plan["created"]) != (self.plan_hash, self.created):
+        if (store.plan.hash, store.plan.created) != (self.plan_hash, self.created):
             raise RecipeError(
                 f"{self.store} is another store here than where the capture was started: "
                 "put it on a file system or object store that all machines share"
             )
         source = find_model(self.model, self.loop, self.recurrences)
-        self._check_model(source.identity(), store.plan["model"])
+        self._check_model(StoredModel.of(source.identity()), store.plan.model)
         self._check_initial_states()
         return make_runner(source, store, self.initial_states)
 
-    def _check_model(self, here: dict[str, object], planned: dict[str, object]) -> None:
-        here = json.loads(json.dumps(here))
-        names = {**planned, **here}.keys() - {"neurons"}  # measured from the weights, which have a hash
-        if differing := sorted(name for name in names if planned.get(name) != here.get(name)):
-            what = ", ".join(f"{name} {here.get(name)} (planned: {planned.get(name)})" for name in differing)
+    def _check_model(self, here: "StoredModel", planned: "StoredModel") -> None:
+        pairs = [(f.name, getattr(here, f.name), getattr(planned, f.name)) for f in fields(here)]
+        # neurons are measured from the weights, which have a hash
+        if differing := [pair for pair in pairs if pair[1] != pair[2] and pair[0] != "neurons"]:
+            what = ", ".join(f"{name} {ours} (planned: {theirs})" for name, ours, theirs in differing)
             raise RecipeError(
                 f"{self.model} is not the model that the capture was planned with; it differs in {what}: "
                 "give every machine the same files"
@@ -84,8 +84,8 @@ def make_recipe(plan: "Plan", store: "Store") -> CaptureRecipe:
     model, states = plan.settings.model, plan.initial_states
     return CaptureRecipe(
         store=store.place.address,
-        plan_hash=store.plan["hash"],
-        created=store.plan["created"],
+        plan_hash=store.plan.hash,
+        created=store.plan.created,
         model=os.path.abspath(model.model) if os.path.isdir(model.model) else model.model,
         loop=model.loop,
         recurrences=model.recurrences,
@@ -97,8 +97,8 @@ def make_runner(source: "ModelSource", store: "Store", initial_states: "StatesFi
     """Loads a worker's model as the store's plan says; returns what runs units with it."""
     from ..worker import Worker
 
-    settings = store.plan["settings"]
-    worker = Worker(source.load(settings["device"], settings["dtype"]), store, initial_states)
+    settings = store.plan.settings
+    worker = Worker(source.load(settings.device, settings.dtype), store, initial_states)
     return lambda unit: run_unit(worker, store, unit)
 
 
@@ -108,7 +108,6 @@ def run_unit(worker: "Worker", store: "Store", unit: int) -> Receipt:
     One that another has begun later, as a worker thought lost may, is waited for a while and then begun
     again: that is no fault of the unit's, and the later attempt of the two goes on.
     """
-    from ...errors import UnitTakenError
 
     for wait_s in (0.2, 0.5, 1.0, 2.0, None):
         try:

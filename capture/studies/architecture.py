@@ -12,8 +12,9 @@ from importlib.resources import as_file, files
 from itertools import product
 from pathlib import Path
 
+from ...errors import PlanError
 from ..data import Dataset, open_tokenizer, read_dataset
-from ..plan import Plan, PlanError, make_plan
+from ..plan import Plan, make_plan
 from ..plan_cost import disk_bytes
 from ..run import Outcome
 from ..settings import (
@@ -24,8 +25,9 @@ from ..settings import (
     ModelSettings,
     RunSettings,
 )
-from ..store.layout import plan_differences, store_exists
+from ..store.layout import store_exists
 from ..store.places.open import open_place
+from ..store.plan import plan_differences
 from ..store.writing.commit import Store
 from ..units import DEFAULT_UNIT_TOKENS
 
@@ -167,7 +169,7 @@ def _check_stores(plans: Sequence[Plan], out: Path) -> None:
     for plan in plans:
         if not store_exists(plan.store):
             needed += disk_bytes(plan)
-        elif differences := plan_differences(Store.open(plan.store).plan, plan.document()):
+        elif differences := plan_differences(Store.open(plan.store).document, plan.stored().to_json()):
             raise PlanError(
                 f"{plan.store} was begun with another plan; it differs in\n  "
                 + "\n  ".join(differences)
