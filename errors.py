@@ -15,7 +15,13 @@ and exits with 2. Any other exception is a fault of looptap. Every part but the 
 and it imports nothing of ours. The builtin bases are for callers that catch ValueError or OSError.
 """
 
-from typing import ClassVar
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
@@ -55,6 +61,30 @@ class UnavailableError(UserError):
     status = 503
 
 
+class FileError(UserError, OSError):
+    """A file or directory that a user named cannot be read or written."""
+
+    status = 422
+
+
+class FileMissingError(FileError, FileNotFoundError):
+    """There is no such file."""
+
+    status = 404
+
+
+class PathTakenError(FileError):
+    """The path is a directory where a file is wanted, or a file where a directory is."""
+
+    status = 409
+
+
+class DiskFullError(FileError):
+    """The disk, the quota or the file size limit is exhausted."""
+
+    status = 503
+
+
 class ModelError(UserError, ValueError):
     """A model that cannot be used as it is given; says what is wrong with it and what would be right."""
 
@@ -73,8 +103,12 @@ class ModelMissingError(ModelError):
     status = 404
 
 
+class DescriptionError(ModelError):
+    """Numbers of layers, heads or recurrences that make no model."""
+
+
 class HubError(ModelError):
-    """The Hub did not answer, or did not give a file whole."""
+    """Files of a model cannot be fetched for now: no answer, a file that came damaged, no room for them."""
 
     status = 503
 
@@ -85,8 +119,38 @@ class InitialStateError(UserError, ValueError):
     status = 422
 
 
+class InitialStateMissingError(InitialStateError):
+    """There is no file of initial states at the path."""
+
+    status = 404
+
+
 class DataError(UserError, ValueError):
     """Data that cannot be captured as it is; says which row and why."""
+
+    status = 422
+
+
+class DataMissingError(DataError):
+    """There is no file of data at the path."""
+
+    status = 404
+
+
+class SelectionError(UserError, ValueError):
+    """A selection of states, halves of blocks or tokens that cannot be read."""
+
+    status = 400
+
+
+class NoSuchDepthError(SelectionError):
+    """A selection names what this model does not have."""
+
+    status = 422
+
+
+class QuantityError(UserError, ValueError):
+    """A quantity that there is not, or that this model does not have."""
 
     status = 422
 
@@ -101,6 +165,12 @@ class OtherPlanError(PlanError):
     """The store at the path was begun with another plan."""
 
     status = 409
+
+
+class NoRoomError(PlanError):
+    """The disk has less room than the capture may need."""
+
+    status = 503
 
 
 class EngineError(UserError, ValueError):
@@ -149,6 +219,24 @@ class StoreMissingError(StoreError, FileNotFoundError):
     """There is no store at the path."""
 
     status = 404
+
+
+class StoreAddressError(StoreError):
+    """What was given as a store is neither a local directory nor s3://bucket/prefix."""
+
+    status = 400
+
+
+class BucketMissingError(StoreError):
+    """There is no such bucket."""
+
+    status = 404
+
+
+class StoreUnreachableError(StoreError):
+    """An object store does not answer, or cannot be reached from here."""
+
+    status = 503
 
 
 class StoreFullError(StoreError):
@@ -215,3 +303,23 @@ class ArchitectureError(UserError, ValueError):
     """Stores that are no architecture study, or not all of one."""
 
     status = 422
+
+
+@contextmanager
+def os_errors_named(path: str | os.PathLike[str], task: Literal["read", "written"]) -> Iterator[None]:
+    """Turns what the system refuses about a file that a user named into a FileError that names it."""
+    try:
+        yield
+    except (UserError, BrokenPipeError):  # some are OSErrors, and say what to do already
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        path = os.fspath(path) if error.filename is None else error.filename
+        message = f"{path} cannot be {task}: {reason}"
+        if error.errno in _FULL:
+            raise DiskFullError(f"{message}; make room and run the same command again") from error
+        if isinstance(error, FileNotFoundError):
+            raise FileMissingError(message) from error
+        if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
+            raise PathTakenError(f"{message}; choose another path") from error
+        raise FileError(message) from error

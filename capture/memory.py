@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from safetensors.numpy import save_file
 
+from ..errors import RequestError
 from .plan import make_plan
 from .run import run_capture
 from .settings import CaptureSettings
@@ -32,12 +33,12 @@ def capture(
     Returns:
         the store as `looptap.open` gives it.
     Raises:
-        ValueError, OSError: a user's mistake, as on the command line.
+        UserError: as on the command line.
         RuntimeError: a unit failed three times; its error is in the message. The others are in the store.
     """
     with tempfile.TemporaryDirectory() as directory:
         data_path = _to_file(data, Path(directory))
-        path = Path(directory) / "memory.zarr" if store is None else Path(store)
+        path = Path(directory) / "memory.zarr" if store is None else store  # text stays text: it may be a URL
         outcome = run_capture(make_plan(CaptureSettings(model=model, data=data_path, store=path, **settings)))
         if outcome.failures:
             first = outcome.failures[0]
@@ -56,7 +57,7 @@ def _to_file(data: str | Path | Sequence[str] | Sequence[Sequence[int]], directo
         return path
     rows = [np.asarray(row) for row in data]
     if any(row.ndim != 1 or (len(row) and row.dtype.kind not in "iu") for row in rows):
-        raise ValueError("data must be a file, a list of texts, or a list of lists of whole token ids")
+        raise RequestError("data must be a file, a list of texts, or a list of lists of whole token ids")
     lengths_S = np.array([len(row) for row in rows], np.int64)
     ids_ST = np.zeros((len(rows), max(lengths_S, default=0)), np.int64)
     for padded_T, row in zip(ids_ST, rows, strict=True):

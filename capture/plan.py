@@ -216,7 +216,7 @@ def make_plan(settings: CaptureSettings, source: ModelSource | None = None) -> P
     Args:
         source: the settings' model, where it was found already.
     Raises:
-        ModelError, DataError, PlanError, ValueError: a user's mistake; nothing was written.
+        UserError: ModelError, DataError, PlanError and others; nothing was written.
     """
     settings.check()
     source = source or find_model(settings.model, settings.loop, settings.recurrences)
@@ -244,13 +244,15 @@ def make_plan(settings: CaptureSettings, source: ModelSource | None = None) -> P
     if "state" in quantities and settings.tokens != "all":
         tokens, seed = settings.tokens, settings.seed
         kept = {row: select_tokens(tokens, seed, row, len(rows[row])) for unit in units for row in unit}
+    device = resolve_device(settings.device, is_here=settings.engine != "ray")
+    _check_kernels(source.description, device)
     return Plan(
         settings=settings,
         source=source,
         dataset=dataset,
         quantities=quantities,
         state_depths=state_depths,
-        device=resolve_device(settings.device, is_here=settings.engine != "ray"),
+        device=device,
         dtype=source.resolve_dtype(settings.dtype),
         slots=Slots(rows, units, unit_tokens, kept),
         tokenizer={"name": tokenizer.name, "sha256": tokenizer.sha256} if tokenizer else {},
@@ -294,6 +296,15 @@ def resolve_device(device: str, is_here: bool = True) -> str:
     if is_here and wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise PlanError(f"device {device} is not there; torch sees {torch.cuda.device_count()} GPUs")
     return device
+
+
+def _check_kernels(description: Description, device: str) -> None:
+    """Refuses at once what the attention kernels would refuse in every unit."""
+    width = description.head_width
+    if device.startswith("cuda") and (width % 8 or not 16 <= width <= 256):
+        raise PlanError(
+            f"heads are {width} wide, and a GPU takes multiples of 8 from 16 to 256; give --device cpu"
+        )
 
 
 def _unit_tokens(wanted: int | None, dataset: Dataset) -> int:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import PlanError, StoreLockedError
+from ..errors import NoRoomError, OtherPlanError, StoreLockedError, os_errors_named
 from .engines.drive import POLL_S
 from .engines.engine import open_engine
 from .engines.events import Event, UnitDone, UnitFailed
@@ -51,7 +51,8 @@ def prepare_store(plan: Plan) -> Store:
     """Makes the plan's store, or opens it if it was begun before.
 
     Raises:
-        PlanError: the store at the path belongs to another plan, or the disk has too little room.
+        OtherPlanError: the store at the path belongs to another plan.
+        NoRoomError: the disk has too little room.
         StoreExistsError: the path holds something else.
     """
     path = plan.settings.store
@@ -59,7 +60,7 @@ def prepare_store(plan: Plan) -> Store:
     if store_exists(path):
         store = Store.open(path)
         if differences := plan_differences(store.plan, document):
-            raise PlanError(
+            raise OtherPlanError(
                 f"{path} was begun with another plan; it differs in\n  "
                 + "\n  ".join(differences)
                 + "\ngo on with the old settings, or choose another --store"
@@ -96,7 +97,8 @@ def run_capture(
         store = prepare_store(plan)
         lock = stack.enter_context(driver_lock(path))
         todo = store.todo()
-        clean(store)
+        with os_errors_named(store.place.address, "written"):
+            clean(store)
         on_event(RunBegan(store.num_units, store.num_units - len(todo)))
         if todo and engine is not None:
             for event in engine.run(store, todo, _watching(lambda: lock.held, store, goes_on)):
@@ -106,8 +108,9 @@ def run_capture(
                     num_non_finite += event.receipt.num_non_finite
                 on_event(event)
         if not (left := store.todo()):
-            store.finish()
-            clean(store)
+            with os_errors_named(store.place.address, "written"):
+                store.finish()
+                clean(store)
     return Outcome(
         path=path,
         num_units=store.num_units,
@@ -141,7 +144,7 @@ def _check_disk(plan: Plan, num_todo: int) -> None:
     needed = plan.disk_bytes // plan.slots.num_units * num_todo
     free = open_place(plan.settings.store).free_bytes()
     if free is not None and needed > free:
-        raise PlanError(
+        raise NoRoomError(
             f"{plan.settings.store} needs up to {needed / 2**20:,.1f} MiB and its disk has "
             f"{free / 2**20:,.1f} MiB free; choose fewer quantities, states or rows, or another disk"
         )

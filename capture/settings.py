@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..errors import RequestError
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # who does the work and how, which may differ each time that a capture is gone on with
@@ -89,26 +91,26 @@ class CaptureSettings:
     """How long, in seconds, to wait for a worker while a cluster has room for none."""
 
     def check(self) -> None:
-        """Raises ValueError for a number out of its range.
+        """Raises RequestError for a number out of its range.
 
         Called by the plan: raised while the command line is parsed, the message would be buried in another.
         """
         for name in ("limit", "recurrences", "unit_tokens", "batch_tokens", "sink_tokens", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise RequestError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+            raise RequestError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not 0 <= self.gap_memory_gib < float("inf"):
-            raise ValueError(f"gap_memory_gib must be a number from 0, got {self.gap_memory_gib}")
+            raise RequestError(f"gap_memory_gib must be a number from 0, got {self.gap_memory_gib}")
         for name in ("unit_limit_s", "worker_wait_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0 seconds, got {value}")
+                raise RequestError(f"{name} must be above 0 seconds, got {value}")
         if self.engine != "ray" and self.ray_address is not None:
-            raise ValueError(f"ray_address {self.ray_address} is for --engine ray, which was not given")
+            raise RequestError(f"ray_address {self.ray_address} is for --engine ray, which was not given")
         if self.engine == "local" and self.workers is None and self.unit_limit_s is not None:
-            raise ValueError("unit_limit_s needs workers that can be killed: give --workers 1 or more")
+            raise RequestError("unit_limit_s needs workers that can be killed: give --workers 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
