@@ -9,10 +9,11 @@ the HTTP status that a server would answer:
     422  it is understood and cannot be done: data that do not fit the model, fields that are not known
     503  it cannot be done now: no room on the disk, no workers, no answer from the Hub or S3
 
-`RequestError`, `NotFoundError`, `ConflictError`, `UnfitError` and `UnavailableError` are for what no other
-class names. The message says what was wrong, with the value, and what to do; the command line prints it alone
-and exits with 2. Any other exception is a fault of looptap. Every part but the kernels imports this module,
-and it imports nothing of ours. The builtin bases are for callers that catch ValueError or OSError.
+`RequestError`, `UnfitError` and `UnavailableError` are for what no other class names. The message says what
+was wrong, with the value, and what to do; the command line prints it alone and exits with 2. Any other
+exception is a fault of looptap. The builtin bases are for callers that catch ValueError or OSError.
+
+Every part but the kernels imports this module, and it imports nothing of ours.
 """
 
 import errno
@@ -35,18 +36,6 @@ class RequestError(UserError, ValueError):
     """An option, selection or spec that cannot be read, or whose value is out of its range."""
 
     status = 400
-
-
-class NotFoundError(UserError, LookupError):
-    """Something that is named is not there."""
-
-    status = 404
-
-
-class ConflictError(UserError):
-    """What is asked for clashes with what is there or is going on."""
-
-    status = 409
 
 
 class UnfitError(UserError, ValueError):
