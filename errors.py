@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Literal
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # EFBIG: a file size limit of the shell or the file system
 
 
 class UserError(Exception):
@@ -305,7 +305,7 @@ def os_errors_named(path: str | os.PathLike[str], task: Literal["read", "written
         reason = os.strerror(error.errno) if error.errno else str(error)
         path = os.fspath(path) if error.filename is None else error.filename
         message = f"{path} cannot be {task}: {reason}"
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFullError(f"{message}; make room and run the same command again") from error
         if isinstance(error, FileNotFoundError):
             raise FileMissingError(message) from error

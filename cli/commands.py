@@ -28,7 +28,7 @@ from ..capture.settings import (
     DepthStudySettings,
     InspectSettings,
 )
-from ..errors import UserError
+from ..errors import FULL, UserError
 
 # by subcommand: its settings and what it does; `bench_NAME` of `benchmarks/bench_NAME.py` runs it
 BENCHMARKS: dict[str, tuple[type, str]] = {
@@ -297,29 +297,35 @@ def main() -> None:
     except UserError as error:
         print(f"looptap: {error}", file=sys.stderr)
         code = 2
-    except Exception as error:
-        if isinstance(error, OSError) and (refusal := _stdout_refusal()) is not None:
-            print(f"looptap: the output cannot be written: {refusal}", file=sys.stderr)
-            _leave_stdout()
-            code = 2
-        else:
-            traceback.print_exc()
-            print(
-                "looptap: this is a fault of looptap, not of what it was given: please report it with the "
-                f"lines above and the command (version {version('looptap')})",
-                file=sys.stderr,
-            )
-            code = EXIT_FAULT
+    except OSError as error:
+        code = _full_disk(error) if error.errno in FULL else _fault()
+    except Exception:
+        code = _fault()
     sys.exit(code)
 
 
-def _stdout_refusal() -> str | None:
-    """Why standard output takes no more, such as a full disk behind it; None if it does."""
+def _full_disk(error: OSError) -> int:
+    """Says that there is no room for what no door names: standard output and temporary files."""
+    where = error.filename or "standard output or temporary files"
+    print(
+        f"looptap: no room left for {where} ({error.strerror}): make room and run it again", file=sys.stderr
+    )
     try:
-        sys.stdout.flush()  # what could not be written is still in its buffer
-    except OSError as error:
-        return error.strerror
-    return None
+        sys.stdout.flush()
+    except OSError:
+        _leave_stdout()
+    return 2
+
+
+def _fault() -> int:
+    """Shows the error that is being handled as a fault of looptap."""
+    traceback.print_exc()
+    print(
+        "looptap: this is a fault of looptap, not of what it was given: please report it with the lines "
+        f"above and the command (version {version('looptap')})",
+        file=sys.stderr,
+    )
+    return EXIT_FAULT
 
 
 def _leave_stdout() -> None:

@@ -217,14 +217,17 @@ def test_our_own_fault_is_a_traceback_and_seventy(monkeypatch, ended, error):
     assert said.splitlines()[-1].startswith("looptap: this is a fault of looptap")
 
 
-def test_a_full_disk_behind_the_output(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_the_output(tmp_path, unbuffered):
     command = [sys.executable, "-m", "looptap", "info", TINY]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "looptap: the output cannot be written: No space left on device\n",
-    )
+        done = subprocess.run(
+            command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    wanted = "looptap: no room left for standard output or temporary files (No space left on device): "
+    assert done.stderr == wanted + "make room and run it again\n"
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize(
