@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import xarray as xr
 
-from ..errors import CannotTellError, FormatError
+from ..errors import CannotTellError, FormatError, os_errors_named
 from .answers import heads
 from .answers import single_sequences as sequences
 from .findings import Findings, find, long_table
@@ -42,9 +42,10 @@ def write_analysis(
     _check("figure format", figure_format, FIGURE_FORMATS)
     (findings,) = find([store])
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    paths = [_write_table(t, out_dir / f"{name}.{table_format}") for name, t in tables(findings).items()]
-    return paths + (_write_figures(findings, out_dir, figure_format) if figure_format else [])
+    with os_errors_named(out_dir, "written"):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        paths = [_write_table(t, out_dir / f"{name}.{table_format}") for name, t in tables(findings).items()]
+        return paths + (_write_figures(findings, out_dir, figure_format) if figure_format else [])
 
 
 def tables(findings: Findings) -> dict[str, pd.DataFrame]:

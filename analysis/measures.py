@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
+from ..errors import UnfitError
 from . import by_head
 from .loop_state import mean_at_loop_state, settled_share, to_depths
 from .streaming import (
@@ -243,7 +244,7 @@ def assembled(dataset: xr.Dataset, answers: Mapping[str, xr.Dataset | str]) -> x
 
 def _known(name: str) -> Measure:
     if name not in MEASURES:
-        raise ValueError(f"{name!r} is not a measure: choose from {', '.join(MEASURES)}")
+        raise UnfitError(f"{name!r} is not a measure: choose from {', '.join(MEASURES)}")
     return MEASURES[name]
 
 

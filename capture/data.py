@@ -4,6 +4,7 @@ is its sequence id for good.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import safetensors.numpy
 
-from ..errors import DataError
+from ..errors import DataError, DataMissingError, os_errors_named
 from .models.load import ModelSource
 from .store.plan import StoredData
 
@@ -89,8 +90,8 @@ def read_dataset(
     Raises:
         DataError: no such file or kind, nothing in it, a row that does not fit; names the row, from 0.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is no file; data is a .jsonl, .txt, .npy or .safetensors file")
+    if not os.path.isfile(path):  # also False where it cannot be looked at
+        raise DataMissingError(f"{path} is no file; data is a .jsonl, .txt, .npy or .safetensors file")
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".txt"):
         texts = islice(_jsonl(path, field) if suffix == ".jsonl" else _lines(path), limit)
@@ -210,7 +211,7 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with os_errors_named(path, "read"), path.open(encoding="utf-8", newline="\n") as file:
             for line in file:
                 yield line.rstrip("\r\n")
     except UnicodeDecodeError as error:

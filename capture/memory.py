@@ -6,6 +6,7 @@ from typing import Any
 
 import xarray as xr
 
+from ..errors import RequestError
 from .data import Rows, make_dataset, model_tokenizer
 from .models.load import find_model
 from .plan import Plan, make_plan
@@ -30,12 +31,12 @@ def capture(
     Returns:
         the store as `looptap.open` gives it.
     Raises:
-        ValueError, OSError: a user's mistake, as on the command line.
+        UserError: as on the command line.
         TypeError: no setting has such a name.
         RuntimeError: a unit failed three times; its error is in the message. The others are in the store.
     """
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "memory.zarr" if store is None else Path(store)
+        path = Path(directory) / "memory.zarr" if store is None else store  # text stays text: it may be a URL
         outcome = run_capture(_plan(data, settings | {"model": model, "store": path}))
         if outcome.failures:
             first = outcome.failures[0]
@@ -48,7 +49,7 @@ def _plan(data: str | Path | Rows, settings: dict[str, Any]) -> Plan:
     if isinstance(data, (str, Path)):
         return make_plan(CaptureSettings.of(data=Path(data), **settings))
     if "field" in settings:
-        raise ValueError("field is of a .jsonl file, and the data is no file: leave it out")
+        raise RequestError("field is of a .jsonl file, and the data is no file: leave it out")
     wanted = CaptureSettings.of(data=Path("rows"), **settings)
     model = wanted.model
     source = find_model(model.model, model.loop, model.recurrences)

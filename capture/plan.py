@@ -151,7 +151,7 @@ def make_plan(
         source: the settings' model, where it was found already.
         dataset: the data, where it is at hand already: the settings' file is then not looked at.
     Raises:
-        ModelError, DataError, PlanError, ValueError: a user's mistake; nothing was written.
+        UserError: ModelError, DataError, PlanError and others; nothing was written.
     """
     settings.check()
     model, data, measure = settings.model, settings.data, settings.measure
@@ -172,13 +172,15 @@ def make_plan(
         dataset = read_dataset(data.data, model_tokenizer(source), field=data.field, limit=data.limit)
     check_rows(dataset, d.vocab_size, d.max_positions)
     slots = _slots(settings, dataset, keeps_states="state" in quantities)
+    device = resolve_device(model.device, is_here=settings.run.engine != "ray")
+    _check_kernels(d, device)
     return Plan(
         settings=settings,
         source=source,
         dataset=dataset,
         quantities=quantities,
         state_depths=state_depths,
-        device=resolve_device(model.device, is_here=settings.run.engine != "ray"),
+        device=device,
         dtype=source.resolve_dtype(model.dtype),
         slots=slots,
         initial_states=_states_file(measure.initial_state, dataset, d),
@@ -217,6 +219,15 @@ def resolve_device(device: str, is_here: bool = True) -> str:
     if is_here and wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise PlanError(f"device {device} is not there; torch sees {torch.cuda.device_count()} GPUs")
     return device
+
+
+def _check_kernels(description: Description, device: str) -> None:
+    """Refuses at once what the attention kernels would refuse in every unit."""
+    width = description.head_width
+    if device.startswith("cuda") and (width % 8 or not 16 <= width <= 256):
+        raise PlanError(
+            f"heads are {width} wide, and a GPU takes multiples of 8 from 16 to 256; give --device cpu"
+        )
 
 
 def _slots(settings: CaptureSettings, dataset: Dataset, keeps_states: bool) -> Slots:

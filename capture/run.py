@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError, StoreLockedError
+from ..errors import NoRoomError, OtherPlanError, StoreLockedError, os_errors_named
 from .engines.drive import POLL_S
 from .engines.engine import open_engine, run_units
 from .engines.events import Event, RunBegan, UnitDone, UnitFailed
@@ -45,14 +45,14 @@ def begun_store(plan: Plan) -> Store | None:
     """Opens the plan's store; None where there is none yet.
 
     Raises:
-        PlanError: the store at the path belongs to another plan.
+        OtherPlanError: the store at the path belongs to another plan.
         StoreExistsError: the path holds something else.
     """
     if not store_exists(plan.store):
         return None
     store = Store.open(plan.store)
     if differences := plan_differences(store.document, plan.stored().to_json()):
-        raise PlanError(
+        raise OtherPlanError(
             f"{plan.store} was begun with another plan; it differs in\n  "
             + "\n  ".join(differences)
             + "\ngo on with the old settings, or choose another --store"
@@ -64,7 +64,7 @@ def prepare_store(plan: Plan) -> Store:
     """Makes the plan's store, or opens it if it was begun before.
 
     Raises:
-        PlanError, StoreExistsError: as `begun_store`; also PlanError: the disk has too little room.
+        OtherPlanError, StoreExistsError: as `begun_store`; NoRoomError: the disk has too little room.
     """
     return _checked_store(plan, begun_store(plan))
 
@@ -93,7 +93,8 @@ def run_capture(
         store = _checked_store(plan, begun)
         lock = stack.enter_context(driver_lock(plan.store))
         todo = store.todo()
-        clean(store)
+        with os_errors_named(store.place.address, "written"):
+            clean(store)
         on_event(RunBegan(store.num_units, store.num_units - len(todo)))
         if todo and has_work:
             for event in run_units(plan, store, todo, _watching(lambda: lock.held, store, goes_on)):
@@ -103,8 +104,9 @@ def run_capture(
                     num_non_finite += event.receipt.num_non_finite
                 on_event(event)
         if not (left := store.todo()):
-            store.finish()
-            clean(store)
+            with os_errors_named(store.place.address, "written"):
+                store.finish()
+                clean(store)
     return Outcome(
         path=plan.store,
         num_units=store.num_units,
@@ -157,7 +159,7 @@ def _check_disk(plan: Plan, num_todo: int) -> None:
     needed = disk_bytes(plan) // plan.slots.num_units * num_todo
     free = open_place(plan.store).free_bytes()
     if free is not None and needed > free:
-        raise PlanError(
+        raise NoRoomError(
             f"{plan.store} needs up to {needed / 2**20:,.1f} MiB and its disk has "
             f"{free / 2**20:,.1f} MiB free; choose fewer quantities, states or rows, or another disk"
         )

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 import tyro
 
+from ..errors import RequestError
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Device = Annotated[
@@ -168,7 +170,7 @@ class CaptureSettings(_OfParts):
         Called by the plan: raised while the command line is parsed, the message would be buried in another.
 
         Raises:
-            ValueError: a number is out of its range, or two settings exclude each other.
+            RequestError: a number is out of its range, or two settings exclude each other.
         """
         _check_counts(self.data, "limit")
         _check_counts(self.model, "recurrences")
@@ -176,17 +178,17 @@ class CaptureSettings(_OfParts):
         _check_counts(self.run, "workers")
         measure, run = self.measure, self.run
         if not 0 <= measure.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {measure.seed}")
+            raise RequestError(f"seed must be from 0 to 2**63 - 1, got {measure.seed}")
         if not 0 <= measure.gap_memory_gib < float("inf"):
-            raise ValueError(f"gap_memory_gib must be a number from 0, got {measure.gap_memory_gib}")
+            raise RequestError(f"gap_memory_gib must be a number from 0, got {measure.gap_memory_gib}")
         for name in ("unit_limit_s", "worker_wait_s"):
             value = getattr(run, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0 seconds, got {value}")
+                raise RequestError(f"{name} must be above 0 seconds, got {value}")
         if run.engine != "ray" and run.ray_address is not None:
-            raise ValueError(f"ray_address {run.ray_address} is for --engine ray, which was not given")
+            raise RequestError(f"ray_address {run.ray_address} is for --engine ray, which was not given")
         if run.engine == "local" and run.workers is None and run.unit_limit_s is not None:
-            raise ValueError("unit_limit_s needs workers that can be killed: give --workers 1 or more")
+            raise RequestError("unit_limit_s needs workers that can be killed: give --workers 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,4 +268,4 @@ def _check_counts(part: Any, *names: str) -> None:
     for name in names:
         value = getattr(part, name)
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise RequestError(f"{name} must be at least 1, got {value}")

@@ -3,8 +3,10 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,6 +28,7 @@ from ..capture.settings import (
     DepthStudySettings,
     InspectSettings,
 )
+from ..errors import FULL, UserError
 
 # by subcommand: its settings and what it does; `bench_NAME` of `benchmarks/bench_NAME.py` runs it
 BENCHMARKS: dict[str, tuple[type, str]] = {
@@ -37,6 +40,8 @@ BENCHMARKS: dict[str, tuple[type, str]] = {
     "store": (StoreBench, "Measure the store's goals beside the disk and the libraries that know Zarr."),
     "watch": (WatchBench, "Compare a watched transformers model with our own, in values and in cost."),
 }
+
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 
 app = SubcommandApp()
 bench = SubcommandApp()
@@ -114,7 +119,7 @@ def info(
     """
     from .tables import print_model, print_neurons, print_store
 
-    if target.startswith("s3://") or (Path(target) / ".looptap").is_dir():
+    if target.startswith("s3://") or os.path.isdir(os.path.join(target, ".looptap")):
         print_store(target)
         if neurons:
             from ..capture.store.writing.commit import Store
@@ -273,7 +278,8 @@ for _name, (_settings_class, _line) in BENCHMARKS.items():
 def main() -> None:
     """Run the command line.
 
-    A user's mistake ends in one message and exit code 2, an unfinished capture in 1, Ctrl-C in 130.
+    What a user can act on ends in one message and exit code 2, an unfinished capture in 1, Ctrl-C in 130, a
+    fault of looptap in its traceback and 70.
     """
     started_s = time.perf_counter()
     try:
@@ -287,9 +293,42 @@ def main() -> None:
         )
         code = 130
     except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it leaves
+        _leave_stdout()
         code = 1
-    except (ValueError, OSError) as error:
+    except UserError as error:
         print(f"looptap: {error}", file=sys.stderr)
         code = 2
+    except OSError as error:
+        code = _full_disk(error) if error.errno in FULL else _fault()
+    except Exception:
+        code = _fault()
     sys.exit(code)
+
+
+def _full_disk(error: OSError) -> int:
+    """Says that there is no room for what no door names: standard output and temporary files."""
+    where = error.filename or "standard output or temporary files"
+    print(
+        f"looptap: no room left for {where} ({error.strerror}): make room and run it again", file=sys.stderr
+    )
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _leave_stdout()
+    return 2
+
+
+def _fault() -> int:
+    """Shows the error that is being handled as a fault of looptap."""
+    traceback.print_exc()
+    print(
+        "looptap: this is a fault of looptap, not of what it was given: please report it with the lines "
+        f"above and the command (version {version('looptap')})",
+        file=sys.stderr,
+    )
+    return EXIT_FAULT
+
+
+def _leave_stdout() -> None:
+    """Has what is left in its buffer go nowhere, or Python complains as it leaves."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

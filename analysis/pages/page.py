@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...errors import os_errors_named
 from ..figures.captions import caption
 from ..findings import Findings
 
@@ -65,8 +66,9 @@ def render_page(
 def write_page(page: str, out_path: str | Path) -> Path:
     """Write a page; directories above it are made."""
     out_path = Path(out_path)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    out_path.write_text(page, encoding="utf-8")
+    with os_errors_named(out_path, "written"):
+        out_path.parent.mkdir(parents=True, exist_ok=True)
+        out_path.write_text(page, encoding="utf-8")
     return out_path
 
 

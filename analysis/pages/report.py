@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ...errors import RequestError
 from ..answers.heads import ANALYSES as HEADS
 from ..answers.single_sequences import ANALYSES as SEQUENCES
 from ..figures.captions import number
@@ -43,11 +44,11 @@ def write_report(
     Returns:
         the path written.
     Raises:
-        ValueError: no store was given.
+        RequestError: no store was given.
         NothingCapturedError: a store has no finished sequence yet.
     """
     if not stores:
-        raise ValueError("no store was given: name at least one to report on")
+        raise RequestError("no store was given: name at least one to report on")
     return write_page(render(find(stores), title), out_path)
 
 

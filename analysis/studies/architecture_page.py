@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ...errors import os_errors_named
 from ..figures.captions import number
 from ..figures.marks import Figure
 from ..pages.page import render_page, write_page
@@ -68,15 +69,18 @@ def write_architecture_study(stores: Sequence[str | Path | xr.Dataset], out_dir:
     """
     out_dir, paths = Path(out_dir), []
     study = architecture_study(stores)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with os_errors_named(out_dir, "written"):
+        out_dir.mkdir(parents=True, exist_ok=True)
     for name, table in study.tables.items():
         paths.append(out_dir / f"{name}.csv")
-        table.to_csv(paths[-1], index=False, float_format="%.7g")
+        with os_errors_named(paths[-1], "written"):
+            table.to_csv(paths[-1], index=False, float_format="%.7g")
     figures = figures_of(study)
     for figure in figures:
         for ending, scale in (("png", _PNG_SCALE), ("svg", 1.0)):
             paths.append(out_dir / f"{figure.name}.{ending}")
-            figure.chart().save(paths[-1], scale_factor=scale)
+            with os_errors_named(paths[-1], "written"):
+                figure.chart().save(paths[-1], scale_factor=scale)
     return [*paths, write_page(_render(study, figures), out_dir / "report.html")]
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ...errors import UnfitError
 from ..verdicts import CONVERGED_STEP
 
 ROUNDING = 2.0**-23  # of float32: a last step below it, 0 included, says only that the loop stands still
@@ -39,11 +40,11 @@ def find_crossing(gain_G: np.ndarray, step_G: np.ndarray, threshold: float = CON
         gain_G: gains in rising order, positive [gain].
         step_G: last step over the norm at each, [gain]; those that are no numbers are left out.
     Raises:
-        ValueError: none is a number.
+        UnfitError: none is a number.
     """
     finite_G = np.isfinite(step_G)
     if not finite_G.any():
-        raise ValueError(f"no last step is a number at the gains {', '.join(f'{gain:g}' for gain in gain_G)}")
+        raise UnfitError(f"no last step is a number at the gains {', '.join(f'{gain:g}' for gain in gain_G)}")
     gain_G, step_G = gain_G[finite_G], np.maximum(step_G[finite_G], ROUNDING)
     above_G = step_G > threshold
     changes = int((above_G[1:] != above_G[:-1]).sum())

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ...errors import os_errors_named
 from ..figures.captions import number
 from ..figures.marks import Figure
 from ..findings import Findings, find
@@ -31,18 +32,21 @@ def write_depth_study(stores: Sequence[str | Path | xr.Dataset], own: int, out_d
         StudyError: as `depth_study`.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with os_errors_named(out_dir, "written"):
+        out_dir.mkdir(parents=True, exist_ok=True)
     datasets = [as_dataset(store) for store in stores]
     study = depth_study(datasets, own)
     tables, paths = study_tables(study), []
     for name, table in tables.items():
         paths.append(out_dir / f"{name}.csv")
-        table.to_csv(paths[-1], index=False)
+        with os_errors_named(paths[-1], "written"):
+            table.to_csv(paths[-1], index=False)
     figures = [ends_by_count(study, tables), stages_by_count(study, tables)]
     for figure in figures:
         for ending, scale in (("png", _PNG_SCALE), ("svg", 1.0)):
             paths.append(out_dir / f"{figure.name}.{ending}")
-            figure.chart().save(paths[-1], scale_factor=scale)
+            with os_errors_named(paths[-1], "written"):
+                figure.chart().save(paths[-1], scale_factor=scale)
     (largest,) = find([max(datasets, key=lambda dataset: dataset.sizes["depth"])])
     page = _render(study, tables["counts"], figures, largest)
     return [*paths, write_page(page, out_dir / "report.html")]

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from ...errors import DescriptionError
+
 Stage = Literal["prelude", "core", "coda"]
 STAGES: tuple[Stage, ...] = ("prelude", "core", "coda")
 
@@ -113,7 +115,7 @@ class Block:
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"norm {self.norm!r} is not known; choose one of {', '.join(NORMS)}")
+            raise DescriptionError(f"norm {self.norm!r} is not known; choose one of {', '.join(NORMS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,17 +150,17 @@ class Description(Loop):
 
     def __post_init__(self) -> None:
         if (self.core == 0) != (self.recurrences == 0):
-            raise ValueError(f"a core of {self.core} layers cannot run {self.recurrences} times")
+            raise DescriptionError(f"a core of {self.core} layers cannot run {self.recurrences} times")
         if self.injection and not self.core:
-            raise ValueError(f"{self.notation} injects into a loop and has no core")
+            raise DescriptionError(f"{self.notation} injects into a loop and has no core")
         if self.exit_gate and not self.core:
-            raise ValueError(f"{self.notation} has an exit gate and no loop to leave")
+            raise DescriptionError(f"{self.notation} has an exit gate and no loop to leave")
         if min(self.prelude, self.core, self.coda) < 0 or self.num_blocks == 0:
-            raise ValueError(f"{self.notation} has no layers")
+            raise DescriptionError(f"{self.notation} has no layers")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads")
+            raise DescriptionError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads")
         if self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head width, got {self.head_width}")
+            raise DescriptionError(f"rotary positions need an even head width, got {self.head_width}")
 
     @property
     def notation(self) -> str:
@@ -173,24 +175,24 @@ class Description(Loop):
     def with_recurrences(self, recurrences: int) -> "Description":
         """The same model run another number of times."""
         if not self.core:
-            raise ValueError(
+            raise DescriptionError(
                 f"{self.notation} has no core to repeat; "
                 "give a window of its layers with --loop first-lastxtimes"
             )
         if recurrences < 1:
-            raise ValueError(f"recurrences must be at least 1, got {recurrences}")
+            raise DescriptionError(f"recurrences must be at least 1, got {recurrences}")
         return replace(self, recurrences=recurrences)
 
     def with_loop(self, first: int, last: int, recurrences: int) -> "Description":
         """A feedforward model with layers first..last, both included, run as a core."""
         if self.core:
-            raise ValueError(f"{self.notation} is looped already; --loop takes a feedforward model")
+            raise DescriptionError(f"{self.notation} is looped already; --loop takes a feedforward model")
         if not 0 <= first <= last < self.num_blocks:
-            raise ValueError(
+            raise DescriptionError(
                 f"layers {first}-{last} are not in this model, which has 0 to {self.num_blocks - 1}"
             )
         if recurrences < 1:
-            raise ValueError(f"recurrences must be at least 1, got {recurrences}")
+            raise DescriptionError(f"recurrences must be at least 1, got {recurrences}")
         return replace(
             self,
             prelude=first,

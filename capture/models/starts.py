@@ -5,6 +5,7 @@ or order of units changes it.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import InitialStateError
+from ...errors import InitialStateError, InitialStateMissingError
 from .description import Description
 from .draws import draw_initial_state
 
@@ -53,8 +54,8 @@ def open_states(path: Path, lengths: Sequence[int], width: int) -> StatesFile:
     Raises:
         InitialStateError: no such file, damaged, of another shape, or not finite where it is used.
     """
-    if not path.is_file():
-        raise InitialStateError(
+    if not os.path.isfile(path):  # also False where it cannot be looked at
+        raise InitialStateMissingError(
             f"--initial-state {path} is no file; give {', '.join(WORDS)} or a .safetensors file with {TENSOR}"
         )
     try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from ...errors import RequestError, UnfitError
 from ...kernels.residual_norm import Residual, rms_norm
 from ..models.description import Step
 from ..models.interventions import NONE
@@ -66,10 +67,10 @@ def contraction(
         recurrences: how often to run the loop first, whatever the model's own number.
         iterations: of the power iteration. seed: of the differences that it starts from.
     Raises:
-        ValueError: the model has no loop.
+        UnfitError: the model has no loop.
     """
     if not model.description.core:
-        raise ValueError(f"{model.description.notation} has no loop and so no contraction factor")
+        raise UnfitError(f"{model.description.notation} has no loop and so no contraction factor")
     is_drawn = model.description.initial_state != "prelude"
     assert initial_state_ND is not None or not is_drawn, "this model's loop starts from a drawn state"
     rotation = rotary_table(model.description.block.rotary, model.description.head_width, batch.position_N)
@@ -104,7 +105,7 @@ def power_iteration(
         the radius and how far its third and last quarter are apart, float64 [N].
     """
     if iterations < _QUARTERS:
-        raise ValueError(f"iterations must be at least {_QUARTERS}, got {iterations}")
+        raise RequestError(f"iterations must be at least {_QUARTERS}, got {iterations}")
     generator = torch.Generator().manual_seed(seed)
     v_ND = torch.randn(x_ND.shape, generator=generator).to(x_ND)
     v_ND = v_ND / v_ND.norm(dim=-1, keepdim=True)

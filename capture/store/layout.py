@@ -24,7 +24,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 
-from ...errors import StoreError, StoreExistsError, StoreMissingError
+from ...errors import StoreError, StoreExistsError, StoreMissingError, os_errors_named
 from .keys import FILES, PLAN
 from .places.disk import checksum, write_new
 from .places.open import open_place
@@ -117,7 +117,8 @@ def create_store(
                 f"make {plan.num_units * spec.unit_rows}"
             )
     num_bytes = sum(values.nbytes for _, values, _ in coordinates.values())
-    with place.full_disk_named("the coordinates of a new store", num_bytes):
+    task = "the coordinates of a new store"
+    with os_errors_named(str(path), "written"), place.full_disk_named(task, num_bytes):
         place.make(lambda root: _fill(root, plan, coordinates, arrays))
 
 

@@ -12,7 +12,7 @@ from importlib.resources import as_file, files
 from itertools import product
 from pathlib import Path
 
-from ...errors import PlanError
+from ...errors import NoRoomError, OtherPlanError, PlanError
 from ..data import Dataset, open_tokenizer, read_dataset
 from ..plan import Plan, make_plan
 from ..plan_cost import disk_bytes
@@ -170,14 +170,14 @@ def _check_stores(plans: Sequence[Plan], out: Path) -> None:
         if not store_exists(plan.store):
             needed += disk_bytes(plan)
         elif differences := plan_differences(Store.open(plan.store).document, plan.stored().to_json()):
-            raise PlanError(
+            raise OtherPlanError(
                 f"{plan.store} was begun with another plan; it differs in\n  "
                 + "\n  ".join(differences)
                 + "\ngo on with the old settings, or choose another --out"
             )
     free = open_place(out).free_bytes()
     if free is not None and needed > free:
-        raise PlanError(
+        raise NoRoomError(
             f"the stores in {out} need up to {needed / 2**20:,.1f} MiB more and its disk has "
             f"{free / 2**20:,.1f} MiB free; choose fewer values or rows, or another disk"
         )

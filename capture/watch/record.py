@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import WatchError
+from ...errors import SelectionError, WatchError
 from ..selection import select_depths, select_tokens
 from ..store.quantities import QUANTITIES
 from .arguments import read_arguments
@@ -156,7 +156,7 @@ class Recorder:
         structure = self._checked_structure(run)
         try:
             state_depths = select_depths(self.settings.states, structure)
-        except ValueError as error:
+        except SelectionError as error:
             raise WatchError(str(error)) from None
         with torch.no_grad():
             run.measure_gaps(structure)

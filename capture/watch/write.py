@@ -26,7 +26,7 @@ from .structure import Structure
 from .watched_sequence import WatchedSequence
 
 
-def write_store(path: Path, recorder: Recorder, module: nn.Module, name: str, weights: str) -> None:
+def write_store(path: str | Path, recorder: Recorder, module: nn.Module, name: str, weights: str) -> None:
     """Makes the store and commits every unit.
 
     Args:

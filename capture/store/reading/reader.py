@@ -14,7 +14,7 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from ....errors import MissingUnitsError
+from ....errors import MissingUnitsError, RequestError, UnfitError, os_errors_named
 from ..places.directory import LocalPlace
 from ..plan import plan_of
 from ..writing.commit import Store
@@ -44,9 +44,10 @@ def open_store(
         MissingUnitsError: later, where values are read.
     """
     if missing not in ("mask", "raise"):
-        raise ValueError(f"missing is {missing!r}: give 'mask' or 'raise'")
+        raise RequestError(f"missing is {missing!r}: give 'mask' or 'raise'")
     store = Store.open(path)
-    dataset = xr.open_zarr(store.zarr_store(), chunks=None, consolidated=True)
+    with os_errors_named(path, "read"):
+        dataset = xr.open_zarr(store.zarr_store(), chunks=None, consolidated=True)
     is_done_U = np.zeros(store.num_units, bool)
     is_done_U[store.done()] = True
     for name in store.arrays:
@@ -100,7 +101,7 @@ def iter_units(
     rows = {axis: plan.unit_rows(axis) for axis in shared if axis in dataset.dims}
     for axis, num_rows in rows.items():
         if dataset.sizes[axis] != plan.num_units * num_rows:
-            raise ValueError(
+            raise UnfitError(
                 f"axis {axis} has {dataset.sizes[axis]} entries, {plan.num_units} units of {num_rows} "
                 f"have {plan.num_units * num_rows}: give the dataset as it was opened, with all of {axis}"
             )
