@@ -27,7 +27,13 @@ from looptap.capture.store.places.lock import driver_lock, lock_holder
 from looptap.capture.store.places.objects import ObjectPlace
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
-from looptap.errors import StoreError, StoreExistsError, StoreLockedError, StoreMissingError, UnitTakenError
+from looptap.errors import (
+    StoreError,
+    StoreExistsError,
+    StoreLockedError,
+    StoreMissingError,
+    UnitTakenError,
+)
 from looptap.tests.s3_server import BUCKET, Door, environment, serve_s3
 from looptap.tests.small_stores import (
     RECEIPT,

@@ -179,6 +179,64 @@ def test_the_hash_is_stable(settings, tmp_path):
     assert done.stdout.strip() == wanted, done.stderr
 
 
+BEGUN_BEFORE = [
+    ("retro-llama32", {}, "1250f3657ec67182e7cedbf261fd4cfc799a3fc3b920c77b129c460b86df2bc7"),
+    (
+        "retro-llama32",
+        {"recurrences": 5, "limit": 1, "unit_tokens": 32, "seed": 3},
+        "38c94b5f3fef057a6e274d73bf856758b1ff86904955d8910db5a16f7f2acedc",
+    ),
+    (
+        "llama",
+        {
+            "loop": "1-2x3",
+            "quantities": ("all",),
+            "states": ("core[all]@last", "coda"),
+            "tokens": "every:2",
+            "state_codec": "lossless",
+        },
+        "9c8dc97c8a6f148085f16f73e0ae646d0b0e4a9ed97e0f0b32bdf21fe60c3d73",
+    ),
+    (
+        "ouro",
+        {
+            "zero": ("mlp:core[1]",),
+            "sink_tokens": 2,
+            "batch_tokens": 16,
+            "gap_memory_gib": 0.0,
+            "dtype": "bfloat16",
+            "neurons": True,
+        },
+        "253a526dac8de01c4463eee297b5a8e726b51d5ec1ca458c7899c0396a1be697",
+    ),
+    (
+        "huginn",
+        {"initial_state": "fixed", "prelude_output": "random", "workers": 2, "unit_limit_s": 5.0},
+        "daa34b8b2102958703a866038803ace43b17d781bc4dfbd3cc2b8b2fb4f2e2df",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "changes", "wanted"), BEGUN_BEFORE)
+def test_the_hash_is_that_of_stores_begun_before(tmp_path, model, changes, wanted):
+    """Taken from looptap at 7d2c487: with another hash its stores would be those of another plan."""
+    np.save(tmp_path / "ids.npy", np.arange(48).reshape(2, 24))
+    settings = CaptureSettings.of(
+        model=str(GOLDEN / model), data=tmp_path / "ids.npy", store=tmp_path / "s", device="cpu", **changes
+    )
+    assert make_plan(settings).document()["hash"] == wanted
+
+
+def test_a_plan_of_what_is_at_hand_is_that_of_the_names(settings):
+    wanted = make_plan(settings)
+    (source, dataset), gone = (wanted.source, wanted.dataset), settings.data.data.with_name("gone.txt")
+    plan = make_plan(settings.but(model="no/model", data=gone), source, dataset)
+    assert plan.document()["hash"] == wanted.document()["hash"]
+    assert plan.dataset is dataset and plan.source is source
+    with pytest.raises(ValueError, match="row 2 has 30 tokens and a unit of 29"):
+        make_plan(settings.but(unit_tokens=29), source, dataset)
+
+
 CHANGES = [
     {"model": MODEL + ",seed=1"},
     {"model": MODEL + ",gain=0.3"},

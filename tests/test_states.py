@@ -9,6 +9,7 @@ import zarr
 
 from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.plan import make_plan
+from looptap.capture.plan_cost import ring_bytes
 from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
@@ -136,7 +137,7 @@ def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
         assert (here[K:] == BFLOAT16_NAN).all() if dtype == "bfloat16" else np.isnan(here[K:]).all()
     assert store.plan.settings.state_codec == codec
     ring = make_ring(store.arrays["state"], CPU)
-    assert plan._ring_bytes == ring.num_buffers * ring.num_bytes, "what the plan says it takes"
+    assert ring_bytes(plan) == ring.num_buffers * ring.num_bytes, "what the plan says it takes"
 
 
 def test_failed_unit_gives_every_buffer_back(tmp_path):
