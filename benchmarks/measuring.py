@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..capture.taps.statistics import StatesInMemory
 from ..capture.worker import Worker
+from .states_in_memory import StatesInMemory
 
 
 class MeasuringWorker(Worker):

@@ -1,6 +1,6 @@
 """One short prompt, everything about it: a capture in memory, full attention maps, and the logit lens.
 
-This is the one place that writes T×T attention down, and only within a stated bound of memory.
+Its maps are the one place where T×T attention is written down, and only within a stated bound of memory.
 """
 
 import tempfile
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from ..errors import PlanError
 from .data import make_dataset, model_tokenizer
-from .models.description import Description, Step
 from .models.load import find_model
 from .models.model import LoopedModel
 from .models.starts import initial_state
-from .models.tap import Packed, Plain
+from .models.tap import Packed
 from .plan import Plan, make_plan
 from .probes.contraction import Contraction, contraction
 from .run import prepare_store
 from .settings import CaptureSettings, DataSettings, InspectSettings, MeasureSettings, RunSettings
 from .store.reading.reader import open_store
+from .taps.maps import Maps
 from .worker import Worker
 
 LENS_TOKENS = 3  # how many of the likeliest next tokens are shown
@@ -91,13 +91,13 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         worker = Worker(model, prepare_store(plan))
         worker.run(0)
         dataset = open_store(plan.store).load()
-        tap = _Maps(plan.description, plan.dataset.num_tokens, model.device)
+        tap = Maps(plan.description, plan.dataset.num_tokens, model.device)
         head_input_ND = worker.forward(0, tap)
     tokenizer = plan.dataset.tokenizer
     assert tokenizer is not None
     with torch.inference_mode():
         read = [model.read_out(state_ND) for state_ND in tap.loop_states] or [head_input_ND[-1:]]
-    maps = (("depth", "head", "query", "key"), tap.maps.cpu().numpy())
+    maps = (("depth", "head", "query", "key"), tap.maps_LHTT.cpu().numpy())
     return Inspection(
         dataset=dataset.assign(attention=maps),
         tokens=[tokenizer.decode([int(i)]) for i in plan.dataset.rows[0]],
@@ -108,33 +108,12 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
 
 def _contraction(model: LoopedModel, plan: Plan, recurrences: int) -> Contraction | None:
     d, (row,), seed = plan.description, plan.dataset.rows, plan.settings.measure.seed
-    if not (d.core and recurrences):
+    if not (d.only_loop and recurrences):
         return None
     batch = Packed(torch.from_numpy(row.astype("int64")).to(model.device), (len(row),))
     state_ND = initial_state(None, d, seed, [0], batch.lengths, None)
     state_ND = None if state_ND is None else state_ND.to(model.device)
     return contraction(model, batch, state_ND, recurrences=recurrences)
-
-
-class _Maps(Plain):
-    """Keeps attention matrices and the last token's loop states."""
-
-    def __init__(self, description: Description, num_tokens: int, device: torch.device) -> None:
-        shape = (description.depth, description.num_heads, num_tokens, num_tokens)
-        self.maps = torch.empty(shape, device=device)
-        self.loop_states: list[Tensor] = []
-
-    def attention(
-        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
-    ) -> Tensor:
-        k_NHC = k_NKC.repeat_interleave(q_NHC.shape[1] // k_NKC.shape[1], dim=1)
-        scores_HTT = torch.einsum("thc,shc->hts", q_NHC.float(), k_NHC.float()) * scale
-        future_TT = torch.ones_like(scores_HTT[0], dtype=torch.bool).triu(1)
-        self.maps[step.depth] = scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1)
-        return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
-
-    def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
-        self.loop_states.append(state_ND[-1:])
 
 
 def _plan(settings: InspectSettings, store: Path) -> Plan:

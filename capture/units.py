@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .models.description import STAGES, Step
+from .models.schedule import STAGES, Step
 from .store.layout import ArraySpec, Codec, Coordinate
 from .store.quantities import QUANTITIES
 
@@ -125,7 +125,8 @@ def depth_coordinates(
     """Where each depth lies in the loop, which depths' states are kept (None: no states), and the second
     axis of pairs of depths if there are any.
     """
-    stages = {"flag_values": list(range(len(STAGES))), "flag_meanings": " ".join(STAGES)}
+    names = list(dict.fromkeys([*STAGES, *(step.stage for step in steps)]))
+    stages = {"flag_values": list(range(len(names))), "flag_meanings": " ".join(names)}
     texts = {
         "depth": "block invocation, in running order",
         "stage": "part of the model",
@@ -134,7 +135,7 @@ def depth_coordinates(
     }
     values = {
         "depth": np.arange(len(steps), dtype=np.int32),
-        "stage": np.array([STAGES.index(step.stage) for step in steps], np.int8),
+        "stage": np.array([names.index(step.stage) for step in steps], np.int8),
         "layer": np.array([step.layer for step in steps], np.int16),
         "recurrence": np.array([step.recurrence for step in steps], np.int16),
     }

@@ -104,7 +104,8 @@ class Worker:
         head_input_ND = torch.empty(0)
         for batch in _batches(self._sequences(unit), self._batch_tokens):
             inputs = self._inputs(batch)
-            head_input_ND = self.model(inputs.packed, tap, inputs.initial_state_ND, inputs.interventions)
+            changed_tap = inputs.interventions.around(tap)
+            head_input_ND = self.model(inputs.packed, changed_tap, inputs.initial_state_ND)
         return head_input_ND
 
     def _sequences(self, unit: int) -> list[_Sequence]:
@@ -167,7 +168,7 @@ class Worker:
             first_run = LastStates(
                 d, measures_attention=is_measured, keeps_patterns="attention_gap" in buffers.values
             )
-            self.model(packed, first_run, initial_ND, interventions)
+            self.model(packed, interventions.around(first_run), initial_ND)
         tap = Statistics(
             d,
             buffers,
@@ -176,7 +177,7 @@ class Worker:
             last=first_run,
             model=self.model,
         )
-        self.model(packed, tap, initial_ND, interventions)
+        self.model(packed, interventions.around(tap), initial_ND)
 
     def _inputs(self, batch: list[_Sequence]) -> _Inputs:
         d, device, settings = self.model.description, self.model.device, self._settings

@@ -135,7 +135,7 @@ def test_a_turned_prelude_output_keeps_its_norm():
 
     tap = Entering()
     with torch.inference_mode():
-        model(batch, tap, initial_ND, Interventions(prelude_direction_ND=direction_ND * 5))
+        model(batch, Interventions(prelude_direction_ND=direction_ND * 5).around(tap), initial_ND)
     norm_N = tap.prelude_ND.norm(dim=-1, keepdim=True)
     turned_ND = direction_ND / direction_ND.norm(dim=-1, keepdim=True) * norm_N
     wanted = torch.cat([initial_ND, turned_ND], dim=-1) @ model.adapter.T

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looptap.capture.models.description import STAGES, Block, Description
+from looptap.capture.models.description import Block, Description
 from looptap.capture.models.load import find_model
+from looptap.capture.models.schedule import STAGES, prelude_core_coda
 from looptap.capture.plan import make_plan
 from looptap.capture.plan_cost import disk_bytes
 from looptap.capture.run import run_capture
@@ -346,7 +347,7 @@ def test_memory_estimate_is_within_a_factor_of_two(tmp_path, changes, method):
 
 
 D = Description(
-    prelude=2, core=3, recurrences=4, coda=1, width=8, num_heads=1, num_kv_heads=1, head_width=8,
+    phases=prelude_core_coda(2, 3, 4, 1), width=8, num_heads=1, num_kv_heads=1, head_width=8,
     mlp_width=8, vocab_size=8, max_positions=8, block=Block(),
 )  # fmt: skip
 SIZES = {"prelude": 2, "core": 3, "coda": 1}

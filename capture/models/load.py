@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ class ModelSource:
             "spec": self._lasting_spec,
             "notation": self.description.notation,
             "norm": self.description.block.norm,
-            **asdict(self.description),
+            **self.description.document(),
             "num_parameters": self.num_parameters,
             "weights_sha256": self.origin.weights_sha256,
         }

@@ -18,6 +18,7 @@ import torch
 from ...errors import DescriptionError, ModelSpecError
 from .description import NORMS, Block, Description
 from .model import LoopedModel
+from .schedule import prelude_core_coda
 
 _LOOP = re.compile(r"random:\((\d+),(\d+)(?:x(\d+))?,(\d+)\)(I?)(?:,(.*))?", re.DOTALL)
 
@@ -91,10 +92,7 @@ def parse_random(spec: str) -> RandomModel:
     times = int(recurrences) if recurrences else int(int(core) > 0)
     try:
         description = Description(
-            prelude=int(prelude),
-            core=int(core),
-            recurrences=times,
-            coda=int(coda),
+            phases=prelude_core_coda(int(prelude), int(core), times, int(coda)),
             width=options.width,
             num_heads=options.heads,
             num_kv_heads=options.heads,

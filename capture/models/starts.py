@@ -97,7 +97,7 @@ def check_start(wanted: str | None, description: Description) -> None:
     d = description
     if wanted is None:
         return
-    if not d.core:
+    if not d.loops:
         raise InitialStateError(f"--initial-state: {d.notation} has no loop that could start from anything")
     if wanted in WORDS and d.initial_state == "prelude":
         raise InitialStateError(

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.description import STAGES, Stage
 from ..models.model import LoopedModel, TransformerBlock
 
 KURTOSIS = 10.0
@@ -45,7 +44,7 @@ _TILES = {"cpu": (1024, 256), "cuda": (8192, 8192)}
 class Moments:
     """Of the logit effects of one block's neurons; float64 [I] each, NaN where an effect is constant."""
 
-    stage: Stage
+    stage: str
     layer: int
     """Place of the block inside its stage."""
     skewness_I: Tensor
@@ -147,8 +146,7 @@ def _power_sums(y_IB: Tensor) -> Tensor:
     return torch.stack([square_IB.sum(1), (square_IB * y_IB).sum(1), square_IB.square_().sum(1)])
 
 
-def _places(model: LoopedModel) -> list[tuple[Stage, int]]:
+def _places(model: LoopedModel) -> list[tuple[str, int]]:
     """Stage and layer of every block, in the order of `model.blocks`."""
-    d = model.description
-    sizes = zip(STAGES, (d.prelude, d.core, d.coda), strict=True)
-    return [(stage, layer) for stage, size in sizes for layer in range(size)]
+    places = {step.block: (step.stage, step.layer) for step in model.description.steps()}
+    return [places[block] for block in range(len(model.blocks))]

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ...errors import WatchError
 from ...kernels.residual_norm import distance, row_norm, row_peak
+from ..models.schedule import Schedule
 from ..store.quantities import GROUPS
 from .arguments import Arguments, refuse_other_masks
 from .attention_calls import AttentionCall
 from .cache import OpenRows, mark_keys, refuse_other_cache, refuse_other_keys
 from .rows import Group, Window, groups, key_windows, pack, read_windows, refuse_other_axes
-from .structure import Structure
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -61,7 +61,7 @@ class Pass:
     settings: WatchSettings
     arguments: Arguments
     opened: OpenRows | None
-    structure: Structure | None  # of the passes before; None in the first
+    structure: Schedule | None  # of the passes before; None in the first
     state_depths: tuple[int, ...]
     sizes: Sizes | None
     B: int = -1
@@ -193,19 +193,18 @@ class Pass:
         if not self.settings.has_gaps:
             visits.clear()
         # in the first pass any block may be called again
-        is_core = self.structure is None or self.structure.order.count(block) > 1
-        if is_core and (self.settings.has_gaps or self.settings.has_steps):
+        is_looped = self.structure is None or block in _looped(self.structure)
+        if is_looped and (self.settings.has_gaps or self.settings.has_steps):
             visits.append((depth, x_ND, norm_N))
         if self.settings.states and (self.structure is None or depth in self.state_depths):
             self.states[depth] = x_ND
         self.values[-1] |= {name: value for name, value in here.items() if name in wanted}
 
-    def measure_gaps(self, structure: Structure) -> None:
-        """Every core invocation beside its block's last one; after the last block."""
+    def measure_gaps(self, structure: Schedule) -> None:
+        """Every invocation in a loop beside its block's last one; after the last block."""
         if not self.settings.has_gaps:
             return
-        core = set(structure.order[structure.prelude : structure.prelude + structure.core])
-        for block in core:
+        for block in _looped(structure):
             *_, (_, last_ND, last_norm_N) = visits = self.visits.pop(block)
             for depth, x_ND, norm_N in visits:
                 gaps = _distance("gap", (x_ND, norm_N), (last_ND, last_norm_N))
@@ -230,6 +229,11 @@ class Pass:
         if self.past and opened is not None and depth < len(opened.marks):
             refuse_other_keys(opened.marks[depth], marks, opened.windows, call.k_BKJC.dtype)
         self.marks.append(marks)
+
+
+def _looped(structure: Schedule) -> set[int]:
+    """Blocks that run in a loop."""
+    return {block for loop in structure.loops for block in loop.blocks}
 
 
 def _starts(windows: tuple[Window, ...]) -> tuple[list[int], int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import SelectionError, WatchError
+from ..models.schedule import Schedule
 from ..selection import select_depths, select_tokens
 from ..store.quantities import QUANTITIES
 from .arguments import read_arguments
@@ -20,7 +21,7 @@ from .attention_calls import read_call
 from .cache import OpenRows, refer_to
 from .passes import DTYPES, Pass, Sizes, WatchSettings
 from .refusals import remembered
-from .structure import Structure, find_structure, show_order
+from .structure import find_structure, show_order
 from .watched_sequence import WatchedSequence
 
 _NO_ATTENTION = 'leave attention out with quantities=("residual", "steps", "gaps")'
@@ -33,7 +34,7 @@ class Recorder:
         self.settings = settings
         self.names = list(blocks)
         self.sequences: list[WatchedSequence] = []
-        self.structure: Structure | None = None
+        self.structure: Schedule | None = None
         self.state_depths: tuple[int, ...] = ()
         self.sizes: Sizes | None = None
         self.seconds = 0.0
@@ -212,7 +213,7 @@ class Recorder:
                 f"{run.T} tokens: watch blocks that see the same tokens"
             )
 
-    def _checked_structure(self, run: Pass) -> Structure:
+    def _checked_structure(self, run: Pass) -> Schedule:
         known = self.structure
         if known is None or known.order == tuple(run.order):
             return known or find_structure(run.order, self.names)
@@ -222,7 +223,7 @@ class Recorder:
             "watch passes of another one apart"
         )
 
-    def _add(self, run: Pass, structure: Structure, state_depths: tuple[int, ...]) -> None:
+    def _add(self, run: Pass, structure: Schedule, state_depths: tuple[int, ...]) -> None:
         """Everything as arrays, then row by row."""
         assert run.sizes is not None and run.past is not None
         arrays = _to_arrays(run, structure.depth)

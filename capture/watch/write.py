@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import WatchError
+from ..models.schedule import Schedule
 from ..store.layout import create_store
 from ..store.places.lock import driver_lock
 from ..store.plan import StoredData, StoredModel, StoredPlan, StoredSettings
@@ -22,7 +23,6 @@ from ..units import Slots, array_specs, default_unit_tokens, depth_coordinates, 
 from ..versions import versions
 from .passes import Sizes
 from .record import Recorder
-from .structure import Structure
 from .watched_sequence import WatchedSequence
 
 
@@ -79,7 +79,7 @@ def _make_slots(recorder: Recorder) -> Slots:
 
 
 def _write_unit(
-    attempt: Attempt, sequences: Sequence[WatchedSequence], quantities: Sequence[str], structure: Structure
+    attempt: Attempt, sequences: Sequence[WatchedSequence], quantities: Sequence[str], structure: Schedule
 ) -> dict[str, Any]:
     non_finite = {}
     for name in quantities:
@@ -108,7 +108,7 @@ def _count_non_finite(values: np.ndarray) -> int:
 
 
 def _make_plan(
-    recorder: Recorder, structure: Structure, sizes: Sizes, slots: Slots, identity: dict[str, Any]
+    recorder: Recorder, structure: Schedule, sizes: Sizes, slots: Slots, identity: dict[str, Any]
 ) -> StoredPlan:
     settings = recorder.settings
     digest = hashlib.sha256()
@@ -145,7 +145,7 @@ def _make_plan(
             unit_tokens=slots.unit_tokens,
         ),
         **slots.facts(),
-        gap_method="keep states" if structure.core and settings.has_gaps else None,
+        gap_method="keep states" if structure.loops and settings.has_gaps else None,
         dtype=sizes.dtype,
         backend="pytorch",
         versions=versions(),
