@@ -11,7 +11,6 @@ import torch
 import zarr
 from torch import Tensor
 
-from .models.description import Description
 from .models.interventions import Interventions
 from .models.model import PLAIN, LoopedModel
 from .models.starts import StatesFile, initial_state, prelude_direction
@@ -21,6 +20,7 @@ from .store.quantities import QUANTITIES
 from .store.writing.attempt import Attempt, begin_attempt
 from .store.writing.commit import Store
 from .store.writing.ring import Ring
+from .taps.non_finite import count_non_finite
 from .taps.state_stream import StateStream, make_ring
 from .taps.statistics import Buffers, LastStates, StateSink, Statistics
 from .versions import versions
@@ -80,7 +80,7 @@ class Worker:
         stream = self._open_stream(attempt)
         try:
             values = self._measure(unit, sequences, stream)
-            non_finite = _count_non_finite(values, num_tokens, len(sequences), self.model.description)
+            non_finite = self._count_non_finite(values, num_tokens, len(sequences))
             if stream is not None and (count := stream.finish()):
                 non_finite["state"] = count
         finally:
@@ -196,6 +196,18 @@ class Worker:
             Interventions(self._zeroed, None if direction_ND is None else direction_ND.to(device)),
         )
 
+    def _count_non_finite(
+        self, values: dict[str, Tensor], num_tokens: int, num_sequences: int
+    ) -> dict[str, int]:
+        """By quantity, where there are any."""
+        sizes = {"token": num_tokens, "sequence": num_sequences}
+        filled = {name: value[:, : sizes[QUANTITIES[name].axes[0]]] for name, value in values.items()}
+        counts = {
+            name: count_non_finite(name, value.movedim(0, 1), self.model.description.steps())
+            for name, value in filled.items()
+        }
+        return {name: count for name, count in counts.items() if count}
+
     def _state_slots(self, unit: int, sequences: list[_Sequence]) -> np.ndarray:
         """Slots inside the unit whose states are kept, in order."""
         rows, C = self._plan.num_state_rows, self._plan.unit_tokens
@@ -233,20 +245,3 @@ def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Se
         batch.append(sequence)
         used += len(sequence.token_ids)
     yield batch
-
-
-def _count_non_finite(
-    values: dict[str, Tensor], num_tokens: int, num_sequences: int, description: Description
-) -> dict[str, int]:
-    """Infinite or undefined values where a number is due, by quantity."""
-    counts = {}
-    for name, value in values.items():
-        if not value.is_floating_point():
-            continue
-        quantity = QUANTITIES[name]
-        filled = value[:, : num_sequences if quantity.axes[0] == "sequence" else num_tokens]
-        if quantity.axes[1] == "depth":
-            due = [s.depth for s in description.steps() if s.recurrence >= quantity.first_recurrence]
-            filled = filled[due]
-        counts[name] = int((~filled.isfinite()).sum())
-    return {name: count for name, count in counts.items() if count}

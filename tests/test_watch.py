@@ -253,7 +253,7 @@ def test_steps_alone_are_those_with_gaps():
             recorder = watched._recorder
 
             def count(*_, recorder=recorder, kept=kept):
-                kept.append(max(map(len, recorder._pass.visits.values())))
+                kept.append(max(map(len, recorder._pass.history._states.values())))
 
             module.head.register_forward_pre_hook(count)
             module(ids)

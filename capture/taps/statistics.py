@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ...kernels.attention import attention_with_statistics
 from ...kernels.lens import lens
-from ...kernels.residual_norm import STATISTICS, Residual, distance, residual_norm_statistics
+from ...kernels.residual_norm import STATISTICS, Residual, residual_norm_statistics
 from ..models.exit_gate import exit_probability
 from ..models.model import LoopedModel
 from ..models.schedule import Schedule, Step
 from ..models.tap import Half, HalfNorms, Packed, Plain
 from ..store.quantities import QUANTITIES
 from .distances import AttentionDistances, Pattern, ResidualDistances
+from .history import BlockHistory
 
 
 class StateSink(Protocol):
@@ -128,8 +129,7 @@ class Statistics(Plain):
         self._head_inputs: list[tuple[int, Tensor]] = []  # recurrence and what the head would read
         self._gate_logits: list[Tensor] = []
         self._measured: list[tuple[Step, Tensor]] = []  # rows of STATISTICS, [7, N]
-        self._before: dict[int, Tensor] = {}  # by block: the previous recurrence's state
-        self._kept: dict[int, list[tuple[Step, Tensor, Tensor]]] = {}  # by block: states waiting for the last
+        self._history = BlockHistory(steps=self._steps, gaps=self._gaps and last is None)
         self._block_input: Tensor | None = None
         self._batch: Packed | None = None
 
@@ -153,13 +153,13 @@ class Statistics(Plain):
             columns=wants_columns and not from_distances,
         )
         for name in ("entropy", "peak", "sink"):
-            self._put(step, f"attention_{name}", getattr(measured, f"{name}_NH"))
+            self._put(step.depth, f"attention_{name}", getattr(measured, f"{name}_NH"))
         received_NH = distances.add(step, Pattern(q_NHC, k_NKC, measured.lse_NH), batch, scale)
         if from_distances:
             assert received_NH is not None
         else:
             received_NH = measured.received_NH
-        self._put(step, "attention_received", received_NH)
+        self._put(step.depth, "attention_received", received_NH)
         return o_NHC
 
     def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
@@ -213,31 +213,23 @@ class Statistics(Plain):
                 self._out.values[name][[index for index, _ in waiting]] = values_RN
 
     def _measure_residual(self, step: Step, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
-        in_loop, first_run = step.recurrence >= 0, self._first_run
+        in_loop, first_run, history = step.recurrence >= 0, self._first_run, self._history
         result, measured_SN = residual_norm_statistics(
             x_ND,
             branch_ND,
             **vars(norms),
             block_input_ND=self._block_input if "update_norm" in self._wanted else None,
-            previous_ND=self._before.get(step.block) if in_loop and self._steps else None,
+            previous_ND=history.previous(step.block) if in_loop else None,
             last_ND=first_run.states[step.block] if in_loop and self._gaps and first_run else None,
         )
         self._measured.append((step, measured_SN))
-        if in_loop and self._steps:
-            self._before[step.block] = result.residual_ND
-        if in_loop and self._gaps and first_run is None:
-            self._measure_gaps(step, result.residual_ND, measured_SN[0])
+        if in_loop:
+            history.add(step.block, step.depth, result.residual_ND, measured_SN[0])
+        if step.depth in self._last_depths:
+            for depth, gap in history.gaps(step.block):
+                self._put(depth, "gap_norm", gap.norm_N)
+                self._put(depth, "gap_cosine", gap.cosine_N)
         return result
-
-    def _measure_gaps(self, step: Step, state_ND: Tensor, norm_N: Tensor) -> None:
-        """Keeps states until the last recurrence's is there."""
-        self._kept.setdefault(step.block, []).append((step, state_ND, norm_N))
-        if step.depth not in self._last_depths:
-            return
-        for kept_step, kept_ND, kept_norm_N in self._kept.pop(step.block):
-            measured = distance(kept_ND, state_ND, kept_norm_N, norm_N)
-            self._put(kept_step, "gap_norm", measured.norm_N)
-            self._put(kept_step, "gap_cosine", measured.cosine_N)
 
     def _finish(self, batch: Packed) -> None:
         """After the last block: what was set aside goes into the buffers, all depths in one move."""
@@ -253,6 +245,6 @@ class Statistics(Plain):
                 depths = [s.depth for s in steps if s.recurrence >= QUANTITIES[name].first_recurrence]
                 self._out.values[name][depths] = measured_LSN[depths, row]
 
-    def _put(self, step: Step, name: str, value: Tensor) -> None:
+    def _put(self, depth: int, name: str, value: Tensor) -> None:
         if name in self._wanted:
-            self._out.values[name][step.depth] = value
+            self._out.values[name][depth] = value

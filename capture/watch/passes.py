@@ -3,15 +3,17 @@
 Tensors are copied where they are kept until the pass ends, because a module may change them in place.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ...errors import WatchError
-from ...kernels.residual_norm import distance, row_norm, row_peak
+from ...kernels.residual_norm import STATISTICS, residual_statistics
 from ..models.schedule import Schedule
 from ..store.quantities import GROUPS
+from ..taps.history import BlockHistory
 from .arguments import Arguments, refuse_other_masks
 from .attention_calls import AttentionCall
 from .cache import OpenRows, mark_keys, refuse_other_cache, refuse_other_keys
@@ -78,8 +80,10 @@ class Pass:
     received: list[dict[int, Tensor]] = field(default_factory=list)
     marks: list[Tensor] = field(default_factory=list)
     states: dict[int, Tensor] = field(default_factory=dict)  # by depth, packed
-    visits: dict[int, list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
-    """By block: depth, state and norm of invocations that others are compared with."""
+    history: BlockHistory = field(init=False)  # what invocations are compared with
+
+    def __post_init__(self) -> None:
+        self.history = BlockHistory(steps=self.settings.has_steps, gaps=self.settings.has_gaps)
 
     def place_rows(self, x_BTD: Tensor) -> None:
         """Finds the real tokens, from the first block's input."""
@@ -169,46 +173,31 @@ class Pass:
                 for kind in kinds:
                     measured[kind][here] = parts[f"{kind}_NH"][index]
                 received[row] = parts["received_NH"][index]
-        self.values[-1] |= {
-            f"attention_{kind}": value
-            for kind, value in measured.items()
-            if f"attention_{kind}" in self.settings.quantities
-        }
+        self._put(-1, {f"attention_{kind}": value for kind, value in measured.items()})
         self.received.append(received)
 
     def measure_residual(self, x_BTD: Tensor) -> None:
         """What the block left."""
-        wanted, depth, block = self.settings.quantities, len(self.order) - 1, self.order[-1]
+        depth, block = len(self.order) - 1, self.order[-1]
         x_ND = pack(x_BTD, self.windows)
-        norm_N = row_norm(x_ND)
-        here = {"residual_norm": norm_N}
-        if "residual_peak" in wanted:
-            here["residual_peak"] = row_peak(x_ND)
-        if self.block_input_ND is not None:
-            here["update_norm"] = row_norm(x_ND.float() - self.block_input_ND.float())
-            self.block_input_ND = None
-        visits = self.visits.setdefault(block, [])
-        if visits and self.settings.has_steps:
-            here |= _distance("step", (x_ND, norm_N), visits[-1][1:])
-        if not self.settings.has_gaps:
-            visits.clear()
+        measured_SN = residual_statistics(x_ND, self.block_input_ND, self.history.previous(block))
+        self.block_input_ND = None
+        self._put(depth, dict(zip(STATISTICS, measured_SN, strict=True)))
         # in the first pass any block may be called again
-        is_looped = self.structure is None or block in _looped(self.structure)
-        if is_looped and (self.settings.has_gaps or self.settings.has_steps):
-            visits.append((depth, x_ND, norm_N))
+        if self.structure is None or block in _looped(self.structure):
+            self.history.add(block, depth, x_ND, measured_SN[STATISTICS.index("residual_norm")])
         if self.settings.states and (self.structure is None or depth in self.state_depths):
             self.states[depth] = x_ND
-        self.values[-1] |= {name: value for name, value in here.items() if name in wanted}
 
     def measure_gaps(self, structure: Schedule) -> None:
         """Every invocation in a loop beside its block's last one; after the last block."""
-        if not self.settings.has_gaps:
-            return
         for block in _looped(structure):
-            *_, (_, last_ND, last_norm_N) = visits = self.visits.pop(block)
-            for depth, x_ND, norm_N in visits:
-                gaps = _distance("gap", (x_ND, norm_N), (last_ND, last_norm_N))
-                self.values[depth] |= {n: value for n, value in gaps.items() if n in self.settings.quantities}
+            for depth, gap in self.history.gaps(block):
+                self._put(depth, {"gap_norm": gap.norm_N, "gap_cosine": gap.cosine_N})
+
+    def _put(self, depth: int, values: Mapping[str, Tensor]) -> None:
+        """Keeps what is wanted of the values of one invocation."""
+        self.values[depth] |= {name: x for name, x in values.items() if name in self.settings.quantities}
 
     def _check_heads(self, call: AttentionCall) -> None:
         """Every block has as many heads; key heads are counted without those that are copies."""
@@ -243,11 +232,6 @@ def _starts(windows: tuple[Window, ...]) -> tuple[list[int], int]:
         starts.append(total)
         total += window.size
     return starts, total
-
-
-def _distance(kind: str, state: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    measured = distance(state[0], reference[0], state[1], reference[1])
-    return {f"{kind}_norm": measured.norm_N, f"{kind}_cosine": measured.cosine_N}
 
 
 def _key_heads(k_BKJC: Tensor) -> int:

@@ -16,9 +16,9 @@ from ..models.schedule import Schedule
 from ..store.layout import create_store
 from ..store.places.lock import driver_lock
 from ..store.plan import StoredData, StoredModel, StoredPlan, StoredSettings
-from ..store.quantities import QUANTITIES
 from ..store.writing.attempt import Attempt, begin_attempt
 from ..store.writing.commit import Store
+from ..taps.non_finite import count_non_finite
 from ..units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from ..versions import versions
 from .passes import Sizes
@@ -85,13 +85,12 @@ def _write_unit(
     for name in quantities:
         if name == "state":
             values = np.concatenate([part for sequence in sequences for part in sequence.states])
-            due = values.view(np.uint16) if values.dtype == np.uint16 else values
-            non_finite[name] = _count_non_finite(due)
+            filled = torch.from_numpy(values)
+            filled = filled.view(torch.bfloat16) if values.dtype == np.uint16 else filled  # its bits
         else:
             values = np.concatenate([sequence[name] for sequence in sequences])
-            first = QUANTITIES[name].first_recurrence
-            depths = [step.depth for step in structure.steps() if step.recurrence >= first]
-            non_finite[name] = _count_non_finite(values[:, depths])
+            filled = torch.from_numpy(values)
+        non_finite[name] = count_non_finite(name, filled, structure.steps())
         attempt.write(name, values)
     return {
         "num_sequences": len(sequences),
@@ -99,12 +98,6 @@ def _write_unit(
         "non_finite": {name: count for name, count in non_finite.items() if count},
         "versions": versions(),
     }
-
-
-def _count_non_finite(values: np.ndarray) -> int:
-    if values.dtype == np.uint16:  # bfloat16: all bits of the exponent are set
-        return int(((values & 0x7F80) == 0x7F80).sum())
-    return int((~np.isfinite(values)).sum())
 
 
 def _make_plan(
