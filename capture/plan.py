@@ -75,7 +75,7 @@ class Plan:
     @property
     def gap_method(self) -> str | None:
         """How gaps and the lens get what the last recurrence leaves; None where none is measured."""
-        if not self.kept_bytes or not self.description.core:
+        if not self.kept_bytes:
             return None
         return "keep states" if self.kept_bytes <= self._gap_memory_bytes else "run twice"
 
@@ -166,7 +166,7 @@ def make_plan(
     select_tokens(measure.tokens, 0, 0, 1)  # its form, checked before the data is read
     select_halves(measure.zero, d)
     check_start(measure.initial_state, d)
-    if measure.prelude_output != "model" and not d.core:
+    if measure.prelude_output != "model" and not d.loops:
         raise PlanError(f"--prelude-output {measure.prelude_output}: {d.notation} has no loop after it")
     if dataset is None:
         dataset = read_dataset(data.data, model_tokenizer(source), field=data.field, limit=data.limit)
@@ -190,9 +190,12 @@ def make_plan(
 def absent_quantities(description: Description) -> dict[str, str]:
     """Quantities that a model does not have, with the reason."""
     absent = {}
-    if not description.core:
+    if not description.loops:
         reason = f"{description.notation} has no loop; repeat a window of its layers with --loop"
         absent = dict.fromkeys((*GROUPS["lens"], *GROUPS["exit"], "attention_step", "attention_gap"), reason)
+    elif description.only_loop is None:
+        reason = f"{description.notation} has several loops, and it reads the state of one"
+        absent = dict.fromkeys((*GROUPS["lens"], *GROUPS["exit"]), reason)
     elif not description.exit_gate:
         absent = dict.fromkeys(GROUPS["exit"], "this model has no exit gate")
     return absent

@@ -8,7 +8,7 @@ from .plan import Plan
 from .store.layout import ArraySpec
 from .store.writing.shard import buffer_rows
 from .taps.state_stream import num_buffers
-from .token_memory import before_bytes, itemsize_of, map_bytes
+from .token_memory import before_bytes, itemsize_of, kept_bytes, map_bytes
 
 _RUNTIME_BYTES = 350 << 20  # python, torch and zarr before a model is loaded, measured
 
@@ -35,7 +35,7 @@ def memory_bytes(plan: Plan) -> int:
     if plan.gap_method == "keep states":
         batch += plan.kept_bytes
     elif plan.gap_method == "run twice":
-        batch += plan.kept_bytes // d.recurrences
+        batch += plan.longest_batch * kept_bytes(d, plan.quantities, plan.dtype, last_only=True)
     weights = plan.source.num_parameters * itemsize
     return _RUNTIME_BYTES + weights + 2 * _statistics_bytes(plan) + _ring_bytes(plan) + batch
 

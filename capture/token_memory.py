@@ -13,21 +13,26 @@ def itemsize_of(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def kept_bytes(d: Description, quantities: Collection[str], dtype: str) -> int:
-    """Bytes that wait for the last recurrence: states of the core's layers for the gaps, their attention
+def kept_bytes(d: Description, quantities: Collection[str], dtype: str, *, last_only: bool = False) -> int:
+    """Bytes that wait for the last recurrence: what blocks of loops leave for the gaps, their attention
     patterns for attention_gap, the loop state for the lens.
+
+    Args:
+        last_only: of the last recurrence alone, which a first run of two leaves behind.
     """
-    has_gaps = any(name in GROUPS["gaps"] for name in quantities)
-    states = (d.core if has_gaps else 0) + ("lens_kl" in quantities)
-    patterns = d.core if "attention_gap" in quantities else 0
-    return d.recurrences * (states * d.width * itemsize_of(dtype) + patterns * _pattern_bytes(d, dtype))
+    states = sum(1 if last_only else loop.times for loop in d.loops) if "lens_kl" in quantities else 0
+    steps = sum(len(loop.blocks) * (1 if last_only else loop.times) for loop in d.loops)
+    if any(name in GROUPS["gaps"] for name in quantities):
+        states += steps
+    patterns = steps if "attention_gap" in quantities else 0
+    return states * d.width * itemsize_of(dtype) + patterns * _pattern_bytes(d, dtype)
 
 
 def before_bytes(d: Description, quantities: Collection[str], dtype: str) -> int:
     """Bytes that the recurrence before left, which steps are measured from."""
     states = d.width * itemsize_of(dtype) if any(name in GROUPS["steps"] for name in quantities) else 0
     patterns = _pattern_bytes(d, dtype) if "attention_step" in quantities else 0
-    return d.core * (states + patterns)
+    return sum(len(loop.blocks) for loop in d.loops) * (states + patterns)
 
 
 def map_bytes(d: Description, quantities: Collection[str], dtype: str) -> int:

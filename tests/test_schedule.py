@@ -15,10 +15,12 @@ from looptap.capture.models.load import find_model
 from looptap.capture.models.model import LoopedModel
 from looptap.capture.models.schedule import Phase, Repeat, Schedule, prelude_core_coda
 from looptap.capture.models.tap import Packed, Plain
-from looptap.capture.plan import make_plan
+from looptap.capture.plan import absent_quantities, make_plan
 from looptap.capture.selection import select_depths
 from looptap.capture.settings import CaptureSettings
+from looptap.capture.store.quantities import GROUPS
 from looptap.capture.taps.statistics import Buffers, LastStates, Statistics
+from looptap.capture.token_memory import before_bytes, kept_bytes
 from looptap.capture.units import depth_coordinates
 from looptap.kernels import reference
 from looptap.tests.golden_files import GOLDEN
@@ -60,11 +62,11 @@ def test_plans_record_what_they_always_did(case, tmp_path):
         np.save(tmp_path / "ids.npy", np.arange(48).reshape(4, 12))
         whole = {"quantities": ("all",), "states": ("all",), "gap_memory_gib": 1e-7}
         for more in ({}, whole):
-            settings = CaptureSettings(
+            settings = CaptureSettings.of(
                 model=spec, data=tmp_path / "ids.npy", store=tmp_path / "s", loop=loop,
                 recurrences=recurrences, device="cpu", **more,
             )  # fmt: skip
-            found.append(make_plan(settings).document()["hash"])
+            found.append(make_plan(settings).stored().hash)
     assert tuple(text[:16] for text in found) == RECORDED[case]
 
 
@@ -230,6 +232,20 @@ def by_hand(model, batch: Packed, run):
 
 def distances(x_ND, reference_ND):
     return (x_ND - reference_ND).norm(dim=-1), torch.cosine_similarity(x_ND, reference_ND, dim=-1)
+
+
+def test_what_reads_the_state_of_a_loop_is_not_to_be_had_of_two():
+    absent = absent_quantities(describe(phases=TWO_LOOPS))
+    assert set(absent) == {*GROUPS["lens"], *GROUPS["exit"]}
+    assert "(1,2x3,1,1x4,1) has several loops" in absent["lens_kl"]
+
+
+def test_memory_is_that_of_the_steps_in_loops():
+    """Width 24 in float32 is 96 bytes; a pattern is 6 heads of 10 in float32 and 4 row sums, 256 bytes."""
+    d, names = describe(phases=TWO_LOOPS), ("gap_norm", "attention_gap", "step_norm", "attention_step")
+    assert kept_bytes(d, names, "float32") == (2 * 3 + 4) * (96 + 256)
+    assert kept_bytes(d, names, "float32", last_only=True) == 3 * (96 + 256)
+    assert before_bytes(d, names, "float32") == 3 * (96 + 256)
 
 
 @pytest.mark.parametrize("runs_twice", [False, True], ids=["keep states", "run twice"])
