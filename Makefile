@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would collide
-.PHONY: help demo test lint kernels kernels-3.6 kernels-table interop gpu tune clean
+.PHONY: help demo test lint kernels kernels-3.6 interop gpu tune clean
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z0-9.-]+:.*  ## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -37,10 +37,6 @@ kernels: $(VENV)/.installed-test  ## the kernels alone: compiled for GPUs that a
 kernels-3.6: $(VENV_36)/.installed-3.6  ## the same with Triton 3.6, in an environment of its own
 	$(call compile,$(VENV_36))
 	$(call interpret,$(VENV_36))
-
-kernels-table: $(VENV)/.installed-test $(VENV_36)/.installed-3.6  ## rewrite what the kernels take, for both Tritons
-	$(VENV)/bin/python -m looptap.benchmarks.resources --write
-	$(VENV_36)/bin/python -m looptap.benchmarks.resources --write
 
 interop: $(VENV)/.installed-test  ## read stores without looptap: zarr 3.1 and the newest, zarrs, tensorstore, xarray, dask
 	rm -rf build/stores && mkdir -p build/stores
@@ -80,7 +76,7 @@ need_gpu_python = @$(GPU_PYTHON) -c 'import torch, triton, numpy, pytest, safete
 		"give another: make $@ GPU_PYTHON=/path/to/python" >&2; exit 2; }
 
 # each has a process of its own, as a kernel is either compiled or interpreted
-compile = $(1)/bin/python -m pytest tests/test_kernels_compiled.py tests/test_kernels_compiled_bytes.py
+compile = $(1)/bin/python -m pytest tests/ahead
 interpret = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest tests/kernels
 
 # in a bare environment of its own; the libraries are those that the test environment has or newer

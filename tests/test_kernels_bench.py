@@ -133,7 +133,7 @@ def test_the_gpu_script_collects_everything(tmp_path):
     assert {step["status"] for step in record["steps"].values()} <= {"ok", "missing", "not run"}
     assert "zarr" in FORBIDDEN and record["steps"]["imports"]["status"] == "ok"
     assert record["steps"]["tests"]["num_collected"] > 0
-    operations = {"attention", "attention_columns", "attention_chain", "attention_gram", "residual_norm"}
+    operations = {"attention", "attention_chain", "attention_gram", "residual_norm"}
     assert operations < set(record["steps"]["repeats"]["operations"])
     assert "goals" not in record["steps"]["norms"], "figures of tiny sizes say nothing"
     assert len(record["steps"]["attention"]["goal_names"]) > 5
