@@ -51,6 +51,7 @@ class TestThisProcess(PoolContract):
             run(make_pool, files, 3, 1, limits=self.limits)
 
 
+@pytest.mark.alone
 class TestProcesses(ProcessPoolContract):
     @pytest.fixture
     def make_pool(self):

@@ -210,9 +210,10 @@ def test_a_driver_keeps_others_out(path):
 
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("kill", [False, True])
-def test_two_attempts_interleaved_in_objects(url, monkeypatch, kill, same):
+@pytest.mark.parametrize("num_units", [16, pytest.param(80, marks=pytest.mark.full)])
+def test_two_attempts_interleaved_in_objects(url, monkeypatch, kill, same, num_units):
     """Units by two attempts of different or the same content that take turns at every request."""
-    store = open_or_create(url, 40)
+    store = open_or_create(url, num_units)
     monkeypatch.setattr(ObjectPlace, "map", lambda self, function, items: [function(item) for item in items])
     methods = {name: getattr(ObjectPlace, name) for name in ("put", "find", "remove")}
 

@@ -33,6 +33,8 @@ from looptap.capture.store.writing.commit import Store
 from looptap.errors import ClusterError, EngineError
 from looptap.tests.engine_contract import Files, ProcessPoolContract, ended, is_alive, run
 
+pytestmark = pytest.mark.alone
+
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
 NODE = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20}  # there is no GPU; Ray takes our word
 

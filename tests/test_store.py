@@ -520,6 +520,7 @@ def test_a_write_must_fit_its_array(tmp_path):
     assert store.todo() == [0, 1, 2]
 
 
+@pytest.mark.alone
 def test_opening_28_arrays_takes_a_tenth_of_a_second(tmp_path):
     arrays = {f"q{i}": ArraySpec(("token", "depth"), (30, 3), 10, "float32", {}) for i in range(21)}
     coordinates = {f"c{i}": (("token",), np.arange(30), {}) for i in range(6)}

@@ -438,6 +438,7 @@ def test_a_driver_keeps_others_out(tmp_path):
     assert store.todo() == []
 
 
+@pytest.mark.alone
 def test_a_killed_driver_is_succeeded_at_once(tmp_path):
     """Killed, but still in the process table, as a shell or a batch system leaves it."""
     path = tmp_path / "run.zarr"
