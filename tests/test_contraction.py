@@ -114,7 +114,7 @@ def test_factors_are_the_dense_jacobians(seed, recurrences, changes):
         block.qkv.mul_(4)  # queries that tell keys apart
     batch = random_ids(model.description.vocab_size, lengths)
     initial_ND = initial_state(model.description, sum(lengths))
-    found = contraction(model, batch, initial_ND, recurrences=recurrences, iterations=240)
+    found = contraction(model, batch, initial_ND, recurrences=recurrences, iterations=120)
     assert found.recurrences == recurrences and (found.step_N < 1e-5).all() == (recurrences == 200)
     edges = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     for start, stop in pairwise(edges):
@@ -122,7 +122,7 @@ def test_factors_are_the_dense_jacobians(seed, recurrences, changes):
         state_TD = state_TD if initial_ND is None else initial_ND[start:stop].double()
         for _ in range(recurrences):
             state_TD = recur(state_TD)
-        dense_TDTD = jacobian(recur, state_TD)
+        dense_TDTD = jacobian(recur, state_TD, vectorize=True)
         assert isinstance(dense_TDTD, torch.Tensor)
         T, width = state_TD.shape
         own = [torch.linalg.eigvals(dense_TDTD[t, :, t]).abs().max() for t in range(T)]
