@@ -104,6 +104,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("seed", "recurrences", "changes"), CASES, ids=["pre", "drawn state", "huginn", "ouro", "olmo2"]
 )
+@pytest.mark.slow
 def test_factors_are_the_dense_jacobians(seed, recurrences, changes):
     lengths = (4, 1, 2)
     model = fill(LoopedModel(describe(**changes)), seed=seed)
@@ -132,6 +133,7 @@ def test_factors_are_the_dense_jacobians(seed, recurrences, changes):
         assert abs(factor_T.max() / whole - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_inspect_prints_the_factor_of_every_token(capsys):
     settings = InspectSettings(model="random:(1,2x3,1)I,width=32", prompt="ab cab", dtype="float32")
     inspection = inspect_prompt(settings)
@@ -150,6 +152,7 @@ def test_inspect_prints_the_factor_of_every_token(capsys):
     assert ("no fixed point" in said) == (direct.step_N.max().item() > SETTLED_STEP)
 
 
+@pytest.mark.slow
 def test_a_loop_in_bfloat16_is_told_from_one_that_moves(capsys):
     """Rounding keeps a settled loop moving by more than the threshold; the factor is near float32's."""
     found = {}

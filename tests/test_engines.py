@@ -142,6 +142,7 @@ def content(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("c.*"))}
 
 
+@pytest.mark.slow
 def test_a_capture_by_processes_is_that_of_this_process(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     import torch
@@ -161,6 +162,7 @@ def test_a_capture_by_processes_is_that_of_this_process(settings, tmp_path, monk
     assert os.getpid() not in pids
 
 
+@pytest.mark.slow
 def test_who_works_is_not_of_the_plan(settings):
     """So a capture goes on with another engine than it was begun with."""
     plan = make_plan(settings)
@@ -290,6 +292,7 @@ with Processes(files, 2) as pool:
 
 
 @pytest.mark.parametrize("how", ["sleeps", "hangs"])
+@pytest.mark.slow
 def test_workers_die_with_their_driver(tmp_path, how):
     """Also where no thread of theirs could notice that the pipe has ended."""
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), how])
@@ -306,6 +309,7 @@ def test_workers_die_with_their_driver(tmp_path, how):
     assert not any(map(is_alive, files.workers()))
 
 
+@pytest.mark.slow
 def test_ray_is_never_imported_by_the_local_engine(settings, tmp_path):
     """R4, in this process and with workers; seen from a fresh Python."""
     code = f"""

@@ -27,6 +27,8 @@ from looptap.capture.models.load import find_model
 from looptap.tests.hub_server import Hub, serve_hub
 from looptap.tests.warm_python import WarmPython, warm_python
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 ID = "Some-Lab/tiny.llama_5"
 SMALL = {"config.json", "tokenizer.json", "model.safetensors.index.json"}

@@ -80,7 +80,8 @@ def test_what_they_import_is_among_the_files():
             if not is_ours and module[0] != "looptap":
                 continue
             base = ROOT.joinpath(*(module if is_ours else module[1:]))
-            found = {base.with_suffix(".py"), base / "__init__.py"} & paths
+            # the last part may be a name in a module
+            found = {base.with_suffix(".py"), base / "__init__.py", base.parent.with_suffix(".py")} & paths
             is_folder = base.is_dir() and not (base / "__init__.py").exists()
             assert found or is_folder, f"{path}:{line} imports {'.'.join(module)}, which is not in {FILES}"
 

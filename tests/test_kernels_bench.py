@@ -68,6 +68,7 @@ def test_plain_attention_is_the_one_with_weights():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
+@pytest.mark.slow
 def test_extra_memory_is_seen():
     T, (H, _, _) = 1024, kernels_cpu.HEADS
     eager = kernels_cpu.extra_bytes("attention", "eager, weights and statistics", T, MODEL)
@@ -117,6 +118,7 @@ def run_gpu_script(*arguments):
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_the_gpu_script_says_that_there_is_none():
     done = run_gpu_script()
     assert done.returncode == 2 and "no GPU was found" in done.stderr
@@ -166,6 +168,7 @@ def test_every_step_of_the_gpu_script_runs_small_on_a_cpu(name):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_what_is_forbidden_is_found(tmp_path):
     from looptap.benchmarks import gpu
 
@@ -264,6 +267,7 @@ def test_every_kernel_has_a_workload(monkeypatch):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_a_row_that_spills_is_no_candidate():
     from looptap.benchmarks import tune
     from looptap.kernels.gpu.tuned import Entry, Settings

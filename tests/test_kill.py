@@ -21,6 +21,8 @@ from looptap.capture.store.keys import ATTEMPTS, LEDGER, STAGING
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 
+pytestmark = pytest.mark.slow
+
 UNIT_TOKENS = 48
 # a drawn initial state, gaps, attention and kept states: everything that a unit can hold
 MODEL = "random:(0,2x3,0)I,width=32,heads=2"

@@ -262,6 +262,7 @@ def test_the_figure_draws_the_shares():
     assert none is not None and "there are none: the largest kurtosis is 40" in none.caption[1]
 
 
+@pytest.mark.slow
 def test_tables_and_the_report_have_them_or_say_why(tmp_path):
     told = dataset(SHARES, STAGES)
     paths = {path.stem: path for path in write_analysis(told, tmp_path, "csv", figure_format=("svg",))}

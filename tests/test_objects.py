@@ -82,6 +82,7 @@ def check_content(store: Store, units: dict[int, int]) -> None:
         np.testing.assert_array_equal(content(store)[name], values, err_msg=name)
 
 
+@pytest.mark.slow
 def test_written_and_closed(path):
     store = open_or_create(path, 4)
     assert store_exists(path) and store.todo() == [0, 1, 2, 3]
@@ -178,6 +179,7 @@ def test_verify_finds_damage(path, file, damage):
     assert problem.file == file and problem.unit == (None if "token_id" in file else 1)
 
 
+@pytest.mark.slow
 def test_a_repaired_store_is_finished_again(path):
     store = open_or_create(path, 3)
     for unit in range(3):
@@ -211,6 +213,7 @@ def test_a_driver_keeps_others_out(path):
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("kill", [False, True])
 @pytest.mark.parametrize("num_units", [16, pytest.param(80, marks=pytest.mark.full)])
+@pytest.mark.slow
 def test_two_attempts_interleaved_in_objects(url, monkeypatch, kill, same, num_units):
     """Units by two attempts of different or the same content that take turns at every request."""
     store = open_or_create(url, num_units)
@@ -268,6 +271,7 @@ def test_one_of_eight_wins(url):
         tag = winners[0]
 
 
+@pytest.mark.slow
 def test_lost_replies(url, door):
     """Every request that writes is carried out and reported as failed, once: tried again, it finds itself."""
     store, seen = open_or_create(url, 3), set()
@@ -443,6 +447,7 @@ def test_plain_zarr_reads_it(url, door):
 MODEL = "random:(0,2x3,0)I,width=32,heads=2"
 
 
+@pytest.mark.slow
 def test_a_capture_killed_at_random(url, door, tmp_path):
     """The command itself, with SIGKILL, against a capture to disk in peace."""
     ids_path, calm_path = tmp_path / "ids.npy", tmp_path / "calm.zarr"

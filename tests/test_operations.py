@@ -50,6 +50,7 @@ def test_every_operation_is_among_them():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", inputs(torch.float32))
+@pytest.mark.slow
 def test_schema_and_shapes_hold(name, dtype):
     """What it says of aliases and mutation is so, and shapes without data are those with."""
     opcheck(getattr(torch.ops.looptap, name).default, inputs(dtype)[name])
@@ -78,6 +79,7 @@ NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inducto
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
+@pytest.mark.slow
 def test_a_model_compiles_as_one_graph(backend):
     model = load_model("random:(1,2x3,1)I,norm=huginn,width=32,heads=4")
     batch = Packed(torch.arange(N) + 40, LENGTHS)

@@ -273,6 +273,7 @@ MEASURED = """
         ({"quantities": ("gaps",), "states": ("all",), "gap_memory_gib": 0.0}, "run twice"),
     ],
 )
+@pytest.mark.slow
 def test_memory_estimate_is_within_a_factor_of_two(tmp_path, changes, method):
     """A unit whose results or kept states weigh as much as the runtime does."""
     (tmp_path / "data.txt").write_text("\n".join(["x" * 64] * 64) + "\n")

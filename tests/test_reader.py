@@ -325,6 +325,7 @@ def test_what_is_in_memory_is_seen(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_reading_from_an_object_store(monkeypatch):
     with serve_s3() as door:
         for name in [name for name in os.environ if name.startswith("AWS_")]:

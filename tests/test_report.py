@@ -64,6 +64,7 @@ def page_of(tmp_path: Path, *stores, **more) -> Page:
     return Page(write_report(stores, tmp_path / "report.html", **more).read_text())
 
 
+@pytest.mark.slow
 def test_report_holds_every_figure_and_loads_nothing(tmp_path):
     path = write_report([write_store(capture(), tmp_path / "one.zarr")], tmp_path / "deep" / "report.html")
     text = path.read_text()
@@ -78,6 +79,7 @@ def test_report_holds_every_figure_and_loads_nothing(tmp_path):
     assert path.stat().st_size < 5e6
 
 
+@pytest.mark.slow
 def test_every_panel_finds_its_table_and_columns(tmp_path):
     page = page_of(tmp_path, capture(), contraction(0.5, 5 * np.eye(3, 8)), feedforward())
     (tables,) = page.json(id="tables")
@@ -91,6 +93,7 @@ def test_every_panel_finds_its_table_and_columns(tmp_path):
         assert fields - own <= set(spec["columns"])
 
 
+@pytest.mark.slow
 def test_embedded_numbers_are_the_measured_ones(tmp_path):
     dataset = capture()
     (tables,) = page_of(tmp_path, dataset).json(id="tables")
@@ -100,6 +103,7 @@ def test_embedded_numbers_are_the_measured_ones(tmp_path):
     assert tables[name]["relative_step"][0] is None  # the prelude has no step: no number, never a zero
 
 
+@pytest.mark.slow
 def test_several_captures_stand_side_by_side(tmp_path):
     stores = [capture(), contraction(0.5, 5 * np.eye(3, 8), 30), feedforward()]
     page = page_of(tmp_path, *stores, title="Three <kinds>")
@@ -118,6 +122,7 @@ def y_domains(spec: dict) -> list:
     return [scale["domain"] for scale in scales if "domain" in scale]
 
 
+@pytest.mark.slow
 def test_verdicts_and_captions_carry_the_numbers_of_the_data(tmp_path):
     stores = [contraction(0.5, 5 * np.eye(3, 8), 24), contraction(1.02, 5 * np.eye(3, 8), 24)]
     first, second = find(stores)
@@ -138,6 +143,7 @@ def test_verdicts_and_captions_carry_the_numbers_of_the_data(tmp_path):
     assert "divides the distance by 2" in distance  # the contraction's rate is one half
 
 
+@pytest.mark.slow
 def test_a_label_cannot_break_out_of_the_page(tmp_path):
     page = page_of(tmp_path, capture(name="hub/</script><b>x&y"))
     assert "b" not in page.tags
@@ -145,6 +151,7 @@ def test_a_label_cannot_break_out_of_the_page(tmp_path):
     assert len(page.json(id="tables")) == 1
 
 
+@pytest.mark.slow
 def test_an_unfinished_store_with_missing_quantities_is_reported_as_such(tmp_path):
     sequences, _ = random_sequences([5, 6, 4], SHAPE)
     part = [{k: v for k, v in s.items() if k not in ("attention_sink", "gap_norm")} for s in sequences]
@@ -185,6 +192,7 @@ def test_analysis_writes_every_table(tmp_path, table_format):
     assert len(tables["trajectories_position"]) == 3 * 3 * SHAPE[1] * SHAPE[2]
 
 
+@pytest.mark.slow
 def test_analysis_draws_every_figure(tmp_path):
     paths = write_analysis(capture(), tmp_path)
     pictures = {path.name: path.read_bytes() for path in paths if path.suffix in (".png", ".svg")}
@@ -200,6 +208,7 @@ def test_analysis_draws_every_figure(tmp_path):
 @pytest.mark.parametrize(
     "kept", [RESIDUAL, ATTENTION, ("step_norm",), ("gap_norm", "residual_norm"), ("state",)]
 )
+@pytest.mark.slow
 def test_any_choice_of_quantities_makes_a_page(tmp_path, kept):
     sequences, states = random_sequences([5, 6], SHAPE)
     some = kept if kept != ("state",) else ("residual_peak",)
@@ -210,6 +219,7 @@ def test_any_choice_of_quantities_makes_a_page(tmp_path, kept):
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 1, 0), (0, 1, 2, 0), (0, 2, 2, 0), (1, 3, 1, 2), (0, 20, 60, 0)])
+@pytest.mark.slow
 def test_small_and_large_loops_make_a_page(tmp_path, shape):
     sequences, states = random_sequences([3], shape, heads=1)
     dataset = make_dataset(sequences, shape, states=states)
@@ -222,6 +232,7 @@ def test_small_and_large_loops_make_a_page(tmp_path, shape):
     assert page_of(tmp_path, dataset).json(**{"class": "spec"})
 
 
+@pytest.mark.slow
 def test_nothing_finite_still_makes_a_page(tmp_path):
     sequences, _ = random_sequences([5, 6], SHAPE)
     undefined = {"f": np.nan, "i": -1}

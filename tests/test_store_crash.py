@@ -103,6 +103,7 @@ def work(path: Path, seed: int) -> None:
             write_unit(begin_attempt(store, unit)).commit(RECEIPT)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_run_again(tmp_path, calm_store):
     """24 kills, from before the store exists to its last unit; the dead are not collected in between."""
     path, num_units, moments = tmp_path / "run.zarr", 300, random.Random(0)
@@ -122,6 +123,7 @@ def test_killed_at_random_moments_and_run_again(tmp_path, calm_store):
     assert [p.name for p in tmp_path.iterdir()] == ["run.zarr"]  # nothing half made beside it
 
 
+@pytest.mark.slow
 def test_uncoordinated_workers_killed_at_random(tmp_path, calm_store):
     """Three workers race for every unit, are killed and replaced; whoever commits, the content is one."""
     num_units, moments = 120, random.Random(1)
@@ -144,6 +146,7 @@ def test_uncoordinated_workers_killed_at_random(tmp_path, calm_store):
         np.testing.assert_array_equal(values, wanted)
 
 
+@pytest.mark.slow
 def test_killed_while_finishing(tmp_path):
     """Every prefix of what `finish` writes, as a kill between two writes leaves it."""
     store = open_or_create(tmp_path / "run.zarr", 3)

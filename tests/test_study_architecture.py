@@ -34,6 +34,8 @@ from looptap.cli.study_progress import expected_seconds, run_all_with_progress, 
 from looptap.errors import ArchitectureError
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 
+pytestmark = pytest.mark.slow
+
 # width 16 has one head of 16 channels; 40 recurrences: 32 exist and 101 do not
 TINY = {"norms": ("pre", "ouro"), "layers": (2, 3), "recurrences": (40,), "widths": (16,), "seeds": (0, 1)}
 GAINS, STDS, WIDTHS = (0.2, 0.6, 1.8), (0.1, 1.0), (16, 32)

@@ -23,6 +23,8 @@ from looptap.errors import PlanError, StudyError
 from looptap.tests.oracle import Listening
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 
+pytestmark = pytest.mark.slow
+
 MODEL = "random:(1,2x3,1)I,width=64,heads=4"
 # a lone token, ragged, more than one unit of them
 TEXTS = ["ab cab", "x", "hello there, how long is this", "the square root of 16 is", "no"]
