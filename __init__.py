@@ -10,7 +10,7 @@ for rows in looptap.batches("run.zarr", depths=[12], seed=0): ...  # its states 
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["UserError", "WatchError", "batches", "capture", "load_model", "open", "watch"]
 
 if TYPE_CHECKING:

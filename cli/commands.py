@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from tyro.extras import SubcommandApp
 
+from .. import __version__
 from ..benchmarks.bench_settings import (
     AnalysisBench,
     CaptureBench,
@@ -37,6 +38,8 @@ BENCHMARKS: dict[str, tuple[type, str]] = {
     "store": (StoreBench, "Measure the store's goals beside the disk and the libraries that know Zarr."),
     "watch": (WatchBench, "Compare a watched transformers model with our own, in values and in cost."),
 }
+
+ABOUT = "Activation capture for looped language models. looptap --version says which looptap this is."
 
 app = SubcommandApp()
 bench = SubcommandApp()
@@ -276,7 +279,11 @@ def main() -> None:
     """
     started_s = time.perf_counter()
     try:
-        code = app.cli(prog="looptap", description="Activation capture for looped language models.")
+        if sys.argv[1:] == ["--version"]:
+            print(f"looptap {__version__}")
+            code = 0
+        else:
+            code = app.cli(prog="looptap", description=ABOUT)
         sys.stdout.flush()
     except KeyboardInterrupt:
         after = time.perf_counter() - started_s

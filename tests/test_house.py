@@ -20,7 +20,7 @@ NO_PACKAGES = {"tests", "build", "dist", "demo"}
 ARROWS: dict[str, set[str] | None] = {
     "looptap": None,
     "benchmarks": None,
-    "cli": {"analysis", "benchmarks", "capture", "capture.models", "capture.store", "errors"},
+    "cli": {"looptap", "analysis", "benchmarks", "capture", "capture.models", "capture.store", "errors"},
     "analysis": {"capture.store", "errors", "kernels"},
     "capture": {"capture.models", "capture.store", "errors", "kernels"},
     "capture.models": {"errors", "kernels"},
