@@ -1,4 +1,4 @@
-"""docs/store-format.md says every field of a store, and no other: held to the types and to what is written."""
+"""docs/store-format.md says every field of a store and no other: held to the types and to what is written."""
 
 import dataclasses
 import json
@@ -157,7 +157,9 @@ def test_locks_have_these_fields(path):
     documented = table_of("Driver lock")
     with driver_lock(path):
         on_disk = json.loads((path / keys.DRIVER_LOCK).read_text())
-    assert set(on_disk) == {name for name, cells in documented.items() if "object stores only" not in cells[1]}
+    assert set(on_disk) == {
+        name for name, cells in documented.items() if "object stores only" not in cells[1]
+    }
     bucket = FakeBucket()
     ObjectLock(bucket, None).release()  # type: ignore[arg-type]
     assert set(json.loads(bucket.data)) == set(documented)
