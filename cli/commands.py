@@ -39,8 +39,6 @@ BENCHMARKS: dict[str, tuple[type, str]] = {
     "watch": (WatchBench, "Compare a watched transformers model with our own, in values and in cost."),
 }
 
-ABOUT = "Activation capture for looped language models. looptap --version says which looptap this is."
-
 app = SubcommandApp()
 bench = SubcommandApp()
 study = SubcommandApp()
@@ -283,7 +281,11 @@ def main() -> None:
             print(f"looptap {__version__}")
             code = 0
         else:
-            code = app.cli(prog="looptap", description=ABOUT)
+            code = app.cli(
+                prog="looptap",
+                description="Activation capture for looped language models. looptap --version says which "
+                "looptap this is.",
+            )
         sys.stdout.flush()
     except KeyboardInterrupt:
         after = time.perf_counter() - started_s

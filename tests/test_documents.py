@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from looptap.capture.models.families import FAMILIES
+from looptap.capture.store.quantities import QUANTITIES
 from looptap.cli.commands import main
 from looptap.tests.test_house import ARROWS, source_paths
 
@@ -134,6 +135,13 @@ def test_readme_has_every_command(commands):
 def test_readme_has_every_family():
     said = re.sub(r"[-_\s]", "", text_of("README.md").lower())
     assert [name for name in FAMILIES if name.replace("_", "") not in said] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+def test_tables_have_every_quantity(page):
+    rows = [line.split("|")[1] for line in text_of(page).splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in BACKTICKS.findall(row)}
+    assert set(QUANTITIES) - named == set()
 
 
 @pytest.mark.parametrize("page", LINKED)
