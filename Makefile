@@ -10,10 +10,13 @@ GPU_PYTHON ?= python3
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
 	>/dev/null 2>&1 && echo $$python && break; done)
+# tests that run at a time, a core and about 1.5 GiB each
+JOBS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores : 8)))
+DURATIONS = --durations=20
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would collide
-.PHONY: help demo test lint kernels kernels-3.6 kernels-table interop gpu tune clean
+.PHONY: help demo check test test-all test-rest lint kernels kernels-3.6 matrix interop gpu tune clean
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z0-9.-]+:.*  ## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -21,9 +24,22 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## capture a small looped model and write a report; no download after set-up
 	$(VENV)/bin/looptap demo
 
-test: lint  ## lint, type-check and test
-	$(VENV)/bin/python -m pytest
-	$(call interpret,$(VENV))
+check: lint  ## lint, types and the quick tests: three minutes
+	$(beside) -m 'not slow and not alone and not full'
+
+test: lint  ## lint, types and tests, of the kernels where they changed: ten minutes
+	$(beside) -m 'not alone and not full'
+	$(VENV)/bin/python -m pytest $(but_kernels) -m 'alone and not full'
+	$(kernels_in_test)
+
+test-all: # what a file compiles for all of its tests is compiled once
+by_file = -n $(JOBS) --dist loadfile $(DURATIONS)
+kernels_in_test = @echo 'kernels: all of their tests come last'
+test-all: test test-rest  ## everything that is not hardware: half an hour
+
+test-rest: $(VENV)/.installed-test  ## what test-all adds to test: every kernel, and the long forms of other tests
+	$(VENV)/bin/python -m pytest $(but_kernels) -m full
+	$(VENV)/bin/python -m looptap.tests.kernel_tiers always $(by_file)
 
 lint: $(VENV)/.installed-test  ## ruff and pyright
 	$(VENV)/bin/ruff check .
@@ -31,16 +47,13 @@ lint: $(VENV)/.installed-test  ## ruff and pyright
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 kernels: $(VENV)/.installed-test  ## the kernels alone: compiled for GPUs that are not there, and interpreted
-	$(call compile,$(VENV))
-	$(call interpret,$(VENV))
+	$(VENV)/bin/python -m looptap.tests.kernel_tiers always $(by_file)
 
 kernels-3.6: $(VENV_36)/.installed-3.6  ## the same with Triton 3.6, in an environment of its own
-	$(call compile,$(VENV_36))
-	$(call interpret,$(VENV_36))
+	$(VENV_36)/bin/python -m looptap.tests.kernel_tiers always $(by_file)
 
-kernels-table: $(VENV)/.installed-test $(VENV_36)/.installed-3.6  ## rewrite what the kernels take, for both Tritons
-	$(VENV)/bin/python -m looptap.benchmarks.resources --write
-	$(VENV_36)/bin/python -m looptap.benchmarks.resources --write
+matrix:  ## quick tests with the oldest and the newest torch and zarr, on Python 3.11 and 3.12
+	$(PYTHON) tests/matrix.py $(PYTHON_311) $(PYTHON_312)
 
 interop: $(VENV)/.installed-test  ## read stores without looptap: zarr 3.1 and the newest, zarrs, tensorstore, xarray, dask
 	rm -rf build/stores && mkdir -p build/stores
@@ -79,9 +92,12 @@ need_gpu_python = @$(GPU_PYTHON) -c 'import torch, triton, numpy, pytest, safete
 	echo "$(GPU_PYTHON) lacks one of torch, triton, numpy, pytest and safetensors;" \
 		"give another: make $@ GPU_PYTHON=/path/to/python" >&2; exit 2; }
 
-# each has a process of its own, as a kernel is either compiled or interpreted
-compile = $(1)/bin/python -m pytest tests/test_kernels_compiled.py tests/test_kernels_compiled_bytes.py
-interpret = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest tests/kernels
+but_kernels = --ignore=tests/ahead $(DURATIONS)
+# tests beside each other, a thread each
+beside = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(but_kernels)
+# what a file compiles for all of its tests is compiled once
+by_file = -n $(JOBS) --dist loadfile $(DURATIONS)
+kernels_in_test = $(VENV)/bin/python -m looptap.tests.kernel_tiers changed $(by_file)
 
 # in a bare environment of its own; the libraries are those that the test environment has or newer
 define read_plainly

@@ -8,9 +8,21 @@ dataset = looptap.open("run.zarr")  # what `looptap capture` wrote, lazily
 for rows in looptap.batches("run.zarr", depths=[12], seed=0): ...  # its states in random order, for training
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+# public name: the module that has it, and its name there; imported when it is first used, so that looptap
+# alone loads neither torch nor zarr
+_PUBLIC = {
+    "UserError": ("errors", "UserError"),
+    "WatchError": ("errors", "WatchError"),
+    "batches": ("capture.store.reading.batches", "make_batches"),
+    "load_model": ("capture.models.load", "load_model"),
+    "open": ("capture.store.reading.reader", "open_store"),
+    "watch": ("capture.watch.context", "watch"),
+}
 __all__ = ["UserError", "WatchError", "batches", "capture", "load_model", "open", "watch"]
 
 if TYPE_CHECKING:
@@ -23,36 +35,13 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports public names when they are first used, so that looptap alone loads neither torch nor zarr."""
-    if name == "load_model":
-        from .capture.models.load import load_model
-
-        return load_model
-    if name == "open":
-        from .capture.store.reading.reader import open_store
-
-        return open_store
-    if name == "batches":
-        from .capture.store.reading.batches import make_batches
-
-        return make_batches
-    if name == "watch":
-        from .capture.watch.context import watch
-
-        return watch
-    if name == "WatchError":
-        from .errors import WatchError
-
-        return WatchError
-    if name == "UserError":
-        from .errors import UserError
-
-        return UserError
+    """Imports a public name when it is first used."""
     if name == "capture":  # a package that can be called, see there
-        from importlib import import_module
-
         return import_module(".capture", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, there = _PUBLIC[name]
+    return getattr(import_module(f".{module}", __name__), there)
 
 
 def __dir__() -> list[str]:

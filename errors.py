@@ -9,13 +9,20 @@ the HTTP status that a server would answer:
     422  it is understood and cannot be done: data that do not fit the model, fields that are not known
     503  it cannot be done now: no room on the disk, no workers, no answer from the Hub or S3
 
-`RequestError`, `NotFoundError`, `ConflictError`, `UnfitError` and `UnavailableError` are for what no other
-class names. The message says what was wrong, with the value, and what to do; the command line prints it alone
-and exits with 2. Any other exception is a fault of looptap. Every part but the kernels imports this module,
-and it imports nothing of ours. The builtin bases are for callers that catch ValueError or OSError.
+`RequestError`, `UnfitError` and `UnavailableError` are for what no other class names. The message says what
+was wrong, with the value, and what to do; the command line prints it alone and exits with 2. Any other
+exception is a fault of looptap. The builtin bases are for callers that catch ValueError or OSError.
+
+Every part but the kernels imports this module, and it imports nothing of ours.
 """
 
-from typing import ClassVar
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # EFBIG: a file size limit of the shell or the file system
 
 
 class UserError(Exception):
@@ -31,18 +38,6 @@ class RequestError(UserError, ValueError):
     status = 400
 
 
-class NotFoundError(UserError, LookupError):
-    """Something that is named is not there."""
-
-    status = 404
-
-
-class ConflictError(UserError):
-    """What is asked for clashes with what is there or is going on."""
-
-    status = 409
-
-
 class UnfitError(UserError, ValueError):
     """What is asked for is understood and cannot be done with these data, this model or this store."""
 
@@ -51,6 +46,30 @@ class UnfitError(UserError, ValueError):
 
 class UnavailableError(UserError):
     """What is asked for cannot be done now or on this machine, and may be later or elsewhere."""
+
+    status = 503
+
+
+class FileError(UserError, OSError):
+    """A file or directory that a user named cannot be read or written."""
+
+    status = 422
+
+
+class FileMissingError(FileError, FileNotFoundError):
+    """There is no such file."""
+
+    status = 404
+
+
+class PathTakenError(FileError):
+    """The path is a directory where a file is wanted, or a file where a directory is."""
+
+    status = 409
+
+
+class DiskFullError(FileError):
+    """The disk, the quota or the file size limit is exhausted."""
 
     status = 503
 
@@ -73,8 +92,12 @@ class ModelMissingError(ModelError):
     status = 404
 
 
+class DescriptionError(ModelError):
+    """Numbers of layers, heads or recurrences that make no model."""
+
+
 class HubError(ModelError):
-    """The Hub did not answer, or did not give a file whole."""
+    """Files of a model cannot be fetched for now: no answer, a file that came damaged, no room for them."""
 
     status = 503
 
@@ -85,8 +108,38 @@ class InitialStateError(UserError, ValueError):
     status = 422
 
 
+class InitialStateMissingError(InitialStateError):
+    """There is no file of initial states at the path."""
+
+    status = 404
+
+
 class DataError(UserError, ValueError):
     """Data that cannot be captured as it is; says which row and why."""
+
+    status = 422
+
+
+class DataMissingError(DataError):
+    """There is no file of data at the path."""
+
+    status = 404
+
+
+class SelectionError(UserError, ValueError):
+    """A selection of states, halves of blocks or tokens that cannot be read."""
+
+    status = 400
+
+
+class NoSuchDepthError(SelectionError):
+    """A selection names what this model does not have."""
+
+    status = 422
+
+
+class QuantityError(UserError, ValueError):
+    """A quantity that there is not, or that this model does not have."""
 
     status = 422
 
@@ -101,6 +154,12 @@ class OtherPlanError(PlanError):
     """The store at the path was begun with another plan."""
 
     status = 409
+
+
+class NoRoomError(PlanError):
+    """The disk has less room than the capture may need."""
+
+    status = 503
 
 
 class EngineError(UserError, ValueError):
@@ -151,6 +210,24 @@ class StoreMissingError(StoreError, FileNotFoundError):
     status = 404
 
 
+class StoreAddressError(StoreError):
+    """What was given as a store is neither a local directory nor s3://bucket/prefix."""
+
+    status = 400
+
+
+class BucketMissingError(StoreError):
+    """There is no such bucket."""
+
+    status = 404
+
+
+class StoreUnreachableError(StoreError):
+    """An object store does not answer, or cannot be reached from here."""
+
+    status = 503
+
+
 class StoreFullError(StoreError):
     """The disk, the quota or the file size limit is exhausted."""
 
@@ -187,12 +264,6 @@ class NothingCapturedError(UserError, ValueError):
     status = 422
 
 
-class StatesMissingError(UserError, ValueError):
-    """The states a measure needs were not kept; the message says how to capture them."""
-
-    status = 422
-
-
 class CannotTellError(UserError, ValueError):
     """An analysis has no answer from what the store holds; the message says why, or what to capture."""
 
@@ -215,3 +286,23 @@ class ArchitectureError(UserError, ValueError):
     """Stores that are no architecture study, or not all of one."""
 
     status = 422
+
+
+@contextmanager
+def os_errors_named(path: str | os.PathLike[str], task: Literal["read", "written"]) -> Iterator[None]:
+    """Turns what the system refuses about a file that a user named into a FileError that names it."""
+    try:
+        yield
+    except (UserError, BrokenPipeError):  # some are OSErrors, and say what to do already
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        path = os.fspath(path) if error.filename is None else error.filename
+        message = f"{path} cannot be {task}: {reason}"
+        if error.errno in FULL:
+            raise DiskFullError(f"{message}; make room and run the same command again") from error
+        if isinstance(error, FileNotFoundError):
+            raise FileMissingError(message) from error
+        if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
+            raise PathTakenError(f"{message}; choose another path") from error
+        raise FileError(message) from error

@@ -5,15 +5,15 @@ from pathlib import Path
 import pandas as pd
 import xarray as xr
 
-from ..errors import CannotTellError, FormatError
+from ..errors import CannotTellError, FormatError, os_errors_named
 from .answers import heads
 from .answers import single_sequences as sequences
+from .figures.pictures import FIGURE_FORMATS, save_figures
 from .findings import Findings, find, long_table
+from .registry import ANALYSES
 
 _TOGETHER = {"heads": heads, "sequences": sequences}  # whose analyses make one table
 TABLE_FORMATS = ("parquet", "csv")
-FIGURE_FORMATS = ("png", "svg")
-_PNG_SCALE = 2.0  # pixels a point: sharp on paper and on dense screens
 
 
 def write_analysis(
@@ -33,18 +33,23 @@ def write_analysis(
         paths written: `measures` (a row per measure and depth), `verdicts`, `non_finite`, `trajectory`,
         `distinctness` and `cycle` where states are kept, one or several of each analysis that the store can
         answer (such as `limits_share`; `heads` has a row per measure, depth and head, `sequences` one per
-        depth of up to sixteen sequences), and one file per figure and format.
+        depth of up to sixteen sequences), and one file per figure and format. A capture with several loops
+        has a folder for each.
     Raises:
         FormatError: a format is unknown.
         NothingCapturedError: the store has no finished sequence yet.
     """
     _check("table format", [table_format], TABLE_FORMATS)
     _check("figure format", figure_format, FIGURE_FORMATS)
-    (findings,) = find([store])
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    paths = [_write_table(t, out_dir / f"{name}.{table_format}") for name, t in tables(findings).items()]
-    return paths + (_write_figures(findings, out_dir, figure_format) if figure_format else [])
+    out_dir, paths = Path(out_dir), []
+    with os_errors_named(out_dir, "written"):
+        for findings in find([store]):
+            folder = out_dir / findings.loop
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, table in tables(findings).items():
+                paths.append(_write_table(table, folder / f"{name}.{table_format}"))
+            paths += _write_figures(findings, folder, figure_format) if figure_format else []
+    return paths
 
 
 def tables(findings: Findings) -> dict[str, pd.DataFrame]:
@@ -52,23 +57,14 @@ def tables(findings: Findings) -> dict[str, pd.DataFrame]:
     wrong = findings.measures["non_finite"].to_dataframe().reset_index()
     result = {
         "measures": long_table(findings.measures),
-        "verdicts": pd.DataFrame([vars(verdict) for verdict in findings.verdicts]),
+        "verdicts": pd.DataFrame([verdict.row() for verdict in findings.verdicts]),
         "non_finite": wrong[wrong["non_finite"] > 0].reset_index(drop=True),
     }
-    if isinstance(findings.trajectory, xr.Dataset):
-        position = findings.trajectory["position"]
-        table = position.to_dataframe().reset_index()
-        table["explained"] = findings.trajectory["explained"].values[table["component"]]
-        result["trajectory"] = table
-    if isinstance(findings.distinctness, xr.Dataset):
-        pairs = findings.distinctness[["cosine", "relative_distance"]]
-        result["distinctness"] = pairs.to_dataframe().reset_index()
-        of_all = findings.distinctness[["least_cosine", "cycle_size"]]
-        result["cycle"] = of_all.to_dataframe().reset_index()
     alone = set(findings.answers) - {each.name for part in _TOGETHER.values() for each in part.ANALYSES}
     for name, found in findings.answers.items():
         if isinstance(found, xr.Dataset) and name in alone:
-            result |= _answer_tables(name, found)
+            own = ANALYSES[name].tables
+            result |= _by_variable(name, found) if own is None else own(found)
     for name, part in _TOGETHER.items():
         try:
             result[name] = part.long_table(part.gathered(findings.answers))
@@ -77,7 +73,7 @@ def tables(findings: Findings) -> dict[str, pd.DataFrame]:
     return result
 
 
-def _answer_tables(name: str, found: xr.Dataset) -> dict[str, pd.DataFrame]:
+def _by_variable(name: str, found: xr.Dataset) -> dict[str, pd.DataFrame]:
     """A table for each variable, or one for an analysis that has a single one; statistics as columns."""
     tables = {}
     for variable, values in found.data_vars.items():
@@ -103,16 +99,8 @@ def _write_table(table: pd.DataFrame, path: Path) -> Path:
 def _write_figures(findings: Findings, out_dir: Path, formats: tuple[str, ...]) -> list[Path]:
     from .figures.catalogue import FIGURES
 
-    paths = []
-    for draw in FIGURES:
-        figure = draw([findings])
-        if figure is None:
-            continue
-        for each in formats:
-            path = out_dir / f"{figure.name}.{each}"
-            figure.chart().save(path, scale_factor=_PNG_SCALE if each == "png" else 1)
-            paths.append(path)
-    return paths
+    drawn = (figure for draw in FIGURES if (figure := draw([findings])) is not None)
+    return save_figures(drawn, out_dir, formats)
 
 
 def _check(what: str, given: list[str] | tuple[str, ...], known: tuple[str, ...]) -> None:

@@ -3,9 +3,13 @@
 Each is computed once a sequence, for all analyses of a walk.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from .streaming import Arrays, Depths, finite_mean
+from .depths import Depths, Places
+from .folds import finite_mean
+from .streaming import Arrays
 
 _BLOCK_BYTES = 2**25  # float64 workspace of the column sums, so that a long sequence does not multiply memory
 
@@ -36,21 +40,22 @@ def entropy_change(arrays: Arrays, depths: Depths) -> np.ndarray:
     def compute() -> np.ndarray:
         entropy_TDH = arrays["attention_entropy"]
         change_DH = np.full(entropy_TDH.shape[1:], np.nan)
-        change_DH[depths.core][depths.core_RL.shape[1] :] = finite_mean(changes(entropy_TDH, depths), 0)
+        for later, change_TCH in changes(entropy_TDH, depths):
+            change_DH[later] = finite_mean(change_TCH, 0)
         return change_DH
 
     return arrays.once("entropy change by head", compute)
 
 
-def changes(values_TDH: np.ndarray, depths: Depths) -> np.ndarray:
-    """Absolute change of each core depth's values since the recurrence before.
+def changes(values_TDH: np.ndarray, depths: Depths) -> Iterator[tuple[Places, np.ndarray]]:
+    """Absolute change of the values since the recurrence before, loop by loop.
 
-    Returns:
-        [token, depth, head], of the core's depths from the second recurrence on.
+    Yields:
+        depths from the loop's second recurrence on, and the change there, [token, depth, head].
     """
-    core_TCH, L = values_TDH[:, depths.core], depths.core_RL.shape[1]
-    change_TCH = core_TCH[:, L:] - core_TCH[:, :-L]
-    return np.abs(change_TCH, out=change_TCH)
+    for later, earlier in depths.steps:
+        change_TCH = values_TDH[:, later] - values_TDH[:, earlier]
+        yield later, np.abs(change_TCH, out=change_TCH)
 
 
 def _concentration(received_TDH: np.ndarray) -> np.ndarray:

@@ -2,35 +2,34 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 
-from ..errors import CannotTellError, NothingCapturedError, StatesMissingError
-from .answers.distinctness import distinctness, trajectory
+from ..errors import CannotTellError, NothingCapturedError
 from .answers.feedforward import Reference, choose_reference
 from .answers.stages import STAGE_MEASURES, gathered
+from .depths import Depths, depths_of, loops_apart
 from .measures import MEASURES, as_analyses, assembled
 from .registry import ANALYSES
-from .streaming import Depths, as_dataset, depths_of
+from .streaming import as_dataset
 from .trained import trained_count
 from .verdicts import Verdict, verdicts
 from .walk import walk
 
-STAGES = ("prelude", "core", "coda")
 TIMES = "\N{MULTIPLICATION SIGN}"
+_SMALLEST = 1e-30  # stands for the lower end of a band that reaches zero or less, on a logarithmic axis
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What one capture shows; the reason stands where there is no trajectory, distinctness or answer."""
+    """What one capture shows; the reason stands where there is no answer."""
 
     label: str
     measures: xr.Dataset
-    trajectory: xr.Dataset | str
-    distinctness: xr.Dataset | str
     verdicts: list[Verdict]
     answers: Mapping[str, xr.Dataset | str] = field(default_factory=dict)
     """by name of the analysis"""
@@ -47,6 +46,21 @@ class Findings:
     def depths(self) -> Depths:
         return depths_of(self.measures)
 
+    @cached_property
+    def by_depth(self) -> pd.DataFrame:
+        """What figures draw from: `depth_table` with bands that a logarithmic axis can show, made once."""
+        table = depth_table(self.measures)
+        for name, about in MEASURES.items():
+            if about.log and name in table:
+                low = table[f"{name}_low"]
+                table[f"{name}_low"] = low.where(~(low <= 0), _SMALLEST)
+        return table
+
+    @property
+    def loop(self) -> str:
+        """Name of the loop, where the capture has several and this is about one."""
+        return self.measures.attrs.get("loop", "")
+
     @property
     def units(self) -> tuple[int, int]:
         """Units done and in the plan."""
@@ -57,12 +71,15 @@ class Findings:
 def find(stores: Sequence[str | Path | xr.Dataset]) -> list[Findings]:
     """Measure and analyse every store, in one walk each, labelled so that no two captures share a label.
 
+    Returns:
+        one for each store; of a store with several loops one for each loop, the others being outside of it.
     Raises:
         NothingCapturedError: a store has no finished sequence; the message names it.
     """
-    datasets = [as_dataset(store) for store in stores]
+    datasets = [each for store in stores for each in loops_apart(as_dataset(store))]
     plans = [dataset.attrs["plan"] for dataset in datasets]
-    labels, found = make_labels(plans), dict[int, Findings]()
+    labels = make_labels(plans, [dataset.attrs.get("loop", "") for dataset in datasets])
+    found = dict[int, Findings]()
     for index in sorted(range(len(plans)), key=lambda index: plans[index]["model"]["core"] > 0):
         plain = [(each.label, each.measures) for each in found.values() if not each.plan["model"]["core"]]
         reference = choose_reference(plans[index], plain)
@@ -80,41 +97,42 @@ def _find_one(dataset: xr.Dataset, label: str, trained: int | str, reference: Re
     except NothingCapturedError as error:
         raise NothingCapturedError(f"{label}: {error}") from error
     measures, answers = assembled(dataset, found), {name: found[name] for name in ANALYSES}
-    path, apart = _or_reason(trajectory, dataset), _or_reason(distinctness, dataset)
-    stages = _or_reason(lambda _: gathered(STAGE_MEASURES, found), dataset)
     if isinstance(reference, Reference):
         num_layers = depths_of(dataset).core_RL.shape[1]
-        beside = _or_reason(lambda _: reference.gathered(found, num_layers), dataset)
+        beside = _or_reason(partial(reference.gathered, found, num_layers))
     else:
         beside = reference
     return Findings(
         label=label,
         measures=measures,
         answers=answers,
-        stages=stages,
+        stages=_or_reason(partial(gathered, STAGE_MEASURES, found)),
         reference=beside,
-        trajectory=path,
-        distinctness=apart,
-        verdicts=verdicts(measures, apart, answers, trained, beside),
+        verdicts=verdicts(measures, answers["distinctness"], answers, trained, beside),
     )
 
 
-def _or_reason(function: Callable[[xr.Dataset], xr.Dataset], dataset: xr.Dataset) -> xr.Dataset | str:
+def _or_reason(gather: Callable[[], xr.Dataset]) -> xr.Dataset | str:
     try:
-        return function(dataset)
-    except (StatesMissingError, NothingCapturedError, CannotTellError) as error:
+        return gather()
+    except CannotTellError as error:
         return str(error)
 
 
-def make_labels(plans: Sequence[dict[str, Any]]) -> list[str]:
-    """Short labels: the model's name and notation and what else tells captures apart, or a number."""
+def make_labels(plans: Sequence[dict[str, Any]], loops: Sequence[str] = ()) -> list[str]:
+    """Short labels: the model's name and notation and what else tells captures apart, or a number.
+
+    Args:
+        plans: one a capture.
+        loops: name of the loop where a capture is of one of several, else empty; all empty if left out.
+    """
     if not plans:
         return []
     always, extra, last = zip(*map(_label_parts, plans), strict=True)
     labels = list(always)
-    for column in zip(*extra, strict=True):
+    for column in (loops or [""] * len(plans), *zip(*extra, strict=True)):
         if len(set(labels)) < len(labels) and len(set(column)) > 1:
-            labels = [f"{label} {part}" for label, part in zip(labels, column, strict=True)]
+            labels = [f"{label} {part}".rstrip() for label, part in zip(labels, column, strict=True)]
     labels = [
         f"{label} {tail}" if labels.count(label) > 1 else label
         for label, tail in zip(labels, last, strict=True)
@@ -141,7 +159,7 @@ def depth_table(measures: xr.Dataset) -> pd.DataFrame:
     depths = depths_of(measures)
     columns: dict[str, Any] = {
         "depth": measures["depth"].values,
-        "stage": [STAGES[stage] for stage in depths.stage],
+        "stage": [depths.stages[stage] for stage in depths.stage],
         "layer": depths.layer,
         "recurrence": depths.recurrence,
     }
@@ -157,7 +175,7 @@ def long_table(measures: xr.Dataset) -> pd.DataFrame:
     depths = depths_of(measures)
     place = {
         "depth": measures["depth"].values,
-        "stage": [STAGES[stage] for stage in depths.stage],
+        "stage": [depths.stages[stage] for stage in depths.stage],
         "layer": depths.layer,
         "recurrence": depths.recurrence,
     }

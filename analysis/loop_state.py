@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from .streaming import Depths, finite_mean
+from .depths import Depths
+from .folds import finite_mean
 
 
 def mean_at_loop_state(name: str) -> Callable[[Mapping[str, np.ndarray], Depths], np.ndarray]:

@@ -15,23 +15,17 @@ import numpy as np
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
+from ..errors import UnfitError
 from . import by_head
+from .depths import Depths
+from .folds import STATISTICS, MaxFold, MeanFold, MedianFold, finite_mean, ratio
 from .loop_state import mean_at_loop_state, settled_share, to_depths
-from .streaming import (
-    Arrays,
-    Depths,
-    MaxFold,
-    MeanFold,
-    MedianFold,
-    as_dataset,
-    finite_mean,
-)
+from .streaming import Arrays, as_dataset
 from .walk import Analysis, count_captured, walk
 
 SINK_SCORE = (
     0.3  # a head whose mean mass on the first key reaches this counts as a sink head, as in the paper
 )
-STATISTICS = ("value", "low", "high", "sequences")
 _FOLDS = {"mean": MeanFold, "max": MaxFold, "median": MedianFold}
 
 
@@ -52,6 +46,7 @@ class Measure:
     definition: str
     fold: str = "mean"
     first: int = -1  # recurrence from which it is defined; -1: at every depth, with or without a loop
+    log: bool = False  # spans decades, as distances, changes, norms and largest channels do
 
     def curve(self, arrays: Arrays, depths: Depths) -> np.ndarray:
         """What `of_sequence` gives, computed once for all analyses of a walk."""
@@ -67,18 +62,14 @@ def _mean(name: str) -> Callable[[Arrays, Depths], np.ndarray]:
 
 
 def _relative_step(arrays: Arrays, depths: Depths) -> np.ndarray:
-    return _ratio(arrays["step_norm"], arrays["residual_norm"])
+    return ratio(arrays["step_norm"], arrays["residual_norm"])
 
 
 def _relative_gap(arrays: Arrays, depths: Depths) -> np.ndarray:
     last_D = np.arange(len(depths))
-    last_D[depths.core_RL] = depths.core_RL[-1]  # the same layer's depth at the last recurrence
-    return _ratio(arrays["gap_norm"], arrays["residual_norm"][:, last_D])
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.divide(above, below, dtype=np.float64)
+    for loop_RL in depths.loops:
+        last_D[loop_RL] = loop_RL[-1]  # the same layer's depth at the last recurrence
+    return ratio(arrays["gap_norm"], arrays["residual_norm"][:, last_D])
 
 
 def _tokens_to_mean(
@@ -95,7 +86,7 @@ def _largest_peak(arrays: Arrays, depths: Depths) -> np.ndarray:
 def _sink_rate(arrays: Arrays, depths: Depths) -> np.ndarray:
     score_DH = by_head.mean(arrays, "attention_sink")
     finite_DH = np.isfinite(score_DH)
-    return _ratio(((score_DH >= SINK_SCORE) & finite_DH).sum(axis=1), finite_DH.sum(axis=1))
+    return ratio(((score_DH >= SINK_SCORE) & finite_DH).sum(axis=1), finite_DH.sum(axis=1))
 
 
 def _colsum_concentration(arrays: Arrays, depths: Depths) -> np.ndarray:
@@ -108,9 +99,10 @@ def _entropy_change(arrays: Arrays, depths: Depths) -> np.ndarray:
 
 def _received_change(arrays: Arrays, depths: Depths) -> np.ndarray:
     """Total variation of the share that each key receives, from one recurrence to the next, mean of heads."""
-    change_TCH, change_D = by_head.changes(arrays["attention_received"], depths), np.full(len(depths), np.nan)
-    moved_CH = change_TCH.sum(axis=0, dtype=np.float64) / (2 * len(change_TCH))
-    change_D[depths.core][depths.core_RL.shape[1] :] = finite_mean(moved_CH, 1)
+    change_D = np.full(len(depths), np.nan)
+    for later, change_TCH in by_head.changes(arrays["attention_received"], depths):
+        moved_CH = change_TCH.sum(axis=0, dtype=np.float64) / (2 * len(change_TCH))
+        change_D[later] = finite_mean(moved_CH, 1)
     return change_D
 
 
@@ -120,34 +112,36 @@ MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
         Measure("residual_norm", "Residual norm", _RESIDUAL, ("residual_norm",), _mean("residual_norm"),
-                "L2 norm of the residual after the block"),
+                "L2 norm of the residual after the block", log=True),
         Measure("residual_peak", "Largest channel", _RESIDUAL, ("residual_peak",), _mean("residual_peak"),
-                "largest absolute channel of the residual"),
+                "largest absolute channel of the residual", log=True),
         Measure("residual_peak_max", "Largest channel anywhere", _RESIDUAL, ("residual_peak",), _largest_peak,
-                "largest absolute channel of any token (massive activations)", fold="max"),
+                "largest absolute channel of any token (massive activations)", fold="max", log=True),
         Measure("update_norm", "Update norm", _RESIDUAL, ("update_norm",), _mean("update_norm"),
                 "L2 norm of what the block added"),
         Measure("step_norm", "Step", _RESIDUAL, ("step_norm",), _mean("step_norm"),
-                "distance of a layer's residual to its own one recurrence earlier", first=1),
+                "distance of a layer's residual to its own one recurrence earlier", first=1, log=True),
         Measure("relative_step", "Relative step", _SHARE, ("step_norm", "residual_norm"),
-                _tokens_to_mean(_relative_step), "step over the residual's norm", first=1),
+                _tokens_to_mean(_relative_step), "step over the residual's norm", first=1, log=True),
         Measure("relative_step_median", "Median relative step", _SHARE, ("step_norm", "residual_norm"),
-                _relative_step, "step over the residual's norm, median over tokens", fold="median", first=1),
+                _relative_step, "step over the residual's norm, median over tokens",
+                fold="median", first=1, log=True),
         Measure("step_cosine", "Step cosine", _COSINE, ("step_cosine",), _mean("step_cosine"),
                 "cosine of a layer's residual and its own one recurrence earlier", first=1),
         Measure("gap_norm", "Gap", _RESIDUAL, ("gap_norm",), _mean("gap_norm"),
-                "distance of a layer's residual to its own after the last recurrence", first=0),
+                "distance of a layer's residual to its own after the last recurrence", first=0, log=True),
         Measure("relative_gap", "Relative gap", _SHARE, ("gap_norm", "residual_norm"),
-                _tokens_to_mean(_relative_gap), "gap over the norm after the last recurrence", first=0),
+                _tokens_to_mean(_relative_gap), "gap over the norm after the last recurrence",
+                first=0, log=True),
         Measure("relative_gap_median", "Median relative gap", _SHARE, ("gap_norm", "residual_norm"),
                 _relative_gap, "gap over the norm after the last recurrence, median over tokens",
-                fold="median", first=0),
+                fold="median", first=0, log=True),
         Measure("gap_cosine", "Gap cosine", _COSINE, ("gap_cosine",), _mean("gap_cosine"),
                 "cosine of a layer's residual and its own after the last recurrence", first=0),
         Measure("mixing_score", "Mixing score", _NAT, ("attention_entropy",), _mean("attention_entropy"),
                 "mean entropy of attention rows over queries and heads"),
         Measure("entropy_change", "Entropy change", _NAT, ("attention_entropy",), _entropy_change,
-                "mean absolute change of a row's entropy since the recurrence before", first=1),
+                "mean absolute change of a row's entropy since the recurrence before", first=1, log=True),
         Measure("attention_peak", "Attention peak", "probability", ("attention_peak",),
                 _mean("attention_peak"), "mean largest weight of attention rows over queries and heads"),
         Measure("sink_score", "Sink score", "probability", ("attention_sink",), _mean("attention_sink"),
@@ -159,21 +153,21 @@ MEASURES: dict[str, Measure] = {
                 "0 if all receive alike, 1 if one receives all"),
         Measure("received_change", "Moved attention", "share of attention", ("attention_received",),
                 _received_change, "total variation of what keys receive, against the recurrence before",
-                first=1),
+                first=1, log=True),
         Measure("attention_step", "Attention step", "Frobenius norm", ("attention_step",),
                 _mean("attention_step"),
                 "distance of a layer's attention matrix to its own one recurrence earlier, mean over heads",
-                first=1),
+                first=1, log=True),
         Measure("attention_gap", "Attention gap", "Frobenius norm", ("attention_gap",),
                 _mean("attention_gap"),
                 "distance of a layer's attention matrix to its own after the last recurrence, mean of heads",
-                first=0),
+                first=0, log=True),
         Measure("residual_entropy", "Residual entropy", _NAT, ("residual_entropy",),
                 _mean("residual_entropy"),
                 "matrix-based entropy of a sequence's residuals: low where they point one way"),
         Measure("lens_kl", "Lens divergence", _NAT, ("lens_kl",), mean_at_loop_state("lens_kl"),
                 "KL divergence of the next-token distribution from the one after the last recurrence",
-                first=0),
+                first=0, log=True),
         Measure("lens_settled", "Settled tokens", "share of tokens", ("lens_token",), settled_share,
                 "share of tokens whose likeliest next token is the one after the last recurrence", first=0),
         Measure("lens_entropy", "Lens entropy", _NAT, ("lens_entropy",), mean_at_loop_state("lens_entropy"),
@@ -243,7 +237,7 @@ def assembled(dataset: xr.Dataset, answers: Mapping[str, xr.Dataset | str]) -> x
 
 def _known(name: str) -> Measure:
     if name not in MEASURES:
-        raise ValueError(f"{name!r} is not a measure: choose from {', '.join(MEASURES)}")
+        raise UnfitError(f"{name!r} is not a measure: choose from {', '.join(MEASURES)}")
     return MEASURES[name]
 
 

@@ -1,5 +1,7 @@
 """Every analysis that is more than a curve over depth, by name."""
 
+from .answers.common_plane import ANALYSES as _PATHS
+from .answers.distinctness import ANALYSES as _DISTINCTNESS
 from .answers.heads import ANALYSES as _HEADS
 from .answers.limits import ANALYSES as _LIMITS
 from .answers.neuron_shares import ANALYSES as _NEURONS
@@ -8,7 +10,7 @@ from .answers.settling import ANALYSES as _SETTLING
 from .answers.similarity import ANALYSES as _SIMILARITY
 from .answers.single_sequences import ANALYSES as _SEQUENCES
 from .answers.stages import ANALYSES as _STAGES
-from .answers.trajectories import ANALYSES as _PATHS
+from .answers.trajectory import ANALYSES as _PATH
 from .answers.two_scale import ANALYSES as _TWO_SCALE
 from .walk import Analysis
 
@@ -25,5 +27,7 @@ ANALYSES: dict[str, Analysis] = {
         *_SEQUENCES,
         *_NEURONS,
         *_PATHS,
+        *_PATH,
+        *_DISTINCTNESS,
     )
 }

@@ -23,7 +23,7 @@ def trained_count(plan: Mapping[str, Any], others: Sequence[Mapping[str, Any]] =
     if plan["settings"].get("loop"):
         return 1
     for each in (plan, *others):
-        same = each is plan or (_weights(each) == _weights(plan) is not None)
+        same = each is plan or same_weights(each, plan)
         if same and not each["settings"].get("recurrences") and not each["settings"].get("loop"):
             return int(each["model"]["recurrences"])
     return (
@@ -32,5 +32,7 @@ def trained_count(plan: Mapping[str, Any], others: Sequence[Mapping[str, Any]] =
     )
 
 
-def _weights(plan: Mapping[str, Any]) -> str | None:
-    return plan["model"].get("weights_sha256")
+def same_weights(plan: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two captures are known to be of the same weights."""
+    hashes = {each["model"].get("weights_sha256") for each in (plan, other)}
+    return len(hashes) == 1 and None not in hashes

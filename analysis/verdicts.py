@@ -6,57 +6,56 @@ reader can disagree.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
 
-from .answers.limits import TAU
-from .answers.rates import ROUNDING_STEPS
+from .answers.rates import slowest_half_life
 from .answers.stages import STAGE_MEASURES
+from .depths import Depths, depths_of
 from .measures import MEASURES
-from .streaming import Depths, depths_of
+from .questions import CONVERGED, DISTINCT, REPEATED, SETTLED, STABLE, Question
+from .thresholds import EPSILON, rounding_step
 
-# a step of a thousandth of the norm is far below what recurrences that still change show, and well above
-# the 3e-7 where rounding stops a converged loop in float32
-CONVERGED_STEP = 1e-3
-_EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-# two directions at cosine 0.999 are 2.6 degrees apart: nearer than that, layers share one point
-DISTINCT_COSINE = 0.999
-# one hundredth of a nat is 1 % of the entropy of a row spread over e keys: no eye sees it in an attention map
-SETTLED_ENTROPY = 0.01
-# a profile shares the square of its correlation with another: four fifths of how it varies over layers
-REPEATED_STAGES = 0.9
-# two states of one norm at the cosine 1 - tau of the paper's fixed points lie this share of it apart
-STABLE_GAP = float(np.sqrt(2 * TAU))
 _ATTENTION_STAGES = tuple(name for name in STAGE_MEASURES if name != "residual_norm")
-_NONE = {"answer": None, "value": None, "recurrence": None}
-OURS, PAPERS = "our choice", "from the paper's tau, appendix C"
 
 Answers = Mapping[str, xr.Dataset | str]  # what a walk found, or why not, by name of the analysis
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Verdict:
-    """One question with its answer; `answer` is None where the capture cannot tell, and `detail` says why."""
+    """A capture's answer to a question."""
 
-    name: str
-    question: str
+    question: Question
     answer: bool | None
+    """None where the capture cannot tell; `detail` says why"""
     value: float | None
-    threshold: float
-    relation: str
-    """what the value must be against the threshold for a yes: at most, at least or below"""
-    unit: str
     recurrence: int | None
     """first recurrence from which the answer holds to the end"""
     detail: str
-    reason: str
-    """why this threshold"""
-    source: str
-    """where the threshold is from"""
-    figure: str
-    """name of the figure that shows it"""
+
+    @property
+    def answer_in_words(self) -> str:
+        return {True: "yes", False: "no", None: "cannot tell"}[self.answer]
+
+    def row(self) -> dict[str, object]:
+        """The verdict with its question, as a row of a table."""
+        asked = self.question
+        return {
+            "name": asked.name,
+            "question": asked.text,
+            "answer": self.answer,
+            "value": self.value,
+            "threshold": asked.threshold,
+            "relation": asked.relation,
+            "unit": asked.unit,
+            "recurrence": self.recurrence,
+            "detail": self.detail,
+            "reason": asked.reason,
+            "source": asked.source,
+            "figure": asked.figure,
+        }
 
 
 def verdicts(
@@ -87,46 +86,27 @@ def verdicts(
 
 
 def _converged(measures: xr.Dataset, depths: Depths, answers: Answers) -> Verdict:
-    answer = _series_answer(
-        measures,
-        depths,
-        "relative_step_median",
-        CONVERGED_STEP,
-        "the slowest layer's median step over its norm",
-    )
+    said = "the slowest layer's median step over its norm"
+    found = _of_series(CONVERGED, measures, depths, "relative_step_median", said)
+    answer, recurrence, detail = found.answer, found.recurrence, found.detail
     dtype = measures.attrs["plan"]["settings"]["dtype"]
-    rounding = ROUNDING_STEPS * _EPSILON[dtype]
-    if answer["answer"] is False and answer["value"] <= rounding:
-        answer["answer"] = None
-        answer["detail"] += (
+    rounding = rounding_step(EPSILON[dtype])
+    if answer is False and found.value is not None and found.value <= rounding:
+        answer = None
+        detail += (
             f"; rounding alone may make steps of {rounding:.1g} in {dtype}: "
             "capture with --dtype float32 to tell"
         )
     rates = answers.get("rates", "")
-    if answer["value"] is not None and isinstance(rates, xr.Dataset):
-        half_life, num_R = _slowest(rates), len(depths.core_RL)
+    if found.value is not None and isinstance(rates, xr.Dataset):
+        half_life, num_R = slowest_half_life(rates), len(depths.core_RL)
         pace = f"halve in {half_life:.3g} recurrences" if np.isfinite(half_life) else "do not shrink"
-        answer["detail"] += f"; the slowest layer's steps {pace}"
-        if answer["answer"] and half_life > num_R and not _stands_still(measures, depths):
-            answer |= {"answer": False, "recurrence": None}
-            answer["detail"] += f", and {num_R} recurrences ran: it drifts in small steps"
-    return Verdict(
-        name="converged",
-        question="Does the loop converge?",
-        threshold=CONVERGED_STEP,
-        relation="at most",
-        unit="of the norm",
-        reason="a thousandth of the norm is far below what recurrences that still change show",
-        source=OURS,
-        figure="steps",
-        **(answer | {"detail": answer["detail"] + _ends(answers.get("limits", ""))}),
-    )
-
-
-def _slowest(rates: xr.Dataset) -> float:
-    """Recurrences in which the steps of the slowest layer halve; infinite where they do not."""
-    half_life_L = rates["half_life"].sel(statistic="value").values
-    return float(half_life_L[~np.isnan(half_life_L)].max(initial=0))
+        detail += f"; the slowest layer's steps {pace}"
+        if answer and half_life > num_R and not _stands_still(measures, depths):
+            answer, recurrence = False, None
+            detail += f", and {num_R} recurrences ran: it drifts in small steps"
+    detail += _ends(answers.get("limits", ""))
+    return replace(found, answer=answer, recurrence=recurrence, detail=detail)
 
 
 def _stands_still(measures: xr.Dataset, depths: Depths) -> bool:
@@ -134,7 +114,7 @@ def _stands_still(measures: xr.Dataset, depths: Depths) -> bool:
     if "relative_gap_median" not in measures:
         return False
     gap_R = worst_over_layers(measures["relative_gap_median"].sel(statistic="value").values, depths)
-    return bool((gap_R[len(gap_R) // 2 :] <= CONVERGED_STEP).all())
+    return bool((gap_R[len(gap_R) // 2 :] <= CONVERGED.threshold).all())
 
 
 def _ends(limits: xr.Dataset | str) -> str:
@@ -148,24 +128,8 @@ def _ends(limits: xr.Dataset | str) -> str:
 
 
 def _settled(measures: xr.Dataset, depths: Depths) -> Verdict:
-    answer = _series_answer(
-        measures,
-        depths,
-        "entropy_change",
-        SETTLED_ENTROPY,
-        "the least settled layer's mean change of row entropy",
-    )
-    return Verdict(
-        name="attention_settled",
-        question="Does attention stop changing, and when?",
-        threshold=SETTLED_ENTROPY,
-        relation="at most",
-        unit="nat",
-        reason="a hundredth of a nat is 1 % of the entropy of a row spread over e keys",
-        source=OURS,
-        figure="attention_settling",
-        **answer,
-    )
+    said = "the least settled layer's mean change of row entropy"
+    return _of_series(SETTLED, measures, depths, "entropy_change", said)
 
 
 def _distinct(converged: Verdict, distinctness: xr.Dataset | str) -> Verdict:
@@ -179,23 +143,10 @@ def _distinct(converged: Verdict, distinctness: xr.Dataset | str) -> Verdict:
         detail = f"the least mean cosine of two layers, {layer} and {other}, after the last recurrence; the "
         detail += f"layers lie {size:.2g} of the norm around their mean"
         if converged.answer:
-            answer, recurrence = value < DISTINCT_COSINE, converged.recurrence
+            answer, recurrence = value < DISTINCT.threshold, converged.recurrence
         else:
             detail += "; without convergence there are no fixed points to tell apart"
-    return Verdict(
-        name="distinct",
-        question="Has each layer its own fixed point?",
-        answer=answer,
-        value=value,
-        threshold=DISTINCT_COSINE,
-        relation="below",
-        unit="cosine",
-        recurrence=recurrence,
-        detail=detail,
-        reason="directions at cosine 0.999 are 2.6 degrees apart: nearer than that, layers share one point",
-        source=OURS,
-        figure="trajectory",
-    )
+    return Verdict(DISTINCT, answer, value, recurrence, detail)
 
 
 def _repeated(measures: xr.Dataset, depths: Depths, answers: Answers, reference: xr.Dataset | str) -> Verdict:
@@ -217,25 +168,12 @@ def _repeated(measures: xr.Dataset, depths: Depths, answers: Answers, reference:
     detail = reasons[0] if reasons else ""
     if parts and len(least_R):
         value = float(least_R[min(1, len(least_R) - 1) :].min())
-        recurrence = first_below(-least_R, -REPEATED_STAGES)
-        answer = value >= REPEATED_STAGES
+        recurrence = first_below(-least_R, -REPEATED.threshold)
+        answer = value >= REPEATED.threshold
         detail = "the least correlation of a recurrence's profile over layers with the last one's, from "
         detail += "recurrence 1 on" if len(least_R) > 1 else "recurrence 0"
         detail += f": {', '.join(parts)}{_beside(reference)}"
-    return Verdict(
-        name="stages_repeat",
-        question="Does every recurrence repeat the stages of attention?",
-        answer=answer,
-        value=value,
-        threshold=REPEATED_STAGES,
-        relation="at least",
-        unit="correlation",
-        recurrence=recurrence,
-        detail=detail,
-        reason="at 0.9 two profiles share four fifths of how they vary over layers",
-        source=OURS,
-        figure="stages_repeat",
-    )
+    return Verdict(REPEATED, answer, value, recurrence, detail)
 
 
 def _beside(reference: xr.Dataset | str) -> str:
@@ -255,7 +193,7 @@ def _beside(reference: xr.Dataset | str) -> str:
 def _is_flat(curve: xr.DataArray, depths: Depths) -> bool:
     """Whether in some recurrence the layers differ by less than rounding in float32 makes them."""
     value_RL = curve.sel(statistic="value").values[depths.core_RL]
-    return bool((np.ptp(value_RL, axis=1) <= 8 * _EPSILON["float32"] * np.abs(value_RL).max(axis=1)).any())
+    return bool((np.ptp(value_RL, axis=1) <= 8 * EPSILON["float32"] * np.abs(value_RL).max(axis=1)).any())
 
 
 def _stable(measures: xr.Dataset, depths: Depths, trained: int | str) -> Verdict:
@@ -269,47 +207,31 @@ def _stable(measures: xr.Dataset, depths: Depths, trained: int | str) -> Verdict
             f"capture again with --recurrences {4 * trained}"
         )
     else:
-        found = _series_answer(measures, depths, "relative_gap_median", STABLE_GAP, "")
-        detail, recurrence = found["detail"], found["recurrence"]
-        if found["value"] is not None:
+        found = _of_series(STABLE, measures, depths, "relative_gap_median", "")
+        detail, recurrence = found.detail, found.recurrence
+        if found.value is not None:
             gap_D = measures["relative_gap_median"].sel(statistic="value").values
             value = float(worst_over_layers(gap_D, depths)[trained - 1 : -1].max())
-            answer = value <= STABLE_GAP
+            answer = value <= STABLE.threshold
             detail = (
                 f"the largest median distance of a layer to where recurrence {num_R - 1} leaves it, from "
             )
-            detail += f"recurrence {trained - 1}, the last that was trained, on{found['detail']}"
-    return Verdict(
-        name="stable",
-        question="Is it stable beyond the trained count?",
-        answer=answer,
-        value=value,
-        threshold=STABLE_GAP,
-        relation="at most",
-        unit="of the norm",
-        recurrence=recurrence,
-        detail=detail,
-        reason=f"so far apart are two states of one norm at the cosine {1 - TAU:g} of a fixed point",
-        source=PAPERS,
-        figure="distance_to_the_fixed_point",
-    )
+            detail += f"recurrence {trained - 1}, the last that was trained, on{found.detail}"
+    return Verdict(STABLE, answer, value, recurrence, detail)
 
 
-def _series_answer(measures: xr.Dataset, depths: Depths, name: str, threshold: float, detail: str) -> dict:
+def _of_series(asked: Question, measures: xr.Dataset, depths: Depths, name: str, detail: str) -> Verdict:
+    """The answer that the slowest layer gives at the end, where a measure must be at most the threshold."""
     if name not in measures:
-        return {**_NONE, "detail": measures.attrs["missing"][name]}
+        return Verdict(asked, None, None, None, measures.attrs["missing"][name])
     worst_R = worst_over_layers(measures[name].sel(statistic="value").values, depths)
     bad = int(measures["non_finite"].sel(quantity=list(measures[name].attrs["needs"])).sum())
     if bad:
         detail += f"; {bad} non-finite values are left out"
     if not np.isfinite(worst_R[-1]):
-        return {**_NONE, "detail": f"no finite value at the end; {detail}"}
-    return {
-        "answer": bool(worst_R[-1] <= threshold),
-        "value": float(worst_R[-1]),
-        "recurrence": first_below(worst_R, threshold),
-        "detail": detail,
-    }
+        return Verdict(asked, None, None, None, f"no finite value at the end; {detail}")
+    value, recurrence = float(worst_R[-1]), first_below(worst_R, asked.threshold)
+    return Verdict(asked, bool(worst_R[-1] <= asked.threshold), value, recurrence, detail)
 
 
 def worst_over_layers(value_D: np.ndarray, depths: Depths) -> np.ndarray:

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import pandas as pd
 import xarray as xr
 
 from ..capture.store.quantities import QUANTITIES
 from ..errors import CannotTellError, NothingCapturedError
-from .streaming import Arrays, Depths, as_dataset, depths_of, iter_sequences
+from .depths import Depths, depths_of
+from .kept_states import advice
+from .streaming import Arrays, as_dataset, iter_sequences
 
 
 class Fold(Protocol):
@@ -37,10 +40,12 @@ class Analysis:
     Attributes:
         name: its key in tables and files.
         title: what a heading shows.
-        needs: quantities that must be captured; none where the plan alone has the answer.
+        needs: quantities that the fold is given, and so must be captured; none where the plan or a few rows
+            that it knows have the answer.
         definition: one line that says what is computed, with its source.
         start: gives a new fold for a dataset and its depths; CannotTellError where there can be none.
         first: a recurrence that must exist (0 or 1: the model must loop at least twice); -1 for none.
+        tables: the answer as tables by name; a table for each of its variables if left out.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Analysis:
     definition: str
     start: Callable[[xr.Dataset, Depths], Fold]
     first: int = -1
+    tables: Callable[[xr.Dataset], dict[str, pd.DataFrame]] | None = None
 
 
 def walk(store: str | Path | xr.Dataset, analyses: Iterable[Analysis]) -> dict[str, xr.Dataset | str]:
@@ -131,18 +137,23 @@ class _Needing(Protocol):
 
 def why_missing(each: _Needing, dataset: xr.Dataset, depths: Depths) -> str | None:
     """Why a store cannot answer what `each` asks, with what to capture; None if it can."""
-    num_recurrences = len(depths.core_RL)
+    num_recurrences = max(map(len, depths.loops), default=0)
     if each.first >= 0 and num_recurrences == 0:
         return "the model has no loop"
     if each.first >= 0 and num_recurrences == 1:
         return "the loop ran once: capture with at least 2 recurrences"
+    if len(depths.loops) > 1 or "loop" in dataset.attrs:
+        for name in each.needs:
+            if "recurrence" in QUANTITIES[name].axes:
+                return f"{name} is by recurrence, and the model has several loops"
     absent = [name for name in each.needs if name not in dataset]
     if "exit_probability" in absent and not dataset.attrs["plan"]["model"].get("exit_gate"):
         return "the model has no exit gate"
+    if "state" in absent:
+        return advice(depths, "no states are kept", "core")
     if absent:
         groups = dict.fromkeys(QUANTITIES[name].group for name in absent)
-        states = " --states core" if "state" in absent else ""  # which must be said with it
-        return f"needs {' and '.join(absent)}: capture again with --quantities {' '.join(groups)}{states}"
+        return f"needs {' and '.join(absent)}: capture again with --quantities {' '.join(groups)}"
     return None
 
 

@@ -143,11 +143,12 @@ def _report(path: Path) -> None:
 def make_store(path: Path, settings: AnalysisBench) -> Path:
     """A finished store of about so many bytes, of sequences of 40 to 199 tokens, without running a model."""
     from ..capture.plan import make_plan
+    from ..capture.plan_cost import disk_bytes
     from ..capture.run import prepare_store
     from ..capture.settings import CaptureSettings
 
     data, rng = path.with_suffix(".safetensors"), np.random.default_rng(0)
-    wanted = CaptureSettings(
+    wanted = CaptureSettings.of(
         model=settings.model,
         data=data,
         store=path,
@@ -155,7 +156,7 @@ def make_store(path: Path, settings: AnalysisBench) -> Path:
         states=settings.states,
     )
     _write_data(data, _PROBE)
-    of_the_probe = make_plan(wanted).disk_bytes
+    of_the_probe = disk_bytes(make_plan(wanted))
     _write_data(data, max(1, round(_PROBE * settings.gigabytes * 1e9 / of_the_probe)))
     store = prepare_store(make_plan(wanted))
     planned = xr.open_zarr(path, chunks=None)
@@ -174,7 +175,7 @@ def _write_data(path: Path, num_sequences: int) -> None:
 
 def _fill(store: "Store", unit: int, planned: xr.Dataset, rng: np.random.Generator) -> None:
     """Commits a unit's arrays, each with rows up to the last used slot, as a capture writes them."""
-    sizes = {axis: store.plan[f"unit_{axis}s"] for axis in ("token", "sequence")}
+    sizes = {axis: store.plan.unit_rows(axis) for axis in ("token", "sequence")}
     part = planned.isel({axis: slice(unit * size, (unit + 1) * size) for axis, size in sizes.items()})
     used = {
         "token": int((part["token_sequence"].values >= 0).sum()),

@@ -20,8 +20,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .bench_settings import CaptureBench
 
@@ -48,15 +49,12 @@ def bench_capture(settings: CaptureBench) -> None:
 
 def _timed(settings: CaptureBench, data: Path, directory: Path) -> tuple[float, dict[str, list[float]]]:
     """Tokens a second of the forward pass, and each unit's ratios to it."""
-    from ..capture.worker import Worker
-
     plain: list[float] = []
     ratios: dict[str, list[float]] = {"measured": [], "capture": []}
     for round_ in range(settings.rounds):
-        store, source = _new_store(settings, data, directory / f"{round_}.zarr")
-        worker = Worker(source, store)
+        worker, num_units = _make_worker(settings, data, directory / f"{round_}.zarr")
         worker.measure(0)  # warms up
-        for unit in range(store.num_units):
+        for unit in range(num_units):
             before_s = _elapsed(worker.forward, unit)
             measured_s = _elapsed(worker.measure, unit)
             between_s = _elapsed(worker.forward, unit)
@@ -79,30 +77,30 @@ def _peak_bytes(name: str, settings: CaptureBench, data: Path, directory: Path) 
 
 
 def _run_and_measure(name: str, settings: CaptureBench, data: Path, path: Path) -> int:
-    from ..capture.worker import Worker
-
-    store, source = _new_store(settings, data, path)
-    worker = Worker(source, store)
+    worker, num_units = _make_worker(settings, data, path)
     # the peak so far is that of loading, which both share; this starts it anew (Linux)
     Path("/proc/self/clear_refs").write_text("5")
-    for unit in range(store.num_units):
+    for unit in range(num_units):
         worker.forward(unit) if name == "plain" else worker.run(unit)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
-def _new_store(settings: CaptureBench, data: Path, path: Path):
+def _make_worker(settings: CaptureBench, data: Path, path: Path) -> tuple[Any, int]:
+    """A worker on a new store, and how many units it has."""
     from ..capture.plan import make_plan
     from ..capture.run import prepare_store
     from ..capture.settings import CaptureSettings
+    from .measuring import MeasuringWorker
 
-    wanted = CaptureSettings(
+    wanted = CaptureSettings.of(
         model=settings.model, data=data, store=path, loop=settings.loop, batch_tokens=settings.batch_tokens
     )
     if settings.quantities:
-        wanted = replace(wanted, quantities=settings.quantities)
+        wanted = wanted.but(quantities=settings.quantities)
     plan = make_plan(wanted)
-    return prepare_store(plan), plan.source
+    store = prepare_store(plan)
+    return MeasuringWorker(plan.load_model(), store), store.num_units
 
 
 def _elapsed(run: Callable[[int], object], unit: int) -> float:

@@ -117,7 +117,7 @@ with tempfile.TemporaryDirectory() as directory:
     data = Path(directory) / "a.txt"
     data.write_text("a loop")
     for workers in (None, 1):
-        settings = CaptureSettings(
+        settings = CaptureSettings.of(
             model="random:(0,2x2,0),width=32,heads=2", data=data, store=Path(directory) / f"{workers}.zarr",
             device="cpu", workers=workers,
         )

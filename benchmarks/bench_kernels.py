@@ -11,6 +11,7 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
+from ..errors import UnavailableError
 from .bench_settings import KernelsBench
 from .timing import table
 
@@ -19,13 +20,13 @@ def bench_kernels(settings: KernelsBench) -> None:
     """Runs it and prints a table, the goals and a line of JSON.
 
     Raises:
-        ValueError: a GPU was asked for and there is none.
+        UnavailableError: a GPU was asked for and there is none.
     """
     import torch
 
     on_gpu = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        raise ValueError("no GPU was found that this PyTorch can use; run with --device cpu")
+        raise UnavailableError("no GPU was found that this PyTorch can use; run with --device cpu")
     if on_gpu:
         from .kernels_gpu import bench_gpu
 

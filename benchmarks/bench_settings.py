@@ -1,10 +1,13 @@
 """What a user can set of each benchmark; apart from what runs them, so that help loads nothing heavy."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from ..errors import RequestError
 
 Part = Literal["writing", "reading", "protocol", "chaos"]
 
@@ -36,9 +39,10 @@ class AnalysisBench:
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
-            raise ValueError(f"--repeats is {self.repeats}: give at least 1")
+            raise RequestError(f"--repeats is {self.repeats}: give at least 1")
         if not self.gigabytes > 0:
-            raise ValueError(f"--gigabytes is {self.gigabytes}: give a size above 0")
+            raise RequestError(f"--gigabytes is {self.gigabytes}: give a size above 0")
+        _check_directory(self.directory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,8 @@ class EngineBench:
 
     def __post_init__(self) -> None:
         if self.units < 10 or self.repeats < 1 or not self.workers or min(self.workers) < 1:
-            raise ValueError("--units must be at least 10, --repeats and --workers at least 1")
+            raise RequestError("--units must be at least 10, --repeats and --workers at least 1")
+        _check_directory(self.directory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +104,9 @@ class KernelsBench:
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"lengths are {self.lengths}, but each must be at least 1 token")
+            raise RequestError(f"lengths are {self.lengths}, but each must be at least 1 token")
         if self.rounds < 1:
-            raise ValueError(f"rounds is {self.rounds}, but each case must be timed at least once")
+            raise RequestError(f"rounds is {self.rounds}, but each case must be timed at least once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +152,8 @@ class StoreBench:
     def __post_init__(self) -> None:
         for name in ("repeats", "megabytes", "kills"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: give at least 1")
+                raise RequestError(f"--{name} is {getattr(self, name)}: give at least 1")
+        _check_directory(self.directory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,3 +174,8 @@ class WatchBench:
     """Tokens of each, if they are random."""
     rounds: int = 3
     """Times that each pass is timed."""
+
+
+def _check_directory(path: Path | None) -> None:
+    if path is not None and not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
+        raise RequestError(f"--directory {path} is no directory that can be written to")

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..errors import UnavailableError, UnfitError
 from .bench_settings import WatchBench
 
 _QUANTITIES = ("residual", "steps", "gaps", "attention")
@@ -32,7 +33,8 @@ def bench_watch(settings: WatchBench) -> None:
     """Runs it and prints a table and a line of JSON.
 
     Raises:
-        ValueError: transformers is missing, or the model cannot be looped.
+        UnavailableError: transformers is missing.
+        ModelError, UnfitError: the model cannot be looped, or its rows fill more than a unit.
     """
     from ..capture.store.reading.reader import open_store
     from ..capture.watch.context import watch
@@ -109,15 +111,18 @@ def _load_module(settings: WatchBench) -> Any:
     try:
         from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError("transformers is not installed; pip install 'looptap[test]'") from None
+        raise UnavailableError("transformers is not installed; pip install 'looptap[test]'") from None
     import torch
     from torch import nn
 
     from ..capture.models.load import find_model
 
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    except (ValueError, OSError) as error:  # what it raises for a directory that it cannot read
+        raise UnfitError(f"transformers does not read {settings.model}: {error}") from error
     module: Any = model.get_decoder().eval()
     d = find_model(settings.model, settings.loop).description
     layers, end = list(module.layers), d.prelude + d.core
@@ -132,9 +137,9 @@ def _make_worker(settings: WatchBench, data: Path, directory: Path) -> tuple[Any
     from ..capture.plan import make_plan
     from ..capture.run import prepare_store
     from ..capture.settings import CaptureSettings
-    from ..capture.worker import Worker
+    from .measuring import MeasuringWorker
 
-    wanted = CaptureSettings(
+    wanted = CaptureSettings.of(
         model=settings.model,
         data=data,
         store=directory / "own.zarr",
@@ -146,11 +151,11 @@ def _make_worker(settings: WatchBench, data: Path, directory: Path) -> tuple[Any
     plan = make_plan(wanted)
     rows = plan.dataset.rows
     if plan.slots.num_units > 1:
-        raise ValueError(
+        raise UnfitError(
             f"{sum(map(len, rows))} tokens do not fit one unit of {plan.slots.unit_tokens} slots: give fewer "
             "--sequences"
         )
-    return Worker(plan.source, prepare_store(plan)), rows
+    return MeasuringWorker(plan.load_model(), prepare_store(plan)), rows
 
 
 def _run_module(module: Any, rows: Sequence[Any]) -> None:

@@ -33,6 +33,7 @@ import numpy as np
 import psutil
 
 from .goals import Figure
+from .store_faults import find_faults
 
 # a drawn initial state, gaps, attention and kept states: everything that a unit can hold
 MODEL = "random:(0,2x3,0)I,width=32,heads=2"
@@ -101,40 +102,42 @@ def attack(directory: Path, num_kills: int, seed: int = 0) -> Tally:
 
     Args:
         directory: an empty one; both stores stay there.
-        num_kills: processes to kill, at least so many, before the capture may finish.
+        num_kills: processes to kill, at least so many, before the capture may finish; what has not gone
+            wrong until then does after it.
     """
     from ..capture.store.keys import ATTEMPTS
     from ..capture.store.writing.commit import Store
 
     started_s = time.perf_counter()
-    num_units = 16 * num_kills
+    num_units = 16 * num_kills + 80
     rows = np.random.default_rng(seed).integers(0, 256, (num_units, UNIT_TOKENS // 2 + 1))
     np.save(directory / "ids.npy", rows)  # each row is just over half a unit, and so a unit of its own
     slow_dir = directory / "slow"
     slow_dir.mkdir()
     (slow_dir / "sitecustomize.py").write_text(_SLOW_DISK)
-    calm = _Driver(directory, "calm.zarr", slow=False)
-    calm.finish()
+    _Driver(directory, "calm.zarr", slow=False).finish()
     tally = Tally(num_units)
     orphans = _Attack(directory, num_kills, random.Random(seed), tally).run()
     store = Store.open(directory / "run.zarr")
     tally.attempts = len(os.listdir(store.path / ATTEMPTS))
     tally.orphan_commits = sum(entry["pid"] in orphans for entry in store.entries())
-    tally.faults = _faults(directory / "run.zarr", directory / "calm.zarr")
+    tally.faults = find_faults(directory / "run.zarr", directory / "calm.zarr")
     tally.seconds = time.perf_counter() - started_s
     return tally
 
 
 class _Driver:
-    """A `looptap capture` with workers of its own."""
+    """A `looptap capture`; under attack, on a slow disk, with workers of its own."""
 
     def __init__(self, directory: Path, store: str, *, slow: bool = True):
         self._log_path = directory / f"{store}.log"
         command = ["capture", MODEL, "--data", str(directory / "ids.npy"), "--store", str(directory / store)]
         command += ["--unit-tokens", str(UNIT_TOKENS), "--states", "core[all]@last", "--tokens", "last"]
+        if slow:  # in peace one process is enough, and its values are those of any
+            command += ["--workers", str(NUM_WORKERS)]
         with open(self._log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "looptap", *command, "--workers", str(NUM_WORKERS)],
+                [sys.executable, "-m", "looptap", *command],
                 env=_environment(directory, slow=slow),
                 stdout=log,
                 stderr=log,
@@ -164,7 +167,7 @@ class _Attack:
     def run(self) -> set[int]:
         """The whole of it; returns the process numbers of the orphans."""
         try:
-            while self._tally.kills.total() < self._num_kills:
+            while self._tally.kills.total() < self._num_kills or self._missing():
                 self._wait()
                 if self._driver.process.poll() is not None:
                     if len(self._ledger()) == self._tally.num_units:
@@ -182,15 +185,23 @@ class _Attack:
                 process.wait()
         return self._orphan_pids
 
+    def _missing(self) -> list[str]:
+        """What has not gone wrong yet, of what must once."""
+        tally = self._tally
+        seen = {"worker": tally.kills["worker"], "driver": tally.kills["driver"]}
+        seen |= {"full": tally.full_disks, "pause": tally.pauses}
+        return [what for what, times in seen.items() if not times]
+
     def _strike(self) -> None:
         """One thing that goes wrong."""
         self._orphans = [orphan for orphan in self._orphans if orphan.poll() is None]
         if self._path.exists() and len(self._orphans) < NUM_ORPHANS and self._moments.random() < 0.3:
             self._orphans.append(orphan := self._start_orphan())
             self._orphan_pids.add(orphan.pid)
-        what = self._moments.choices(
-            ["worker", "driver", "orphan", "full", "pause"], weights=[10, 3, 2, 5, 4]
-        )[0]
+        kinds, weights = ["worker", "driver", "orphan", "full", "pause"], [10, 3, 2, 5, 4]
+        if self._tally.kills.total() >= self._num_kills:
+            kinds, weights = self._missing(), None
+        what = self._moments.choices(kinds, weights)[0]
         workers = self._driver.workers()
         if what == "worker" and workers:
             self._kill("worker", self._moments.choice(workers))
@@ -252,32 +263,6 @@ class _Attack:
             )
 
 
-def _faults(path: Path, calm_path: Path) -> list[str]:
-    """Everything that is not as in the calm store."""
-    import zarr
-
-    from ..capture.store.care.verify import verify_store
-    from ..capture.store.writing.commit import Store
-
-    report = verify_store(path)
-    faults = [f"torn: {problem}" for problem in report.problems]
-    faults += [f"lost: unit {unit}" for unit in report.units_missing]
-    faults += [f"left over: {file}" for file in report.uncommitted]
-    group, calm_group = (zarr.open_group(str(p), mode="r") for p in (path, calm_path))
-    for name, calm in calm_group.arrays():
-        array = group[name]
-        assert isinstance(array, zarr.Array)
-        if np.asarray(array[...]).tobytes() != np.asarray(calm[...]).tobytes():
-            faults.append(f"other values: {name}")
-    store, calm_store = Store.open(path), Store.open(calm_path)
-    if [entry["unit"] for entry in store.entries()] != [entry["unit"] for entry in calm_store.entries()]:
-        faults.append("twice or lost: the ledgers list other units")
-    for entry, wanted in zip(store.entries(), calm_store.entries(), strict=True):
-        if (entry["num_tokens"], entry["shards"]) != (wanted["num_tokens"], wanted["shards"]):
-            faults.append(f"other files: unit {entry['unit']}")
-    return faults
-
-
 def _environment(directory: Path, *, slow: bool) -> dict[str, str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
     if slow:
@@ -299,7 +284,8 @@ def _work_unasked(path: Path, seed: float) -> None:
     from ..capture.worker import Worker
 
     store = Store.open(path)
-    worker = Worker(find_model(MODEL), store)
+    settings = store.plan.settings
+    worker = Worker(find_model(MODEL).load(settings.device, settings.dtype), store)
     order = random.Random(seed)
     while todo := store.todo():
         with suppress(OSError):  # taken by others, or the disk is full

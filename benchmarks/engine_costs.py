@@ -19,24 +19,25 @@ from typing import Any
 import numpy as np
 
 from ..capture.engines.drive import run_on
-from ..capture.engines.events import Done, Event, Placed, Ready, Report, UnitDone, WorkerJoined
+from ..capture.engines.events import Done, Event, Placed, Ready, Receipt, Report, UnitDone, WorkerJoined
 from ..capture.engines.processes import Processes
 from ..capture.engines.scheduler import Limits
-from ..capture.engines.work import Receipt, RunUnit
+from ..capture.engines.work import RunUnit
 from ..capture.store.layout import ArraySpec, create_store
 from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
+from .bare_plan import bare_plan
 
 
 @dataclass(frozen=True)
 class Sleep:
-    """A recipe for units that are only a sleep. Their receipts say, as tokens, how many microseconds the
+    """Builds what runs units that are only a sleep. Their receipts say, as tokens, how many microseconds the
     worker had waited for the unit.
     """
 
     seconds: float
 
-    def make(self) -> RunUnit:
+    def __call__(self) -> RunUnit:
         ended_s = time.perf_counter()
 
         def run(unit: int) -> Receipt:
@@ -200,7 +201,7 @@ def commits_per_s(directory: Path | None, num_units: int = 400) -> float:
         tiny = ArraySpec(
             dimensions=("token", "depth"), shape=(num_units, 8), unit_rows=1, dtype="float32", attributes={}
         )
-        create_store(path, plan={"num_units": num_units}, coordinates={}, arrays={"residual_norm": tiny})
+        create_store(path, plan=bare_plan(num_units), coordinates={}, arrays={"residual_norm": tiny})
         store = Store.open(path)
 
         def commit(unit: int) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.attention import attention, attention_columns, attention_with_statistics, make_cu_seqlens
+from ..kernels.attention import attention, attention_with_statistics, make_cu_seqlens
 from ..kernels.attention_pairs import attention_chain, attention_gram
 from ..kernels.residual_norm import (
     distance,
     residual_norm,
     residual_norm_statistics,
-    residual_norm_statistics_out,
     row_norm,
 )
 
@@ -53,16 +52,9 @@ def _residual_calls(random: Callable[..., Tensor]) -> dict[str, Call]:
         )
         return *result, measured_SN
 
-    def into_slot() -> tuple[Tensor, ...]:
-        slot, copy = previous.clone(), torch.empty_like(previous)
-        inputs = (x, branch, branch_weight, stream_weight, next_weight, _EPS, block_input, slot, last)
-        y, measured_SN = residual_norm_statistics_out(*inputs, slot, copy)
-        return y, measured_SN, slot, copy
-
     return {
         "residual_norm": lambda: tuple(residual_norm(x, branch, **named)),
         "residual_norm_statistics": statistics,
-        "residual_norm_statistics_out": into_slot,
         "residual_distance": lambda: tuple(distance(x, previous, row_norm(x), row_norm(previous))),
     }
 
@@ -86,7 +78,6 @@ def _attention_calls(random: Callable[..., Tensor], device: torch.device) -> dic
     return {
         "attention": lambda: (attention(q, k, v, cu_seqlens, most, scale),),
         "attention_with_statistics": statistics,
-        "attention_columns": lambda: (attention_columns(q, k, lse[0], cu_seqlens, most, scale),),
         "attention_chain": lambda: tuple(attention_chain(queries, keys, lse, cu_seqlens, most, scale, pairs)),
         "attention_gram": lambda: (
             attention_gram(

@@ -15,9 +15,10 @@ from torch import Tensor
 from ..capture.models.model import LoopedModel
 from ..capture.models.random_spec import parse_random
 from ..capture.models.tap import Half, HalfNorms, Packed, Plain
-from ..capture.taps.statistics import Buffers, StatesInMemory, Statistics
+from ..capture.taps.statistics import Buffers, Statistics
 from ..kernels.residual_norm import Residual, rms_norm
 from .kernels_gpu import Found, OrNaN, make_rows
+from .states_in_memory import StatesInMemory
 from .timing import Goal
 from .timing_gpu import Run, Timer
 

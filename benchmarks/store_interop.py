@@ -17,6 +17,7 @@ import zarr
 from ..capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
 from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
+from .bare_plan import bare_plan
 from .goals import Figure
 
 _UNIT_TOKENS, _DEPTHS, _WIDTH = 2048, 3, 16
@@ -64,7 +65,7 @@ def _write(path: Path) -> tuple[Store, dict[str, np.ndarray]]:
         "state_packed": ArraySpec(state, shape, _UNIT_TOKENS, "float32", {}, "lossless", 1024),
         "residual_norm": ArraySpec(("token", "depth"), shape[:2], _UNIT_TOKENS, "float32", {}),
     }
-    plan = {"num_units": 4, "unit_tokens": _UNIT_TOKENS, "unit_sequences": 1}
+    plan = bare_plan(4, _UNIT_TOKENS)
     create_store(path, plan=plan, coordinates={}, arrays=specs)
     store, generator = Store.open(path), np.random.default_rng(0)
     expected = {

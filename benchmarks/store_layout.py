@@ -23,6 +23,7 @@ from ..capture.store.quantities import QUANTITIES
 from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
 from ..capture.units import pack
+from .bare_plan import bare_plan
 from .bench_settings import StoreBench
 from .goals import Figure
 
@@ -55,7 +56,7 @@ def measure_flatness(settings: StoreBench) -> Figure:
 def _stored_rows(lengths: list[int], unit_tokens: int, path: Path) -> float:
     """Writes the states of one depth; what the files hold that is no hole, in rows."""
     units = list(pack(lengths, unit_tokens))
-    plan = {"num_units": len(units), "unit_tokens": unit_tokens, "unit_sequences": 1}
+    plan = bare_plan(len(units), unit_tokens)
     shape = (len(units) * unit_tokens, 1, _WIDTH)
     spec = ArraySpec(("token", "depth_state", "hidden"), shape, unit_tokens, "uint16", {}, "none")
     create_store(path, plan=plan, coordinates={}, arrays={"state": spec})
@@ -72,7 +73,7 @@ def _stored_rows(lengths: list[int], unit_tokens: int, path: Path) -> float:
 def measure_opening(settings: StoreBench, folder: Path) -> Figure:
     """S14: a store of 28 arrays."""
     axes = {"token": 64, "sequence": 4, "depth": 6, "depth_other": 6, "head": 2, "recurrence": 3}
-    units = {"num_units": 4, "unit_tokens": 64, "unit_sequences": 4}
+    units = bare_plan(4, 64, 4)
     arrays = {
         name: ArraySpec(q.axes, tuple(axes[a] * (4 if i == 0 else 1) for i, a in enumerate(q.axes)),
                         axes[q.axes[0]], q.dtype, {})

@@ -29,6 +29,7 @@ from ..capture.store.layout import ArraySpec, create_store
 from ..capture.store.places import disk
 from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
+from .bare_plan import bare_plan
 from .bench_settings import StoreBench
 from .goals import Figure
 
@@ -128,7 +129,7 @@ def _make_store(path: Path, num_arrays: int, num_units: int, rows: int) -> Store
         f"q{index}": ArraySpec(("token", "depth"), (num_units * rows, width), rows, "float32", {})
         for index in range(num_arrays)
     }
-    create_store(path, plan={"num_units": num_units}, coordinates={}, arrays=arrays)
+    create_store(path, plan=bare_plan(num_units), coordinates={}, arrays=arrays)
     return Store.open(path)
 
 

@@ -30,6 +30,7 @@ from ..capture.store.reading.mapped_states import MappedArray
 from ..capture.store.reading.reader import open_array, open_store
 from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
+from .bare_plan import bare_plan
 from .bench_settings import StoreBench
 from .goals import Figure
 from .store_interop import count_readers
@@ -79,7 +80,7 @@ def measure(settings: StoreBench) -> list[Figure]:
 def make_states(path: Path, num_units: int) -> Store:
     """A finished store of bfloat16 noise, the same in every unit."""
     num_tokens = num_units * UNIT_TOKENS
-    plan = {"num_units": num_units, "unit_tokens": UNIT_TOKENS, "unit_sequences": 1, "num_state_rows": None}
+    plan = bare_plan(num_units, UNIT_TOKENS)
     shape = (num_tokens, DEPTHS, WIDTH)
     spec = ArraySpec(
         ("token", "depth_state", "hidden"), shape, UNIT_TOKENS, "uint16", {"bits_of": "bfloat16"}, "none"

@@ -19,6 +19,7 @@ from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
 from ..capture.store.writing.ring import Ring, page_aligned
 from ..capture.store.writing.shard import buffer_bytes
+from .bare_plan import bare_plan
 
 DEPTHS, WIDTH = 32, 1024
 _CHUNK_ROWS = 512
@@ -114,7 +115,7 @@ def _ours(folder: Path, source: Source, codec: Codec, *, copies: bool = False) -
     shard_rows, k = len(source.token_major), source.num_shards
     axes, shape = ("token", "depth_state", "hidden"), (k * shard_rows, DEPTHS, WIDTH)
     spec = ArraySpec(axes, shape, shape[0], "uint16", {"bits_of": "bfloat16"}, codec, shard_rows)
-    create_store(folder / "run.zarr", plan={"num_units": 1}, coordinates={}, arrays={"state": spec})
+    create_store(folder / "run.zarr", plan=bare_plan(1), coordinates={}, arrays={"state": spec})
     store = Store.open(folder / "run.zarr")
     ring = Ring(_RING_BUFFERS, buffer_bytes(store.arrays["state"]))
     parts = source.depth_major.reshape(DEPTHS, -1).view(np.uint8).reshape(DEPTHS, -1, ring.num_bytes)

@@ -3,30 +3,29 @@
 Candidates are compiled for this GPU first; those that spill, or ask for more shared memory than there is, are
 out. The rest are timed in turns with the settings in use now, on inputs that do not fit the cache. A row for
 this GPU and Triton is written where one is faster by more than the margin, and what was before and after is
-printed. `make tune` runs it; run the tests and `make kernels-table` after it.
+printed. `make tune` runs it; run the tests after it.
 
 `--candidates-only --target sm_90` compiles and prints, without a GPU.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 
-from ..kernels.attention import attention, attention_columns, attention_with_statistics, make_cu_seqlens
+from ..kernels.attention import attention, attention_with_statistics, make_cu_seqlens
 from ..kernels.attention_pairs import attention_chain, attention_gram
 from ..kernels.gpu import tuned as table
-from ..kernels.gpu.compiled import TARGETS, compile_row
 from ..kernels.gpu.tuned import TRITON, Entry, Settings
 from ..kernels.residual_norm import residual_norm_statistics
+from .ahead.compiled import TARGETS, compile_row
+from .ahead.launches import taking
+from .kernels_gpu import attention_columns
 from .timing_gpu import Run, Timer, num_sets
 
 MARGIN = 0.02  # that a new row must be faster by; less is noise
@@ -54,10 +53,10 @@ def list_candidates(entry: Entry, target: str) -> list[Settings]:
 def check(entry: Entry, target: str) -> str:
     """Why a candidate is out; nothing if it may be launched."""
     try:
-        variants = compile_row(entry, target)
+        compiled = compile_row(entry, target)
     except Exception as error:  # whatever a compiler says, this candidate is not for it
         return f"does not compile: {type(error).__name__}"
-    return next((fault for found in variants.values() for fault in found.faults(target)), "")
+    return next((fault for launch in compiled for fault in launch.faults), "")
 
 
 def entries_in_use(target: str) -> list[Entry]:
@@ -123,21 +122,6 @@ def _gram_workload(n: int, C: int, dtype: torch.dtype, device: torch.device) -> 
         [attention_with_statistics(*x, cu_seqlens, T, scale)[1].lse_NH for x in zip(q, k, v, strict=True)]
     )
     return lambda i: attention_gram(q, k, lse, cu_seqlens, T, scale), 2
-
-
-@contextmanager
-def taking(entry: Entry) -> Iterator[None]:
-    """Launches of the entry's kernel take the entry's settings."""
-    find = table._find
-
-    def instead(kernel: str, *rest: Any) -> Settings:
-        return entry.settings if kernel == entry.kernel else find(kernel, *rest)
-
-    table._find = instead
-    try:
-        yield
-    finally:
-        table._find = find
 
 
 def tune(entry: Entry, candidates: list[Settings], timer: Timer) -> tuple[Settings, float, float]:

@@ -1,18 +1,24 @@
-"""Datasets: rows of text or of token ids, each row one sequence. A row's number in the file is its sequence
-id for good.
+"""Datasets: rows of text or of token ids, each row one sequence, from a file or from Python. A row's number
+is its sequence id for good.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+import safetensors.numpy
 
-from ..errors import DataError
+from ..errors import DataError, DataMissingError, os_errors_named
+from .models.load import ModelSource
+from .store.plan import StoredData
+
+Rows = Sequence[str] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,28 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Token ids of every row, int32, in file order; empty rows keep their number and hold no ids."""
+    """Token ids of every row, int32, in the data's order; empty rows keep their number and hold no ids."""
 
     rows: list[np.ndarray]
-    identity: dict[str, object]
+    identity: StoredData
+    """What a plan says of the data: its name, the hash of its content, how many rows it has."""
+    tokenizer: Tokenizer | None = None
+    """The model's; None where it has none."""
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.rows))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.rows))
+
+
+def model_tokenizer(source: ModelSource) -> Tokenizer | None:
+    """Opens a model's own tokenizer: bytes for a randomly initialised one, None where its files have none."""
+    path = source.origin.tokenizer_path
+    return None if path is None and not source.spec.startswith("random:") else open_tokenizer(path)
 
 
 def open_tokenizer(path: Path | None) -> Tokenizer:
@@ -70,36 +90,49 @@ def read_dataset(
     Raises:
         DataError: no such file or kind, nothing in it, a row that does not fit; names the row, from 0.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is no file; data is a .jsonl, .txt, .npy or .safetensors file")
+    if not os.path.isfile(path):  # also False where it cannot be looked at
+        raise DataMissingError(f"{path} is no file; data is a .jsonl, .txt, .npy or .safetensors file")
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".txt"):
-        if tokenizer is None:
-            raise DataError(
-                f"{path} is text and the model has no tokenizer.json beside it; give token ids instead"
-            )
         texts = islice(_jsonl(path, field) if suffix == ".jsonl" else _lines(path), limit)
-        rows = [_encode(path, tokenizer, number, text) for number, text in enumerate(texts)]
+        rows = _encode(str(path), tokenizer, texts)
     elif suffix in (".npy", ".safetensors"):
         rows = (_npy(path) if suffix == ".npy" else _safetensors(path))[:limit]
     else:
         raise DataError(
             f"{path}: {suffix or 'no suffix'} is not read; .jsonl, .txt, .npy and .safetensors are"
         )
-    if not any(map(len, rows)):
-        raise DataError(
-            f"{path} holds no tokens in its {len(rows)} rows" + (f" (limit {limit})" if limit else "")
-        )
+    _check_not_empty(str(path), rows, limit)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    identity: dict[str, object] = {
-        "name": path.name,
-        "sha256": digest,
-        "field": field if suffix == ".jsonl" else None,
-        "num_rows": len(rows),
-        "num_empty_rows": sum(not len(row) for row in rows),
-    }
-    return Dataset(rows, identity)
+    identity = _identity(path.name, digest, field if suffix == ".jsonl" else None, rows)
+    return Dataset(rows, identity, tokenizer)
+
+
+def make_dataset(rows: Rows, tokenizer: Tokenizer | None, *, limit: int | None = None) -> Dataset:
+    """Tokenises rows that are at hand already.
+
+    Its identity is that of a file of the same rows, `texts.jsonl` with a field `text` or `ids.safetensors`,
+    so that a capture of either goes on with the other's store.
+
+    Args:
+        rows: all texts, or all whole token ids.
+        tokenizer: for texts; None where the model has none.
+        limit: only the first so many rows.
+    Raises:
+        DataError: neither texts nor token ids, no tokens at all, a row that does not fit; names the row.
+    """
+    if all(isinstance(row, str) for row in rows):
+        name, field = "texts.jsonl", "text"
+        content = "".join(json.dumps({field: row}) + "\n" for row in rows).encode()
+        found = _encode(name, tokenizer, rows[:limit])  # pyright: ignore[reportArgumentType]
+    else:
+        name, field = "ids.safetensors", None
+        ids_ST, lengths_S = _padded(rows)
+        content = safetensors.numpy.save({"input_ids": ids_ST, "lengths": lengths_S})
+        found = _matrix_rows(name, ids_ST, lengths_S)[:limit]
+    _check_not_empty(name, found, limit)
+    return Dataset(found, _identity(name, hashlib.sha256(content).hexdigest(), field, found), tokenizer)
 
 
 def check_rows(dataset: Dataset, vocab_size: int, max_positions: int) -> None:
@@ -118,12 +151,45 @@ def check_rows(dataset: Dataset, vocab_size: int, max_positions: int) -> None:
             )
 
 
-def _encode(path: Path, tokenizer: Tokenizer, number: int, text: str) -> np.ndarray:
-    try:
-        # no text, no tokens: a tokenizer may put a beginning before nothing at all
-        return np.array(tokenizer.encode(text) if text else [], dtype=np.int32)
-    except Exception as error:  # the library raises bare Exception, and half a surrogate pair is no UTF-8
-        raise DataError(f"{path}, row {number}: {tokenizer.name} cannot read it: {error}") from error
+def _identity(name: str, sha256: str, field: str | None, rows: list[np.ndarray]) -> StoredData:
+    num_empty_rows = sum(not len(row) for row in rows)
+    return StoredData(
+        name=name, sha256=sha256, field=field, num_rows=len(rows), num_empty_rows=num_empty_rows
+    )
+
+
+def _check_not_empty(name: str, rows: list[np.ndarray], limit: int | None) -> None:
+    if not any(map(len, rows)):
+        raise DataError(
+            f"{name} holds no tokens in its {len(rows)} rows" + (f" (limit {limit})" if limit else "")
+        )
+
+
+def _encode(name: str, tokenizer: Tokenizer | None, texts: Iterable[str]) -> list[np.ndarray]:
+    if tokenizer is None:
+        raise DataError(
+            f"{name} is text and the model has no tokenizer.json beside it; give token ids instead"
+        )
+    rows = []
+    for number, text in enumerate(texts):
+        try:
+            # no text, no tokens: a tokenizer may put a beginning before nothing at all
+            rows.append(np.array(tokenizer.encode(text) if text else [], dtype=np.int32))
+        except Exception as error:  # the library raises bare Exception, and half a surrogate pair is no UTF-8
+            raise DataError(f"{name}, row {number}: {tokenizer.name} cannot read it: {error}") from error
+    return rows
+
+
+def _padded(rows: Sequence[Sequence[int]] | Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids as a matrix, int64 [S, T], and their lengths, int64 [S]."""
+    arrays = [np.asarray(row) for row in rows]
+    if any(row.ndim != 1 or (len(row) and row.dtype.kind not in "iu") for row in arrays):
+        raise DataError("data must be a file, a list of texts, or a list of lists of whole token ids")
+    lengths_S = np.array([len(row) for row in arrays], np.int64)
+    ids_ST = np.zeros((len(arrays), max(lengths_S, default=0)), np.int64)
+    for padded_T, row in zip(ids_ST, arrays, strict=True):
+        padded_T[: len(row)] = row
+    return ids_ST, lengths_S
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
@@ -145,7 +211,7 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with os_errors_named(path, "read"), path.open(encoding="utf-8", newline="\n") as file:
             for line in file:
                 yield line.rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -159,27 +225,24 @@ def _npy(path: Path) -> list[np.ndarray]:
         raise DataError(f"{path} is no .npy array of numbers: {error}") from error
     if not isinstance(ids_ST, np.ndarray):
         raise DataError(f"{path} is an archive; a single .npy array of token ids [S, T] is wanted")
-    return _matrix_rows(path, ids_ST, None)
+    return _matrix_rows(str(path), ids_ST, None)
 
 
 def _safetensors(path: Path) -> list[np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+        tensors = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged or no safetensors file: {error}") from error
     except (KeyError, TypeError) as error:  # a dtype that NumPy lacks
         raise DataError(f"{path}: input_ids and lengths must be integers; {error}") from error
     if "input_ids" not in tensors:
         raise DataError(f"{path} has no tensor input_ids; it holds {', '.join(tensors) or 'nothing'}")
-    return _matrix_rows(path, tensors["input_ids"], tensors.get("lengths"))
+    return _matrix_rows(str(path), tensors["input_ids"], tensors.get("lengths"))
 
 
-def _matrix_rows(path: Path, ids_ST: np.ndarray, lengths_S: np.ndarray | None) -> list[np.ndarray]:
+def _matrix_rows(name: str, ids_ST: np.ndarray, lengths_S: np.ndarray | None) -> list[np.ndarray]:
     if ids_ST.ndim != 2 or ids_ST.dtype.kind not in "iu":
-        raise DataError(f"{path}: token ids must be integers [S, T], got {ids_ST.dtype} {list(ids_ST.shape)}")
+        raise DataError(f"{name}: token ids must be integers [S, T], got {ids_ST.dtype} {list(ids_ST.shape)}")
     S, T = ids_ST.shape
     lengths_S = np.full(S, T) if lengths_S is None else lengths_S
     if (
@@ -187,11 +250,11 @@ def _matrix_rows(path: Path, ids_ST: np.ndarray, lengths_S: np.ndarray | None) -
         or lengths_S.dtype.kind not in "iu"
         or (S and not (lengths_S.min() >= 0 and lengths_S.max() <= T))
     ):
-        raise DataError(f"{path}: lengths must be {S} whole numbers from 0 to {T}")
+        raise DataError(f"{name}: lengths must be {S} whole numbers from 0 to {T}")
     limits = np.iinfo(np.int32)
     rows = [row[:length] for row, length in zip(ids_ST, lengths_S, strict=True)]
     for number, row in enumerate(rows):
         if len(row) and (int(row.min()) < 0 or int(row.max()) > limits.max):
             wrong = row[(row < 0) | (row > limits.max)][0]
-            raise DataError(f"{path}, row {number} holds the token id {wrong}; ids are 0 to {limits.max}")
+            raise DataError(f"{name}, row {number} holds the token id {wrong}; ids are 0 to {limits.max}")
     return [row.astype(np.int32) for row in rows]

@@ -1,12 +1,11 @@
 """One short prompt, everything about it: a capture in memory, full attention maps, and the logit lens.
 
-This is the one place that writes T×T attention down, and only within a stated bound of memory.
+Its maps are the one place where T×T attention is written down, and only within a stated bound of memory.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,17 +13,17 @@ import xarray as xr
 from torch import Tensor
 
 from ..errors import PlanError
-from .data import open_tokenizer
-from .models.description import Description, Step
+from .data import make_dataset, model_tokenizer
 from .models.load import find_model
 from .models.model import LoopedModel
 from .models.starts import initial_state
-from .models.tap import Packed, Plain
+from .models.tap import Packed
 from .plan import Plan, make_plan
 from .probes.contraction import Contraction, contraction
 from .run import prepare_store
-from .settings import CaptureSettings, InspectSettings
+from .settings import CaptureSettings, DataSettings, InspectSettings, MeasureSettings, RunSettings
 from .store.reading.reader import open_store
+from .taps.maps import Maps
 from .worker import Worker
 
 LENS_TOKENS = 3  # how many of the likeliest next tokens are shown
@@ -86,28 +85,30 @@ def inspect_prompt(settings: InspectSettings) -> Inspection:
         PlanError: maps over `map_memory_gib`, or `contraction_recurrences` below 0.
     """
     with tempfile.TemporaryDirectory() as directory:
-        plan = _plan(settings, Path(directory))
+        plan = _plan(settings, Path(directory) / "prompt.zarr")
         _check_maps(plan, settings.map_memory_gib)
-        worker = Worker(plan.source, prepare_store(plan))
+        model = plan.load_model()
+        worker = Worker(model, prepare_store(plan))
         worker.run(0)
-        dataset = open_store(plan.settings.store).load()
-        tap = _Maps(plan.description, plan.dataset.num_tokens, worker.model.device)
+        dataset = open_store(plan.store).load()
+        tap = Maps(plan.description, plan.dataset.num_tokens, model.device)
         head_input_ND = worker.forward(0, tap)
-    tokenizer = open_tokenizer(plan.source.origin.tokenizer_path)
+    tokenizer = plan.dataset.tokenizer
+    assert tokenizer is not None
     with torch.inference_mode():
-        read = [worker.model.read_out(state_ND) for state_ND in tap.loop_states] or [head_input_ND[-1:]]
-    maps = (("depth", "head", "query", "key"), tap.maps.cpu().numpy())
+        read = [model.read_out(state_ND) for state_ND in tap.loop_states] or [head_input_ND[-1:]]
+    maps = (("depth", "head", "query", "key"), tap.maps_LHTT.cpu().numpy())
     return Inspection(
         dataset=dataset.assign(attention=maps),
         tokens=[tokenizer.decode([int(i)]) for i in plan.dataset.rows[0]],
-        lens=[_likeliest(worker.model, state_ND, tokenizer.decode) for state_ND in read],
-        contraction=_contraction(worker.model, plan, settings.contraction_recurrences),
+        lens=[_likeliest(model, state_ND, tokenizer.decode) for state_ND in read],
+        contraction=_contraction(model, plan, settings.contraction_recurrences),
     )
 
 
 def _contraction(model: LoopedModel, plan: Plan, recurrences: int) -> Contraction | None:
-    d, (row,), seed = plan.description, plan.dataset.rows, plan.settings.seed
-    if not (d.core and recurrences):
+    d, (row,), seed = plan.description, plan.dataset.rows, plan.settings.measure.seed
+    if not (d.only_loop and recurrences):
         return None
     batch = Packed(torch.from_numpy(row.astype("int64")).to(model.device), (len(row),))
     state_ND = initial_state(None, d, seed, [0], batch.lengths, None)
@@ -115,51 +116,28 @@ def _contraction(model: LoopedModel, plan: Plan, recurrences: int) -> Contractio
     return contraction(model, batch, state_ND, recurrences=recurrences)
 
 
-class _Maps(Plain):
-    """Keeps attention matrices and the last token's loop states."""
-
-    def __init__(self, description: Description, num_tokens: int, device: torch.device) -> None:
-        shape = (description.depth, description.num_heads, num_tokens, num_tokens)
-        self.maps = torch.empty(shape, device=device)
-        self.loop_states: list[Tensor] = []
-
-    def attention(
-        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
-    ) -> Tensor:
-        k_NHC = k_NKC.repeat_interleave(q_NHC.shape[1] // k_NKC.shape[1], dim=1)
-        scores_HTT = torch.einsum("thc,shc->hts", q_NHC.float(), k_NHC.float()) * scale
-        future_TT = torch.ones_like(scores_HTT[0], dtype=torch.bool).triu(1)
-        self.maps[step.depth] = scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1)
-        return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
-
-    def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
-        self.loop_states.append(state_ND[-1:])
-
-
-def _plan(settings: InspectSettings, directory: Path) -> Plan:
+def _plan(settings: InspectSettings, store: Path) -> Plan:
     if settings.contraction_recurrences < 0:
         given = settings.contraction_recurrences
         raise PlanError(f"contraction_recurrences must be at least 1, or 0 to leave it out, got {given}")
     if not settings.prompt:
         raise PlanError("the prompt is empty; give some text with --prompt")
-    data_path = directory / "prompt.jsonl"
-    data_path.write_text(json.dumps({"text": settings.prompt}) + "\n")
+    model = settings.model
+    source = find_model(model.model, model.loop, model.recurrences)
+    if (tokenizer := model_tokenizer(source)) is None:
+        raise PlanError(f"{model.model} has no tokenizer.json, so it cannot read a prompt")
+    dataset = make_dataset([settings.prompt], tokenizer)
     wanted = CaptureSettings(
-        model=settings.model,
-        data=data_path,
-        store=directory / "prompt.zarr",
-        loop=settings.loop,
-        recurrences=settings.recurrences,
-        states=("all",),
-        dtype=settings.dtype,
-        device=settings.device,
-        seed=settings.seed,
+        model=model,
+        data=DataSettings(data=Path("prompt")),
+        measure=MeasureSettings(
+            states=("all",),
+            seed=settings.seed,
+            unit_tokens=dataset.num_tokens,  # no empty slots
+        ),
+        run=RunSettings(store=store),
     )
-    source = find_model(settings.model, settings.loop, settings.recurrences)
-    if source.origin.tokenizer_path is None and not settings.model.startswith("random:"):
-        raise PlanError(f"{settings.model} has no tokenizer.json, so it cannot read a prompt")
-    num_tokens = make_plan(wanted, source).dataset.num_tokens
-    return make_plan(replace(wanted, unit_tokens=num_tokens), source)  # no empty slots
+    return make_plan(wanted, source, dataset)
 
 
 def _check_maps(plan: Plan, bound_gib: float) -> None:

@@ -3,29 +3,23 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from ..errors import PlanError, StoreLockedError
+from ..errors import NoRoomError, OtherPlanError, StoreLockedError, os_errors_named
 from .engines.drive import POLL_S
-from .engines.engine import open_engine
-from .engines.events import Event, UnitDone, UnitFailed
+from .engines.engine import open_engine, run_units
+from .engines.events import Event, RunBegan, UnitDone, UnitFailed
 from .plan import Plan
-from .probes.neurons import neurons_of
+from .plan_cost import disk_bytes
+from .probes.neurons import logit_moments, summarise
 from .store.care.repair import clean
-from .store.layout import create_store, plan_differences, store_exists
+from .store.layout import create_store, store_exists
 from .store.places.lock import driver_lock
 from .store.places.open import open_place
+from .store.plan import plan_differences
 from .store.writing.commit import Store
-
-
-@dataclass(frozen=True)
-class RunBegan:
-    """The store is there, and so is what the engine needs."""
-
-    num_units: int
-    num_done: int
-    """Before this run."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +41,37 @@ class Outcome:
         return not self.failures and not self.num_left
 
 
+def begun_store(plan: Plan) -> Store | None:
+    """Opens the plan's store; None where there is none yet.
+
+    Raises:
+        OtherPlanError: the store at the path belongs to another plan.
+        StoreExistsError: the path holds something else.
+    """
+    if not store_exists(plan.store):
+        return None
+    store = Store.open(plan.store)
+    if differences := plan_differences(store.document, plan.stored().to_json()):
+        raise OtherPlanError(
+            f"{plan.store} was begun with another plan; it differs in\n  "
+            + "\n  ".join(differences)
+            + "\ngo on with the old settings, or choose another --store"
+        )
+    return store
+
+
 def prepare_store(plan: Plan) -> Store:
     """Makes the plan's store, or opens it if it was begun before.
 
     Raises:
-        PlanError: the store at the path belongs to another plan, or the disk has too little room.
-        StoreExistsError: the path holds something else.
+        OtherPlanError, StoreExistsError: as `begun_store`; NoRoomError: the disk has too little room.
     """
-    path = plan.settings.store
-    document = plan.document()
-    if store_exists(path):
-        store = Store.open(path)
-        if differences := plan_differences(store.plan, document):
-            raise PlanError(
-                f"{path} was begun with another plan; it differs in\n  "
-                + "\n  ".join(differences)
-                + "\ngo on with the old settings, or choose another --store"
-            )
-        _check_disk(plan, len(store.todo()))
-        return store
-    _check_disk(plan, plan.slots.num_units)
-    if plan.settings.neurons:
-        document["model"]["neurons"] = neurons_of(plan)
-    create_store(path, plan=document, coordinates=plan.coordinates(), arrays=plan.arrays())
-    return Store.open(path)
+    return _checked_store(plan, begun_store(plan))
 
 
 def run_capture(
     plan: Plan,
-    on_event: Callable[[RunBegan | Event], None] = lambda _: None,
+    on_event: Callable[[Event], None] = lambda _: None,
     goes_on: Callable[[], bool] = lambda: True,
 ) -> Outcome:
     """Captures what is not yet in the store.
@@ -90,32 +86,54 @@ def run_capture(
     failures: list[UnitFailed] = []
     num_non_finite = 0
     with ExitStack() as stack:
-        path = plan.settings.store
-        has_work = not store_exists(path) or bool(Store.open(path).todo())
-        engine = stack.enter_context(open_engine(plan)) if has_work else None
-        store = prepare_store(plan)
-        lock = stack.enter_context(driver_lock(path))
+        begun = begun_store(plan)
+        has_work = begun is None or bool(begun.todo())
+        if has_work:
+            stack.enter_context(open_engine(plan))
+        store = _checked_store(plan, begun)
+        lock = stack.enter_context(driver_lock(plan.store))
         todo = store.todo()
-        clean(store)
+        with os_errors_named(store.place.address, "written"):
+            clean(store)
         on_event(RunBegan(store.num_units, store.num_units - len(todo)))
-        if todo and engine is not None:
-            for event in engine.run(store, todo, _watching(lambda: lock.held, store, goes_on)):
+        if todo and has_work:
+            for event in run_units(plan, store, todo, _watching(lambda: lock.held, store, goes_on)):
                 if isinstance(event, UnitFailed):
                     failures.append(event)
                 elif isinstance(event, UnitDone):
                     num_non_finite += event.receipt.num_non_finite
                 on_event(event)
         if not (left := store.todo()):
-            store.finish()
-            clean(store)
+            with os_errors_named(store.place.address, "written"):
+                store.finish()
+                clean(store)
     return Outcome(
-        path=path,
+        path=plan.store,
         num_units=store.num_units,
         num_resumed=store.num_units - len(todo),
         failures=tuple(failures),
         num_left=len(set(left) - {failure.unit for failure in failures}),
         num_non_finite=num_non_finite,
     )
+
+
+def _checked_store(plan: Plan, begun: Store | None) -> Store:
+    """The store that was begun, or a new one, where its disk has room for what is to do."""
+    _check_disk(plan, plan.slots.num_units if begun is None else len(begun.todo()))
+    if begun is not None:
+        return begun
+    stored = plan.stored()
+    if plan.settings.measure.neurons:
+        stored = replace(stored, model=replace(stored.model, neurons=neurons_of(plan)))
+    create_store(plan.store, plan=stored, coordinates=plan.coordinates(), arrays=plan.arrays())
+    return Store.open(plan.store)
+
+
+def neurons_of(plan: Plan) -> dict[str, Any]:
+    """What a plan records of its model's neurons: `summarise` of the weights in the type that they run in."""
+    run = plan.settings.run
+    is_run_here = run.engine == "local" and run.workers is None
+    return summarise(logit_moments(plan.source.load(plan.device if is_run_here else "cpu", plan.dtype)))
 
 
 def _watching(is_held: Callable[[], bool], store: Store, goes_on: Callable[[], bool]) -> Callable[[], bool]:
@@ -138,10 +156,10 @@ def _watching(is_held: Callable[[], bool], store: Store, goes_on: Callable[[], b
 
 def _check_disk(plan: Plan, num_todo: int) -> None:
     """Refuses before work begins; the estimate is of uncompressed arrays and so on the safe side."""
-    needed = plan.disk_bytes // plan.slots.num_units * num_todo
-    free = open_place(plan.settings.store).free_bytes()
+    needed = disk_bytes(plan) // plan.slots.num_units * num_todo
+    free = open_place(plan.store).free_bytes()
     if free is not None and needed > free:
-        raise PlanError(
-            f"{plan.settings.store} needs up to {needed / 2**20:,.1f} MiB and its disk has "
+        raise NoRoomError(
+            f"{plan.store} needs up to {needed / 2**20:,.1f} MiB and its disk has "
             f"{free / 2**20:,.1f} MiB free; choose fewer quantities, states or rows, or another disk"
         )

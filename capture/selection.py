@@ -5,69 +5,75 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .models.description import STAGES, Loop
+from ..errors import NoSuchDepthError, SelectionError
+from .models.schedule import STAGES, Schedule
 from .models.tap import Half
 
-_STATES = re.compile(r"(prelude|core|coda)(?:\[([^\]]*)\])?(?:@(.+))?")
+_STATES = re.compile(r"(\w+)(?:\[([^\]]*)\])?(?:@(.+))?")
 _RANGE = re.compile(r"(-?\d+)-(\d+)")
 
 
-def select_depths(states: Sequence[str], loop: Loop) -> tuple[int, ...]:
+def select_depths(states: Sequence[str], schedule: Schedule) -> tuple[int, ...]:
     """Depths named by selections such as `all`, `core[-1]@0,1,last`, `prelude[all]`, in order, each once.
 
     Args:
         states: selections, added together. Layers and recurrences are numbers, from the end if negative,
             ranges 0-3, `last` or `all`, with commas; both default to all.
     Raises:
-        ValueError: not of that form, or nothing in this model; says what there is.
+        SelectionError: not of that form, or nothing in this model; says what there is.
     """
-    steps = list(loop.steps())
+    steps = list(schedule.steps())
+    times = {loop.stage: loop.times for loop in schedule.loops}
     chosen: set[int] = set()
     for text in states:
         if text == "all":
             chosen.update(range(len(steps)))
             continue
-        if (match := _STATES.fullmatch(text)) is None:
-            raise ValueError(
+        match = _STATES.fullmatch(text)
+        if match is None or match[1] not in (*STAGES, *schedule.num_layers):
+            raise SelectionError(
                 f"states {text!r}: write all or STAGE[LAYERS]@RECURRENCES, for example core[-1]@0,1,last"
             )
         stage, layers, recurrences = match.groups()
-        num_layers = {name: getattr(loop, name) for name in STAGES}[stage]
-        if not num_layers:
-            raise ValueError(f"states {text!r}: {loop.notation} has no {stage}")
-        if recurrences is not None and stage != "core":
-            raise ValueError(f"states {text!r}: only the core has recurrences, the {stage} runs once")
+        if not (num_layers := schedule.num_layers.get(stage, 0)):
+            raise NoSuchDepthError(f"states {text!r}: {schedule.notation} has no {stage}")
+        if recurrences is not None and stage not in times:
+            looped = " and ".join(times) or "core"
+            have = "have" if len(times) > 1 else "has"
+            raise NoSuchDepthError(
+                f"states {text!r}: only the {looped} {have} recurrences, the {stage} runs once"
+            )
         wanted_layers = _numbers("all" if layers is None else layers, num_layers, f"layers of the {stage}")
-        wanted_recurrences = _numbers(recurrences or "all", loop.recurrences, "recurrences")
+        wanted_recurrences = _numbers(recurrences or "all", times.get(stage, 1), "recurrences")
         chosen.update(
             step.depth
             for step in steps
             if step.stage == stage
             and step.layer in wanted_layers
-            and (stage != "core" or step.recurrence in wanted_recurrences)
+            and (stage not in times or step.recurrence in wanted_recurrences)
         )
     return tuple(sorted(chosen))
 
 
-def select_halves(zero: Sequence[str], loop: Loop) -> frozenset[tuple[int, Half]]:
+def select_halves(zero: Sequence[str], schedule: Schedule) -> frozenset[tuple[int, Half]]:
     """Halves of block invocations, as (depth, half), named by selections such as `mlp:core[1]@0`.
 
     Raises:
-        ValueError: not of that form, or nothing in this model; says what there is.
+        SelectionError: not of that form, or nothing in this model; says what there is.
     """
     halves: dict[str, Half] = {"mlp": "mlp", "attention": "attention"}
     chosen: set[tuple[int, Half]] = set()
     for text in zero:
         half, colon, states = text.partition(":")
         if half not in halves or not colon:
-            raise ValueError(
+            raise SelectionError(
                 f"zero {text!r}: write mlp:STAGE[LAYERS]@RECURRENCES or attention:STAGE..., "
                 "for example mlp:core[1]"
             )
         try:
-            depths = select_depths([states], loop)
-        except ValueError as error:
-            raise ValueError(f"zero {text!r}: after the colon, {error}") from error
+            depths = select_depths([states], schedule)
+        except SelectionError as error:
+            raise type(error)(f"zero {text!r}: after the colon, {error}") from error
         chosen.update((depth, halves[half]) for depth in depths)
     return frozenset(chosen)
 
@@ -90,7 +96,7 @@ def select_tokens(tokens: str, seed: int, sequence_id: int, length: int) -> np.n
         # a key of its own, so that the sample is independent of the initial states' draw
         generator = np.random.Generator(np.random.Philox(key=[seed, sequence_id], counter=[0, 0, 0, 1]))
         return np.flatnonzero(generator.random(length) < share)
-    raise ValueError(
+    raise SelectionError(
         f"tokens {tokens!r}: choose all, last, every:NUMBER or sample:SHARE with a share above 0 up to 1"
     )
 
@@ -117,8 +123,8 @@ def _numbers(text: str, count: int, what: str) -> set[int]:
         elif re.fullmatch(r"-?\d+", item):
             first = last = int(item) + (count if int(item) < 0 else 0)
         else:
-            raise ValueError(f"{item!r} is no number, range, last or all among the {what}")
+            raise SelectionError(f"{item!r} is no number, range, last or all among the {what}")
         if not 0 <= first <= last < count:
-            raise ValueError(f"{item} is not among the {what}, which are 0 to {count - 1}")
+            raise NoSuchDepthError(f"{item} is not among the {what}, which are 0 to {count - 1}")
         chosen.update(range(first, last + 1))
     return chosen

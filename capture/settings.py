@@ -1,36 +1,71 @@
-"""What a user can set of a capture. The command line is made from this class, and the plan records it."""
+"""What a user can set. The command line is made from these classes.
 
-from dataclasses import dataclass
+A setting that several commands have is written once, in a part that they share; or, where a command has that
+one setting of a part, as a type with its help.
+"""
+
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 
+from ..errors import RequestError
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-# who does the work and how, which may differ each time that a capture is gone on with
-RUN_SETTINGS = ("engine", "workers", "ray_address", "unit_limit_s", "worker_wait_s")
+Device = Annotated[
+    str, tyro.conf.arg(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+]
+TextField = Annotated[
+    str, tyro.conf.arg(metavar="NAME", help="Field of each .jsonl line that holds the text.")
+]
+BatchTokens = Annotated[
+    int | None,
+    tyro.conf.arg(
+        metavar="TOKENS",
+        help="Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU.",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureSettings:
-    """Run a model over a dataset and record what happens inside its loop; the same command resumes."""
+class CheckpointSettings:
+    """The model, and how it runs."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Directory with config.json and safetensors, a Hub id such as ORG/NAME or ORG/NAME@REVISION, or a spec
     such as random:(0,12x32,0)I,norm=pre."""
-    data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """.jsonl (with --field), .txt (a document a line), token ids as .npy [S, T] or .safetensors."""
-    store: Annotated[str | Path, tyro.conf.arg(metavar="PATH")]
-    """Directory of the Zarr store to write or to go on with, or s3://bucket/prefix."""
-    field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
-    """Field of each .jsonl line that holds the text."""
-    limit: Annotated[int | None, tyro.conf.arg(metavar="ROWS")] = None
-    """Only the first so many rows of the data."""
+    dtype: Dtype = "auto"
+    """The model runs in this; auto is what its files hold."""
+    device: Device = "auto"
     loop: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LASTxTIMES")] = None
     """Repeat a window of a feedforward model's layers: first-lastxtimes, for example 10-19x8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(CheckpointSettings):
+    """The model, and how it runs."""
+
     recurrences: Annotated[int | None, tyro.conf.arg(metavar="TIMES")] = None
     """Passes through the core; the model's own number if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What the model reads."""
+
+    data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """.jsonl (with --field), .txt (a document a line), token ids as .npy [S, T] or .safetensors."""
+    field: TextField = "text"
+    limit: Annotated[int | None, tyro.conf.arg(metavar="ROWS")] = None
+    """Only the first so many rows of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """What is recorded, and what is changed in the model."""
+
     quantities: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = (
         "residual",
         "steps",
@@ -63,75 +98,110 @@ class CaptureSettings:
     neurons: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also tell prediction and suppression neurons of every block, from the weights alone, when the store is
     made."""
-    dtype: Dtype = "auto"
-    """The model runs in this; auto is what its files hold."""
-    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
-    """Of drawn initial states, replaced prelude outputs and token samples."""
+    """Seed of drawn initial states, replaced prelude outputs and token samples."""
     unit_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Token slots of one unit, which is committed as one; by default 4096 or the longest sequence."""
-    batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
-    """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""
+    batch_tokens: BatchTokens = None
     gap_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 2.0
     """Memory that kept states may take for the gaps and the lens, GiB; past it the loop is run twice instead.
     Maps of all pairs of blocks may take as much again, and past it fewer tokens run at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where it is kept, and who does the work, which may be others each time that a capture goes on."""
+
+    store: Annotated[str | Path, tyro.conf.arg(metavar="PATH")]
+    """Directory of the Zarr store to write or to go on with, or s3://bucket/prefix."""
     engine: Literal["local", "ray"] = "local"
     """Where workers run: on this machine, or in a Ray cluster, one on each GPU (on CPUs one on each node)."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="NUMBER")] = None
     """Most workers. With the local engine so many processes, a GPU each or a share of the cores; if not given
     one in this process. With Ray as many as there is room for, if not given."""
     ray_address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Of the Ray cluster; RAY_ADDRESS if not given, and without either a cluster on this machine alone."""
+    """Address of the Ray cluster; RAY_ADDRESS if not given, and without either a cluster on this machine
+    alone."""
     unit_limit_s: Annotated[float | None, tyro.conf.arg(metavar="SECONDS")] = None
     """A worker whose unit takes longer, in seconds, is killed; needs workers that are not in this process."""
     worker_wait_s: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0
     """How long, in seconds, to wait for a worker while a cluster has room for none."""
 
-    def check(self) -> None:
-        """Raises ValueError for a number out of its range.
 
-        Called by the plan: raised while the command line is parsed, the message would be buried in another.
+@dataclass(frozen=True, kw_only=True)
+class _OfParts:
+    """Settings in parts, which can also be given by name alone, as on a command line."""
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """Puts settings into the parts that have them.
+
+        Raises:
+            TypeError: there is no setting of such a name, or one without a default is not given.
         """
-        for name in ("limit", "recurrences", "unit_tokens", "batch_tokens", "sink_tokens", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
-        if not 0 <= self.gap_memory_gib < float("inf"):
-            raise ValueError(f"gap_memory_gib must be a number from 0, got {self.gap_memory_gib}")
-        for name in ("unit_limit_s", "worker_wait_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0 seconds, got {value}")
-        if self.engine != "ray" and self.ray_address is not None:
-            raise ValueError(f"ray_address {self.ray_address} is for --engine ray, which was not given")
-        if self.engine == "local" and self.workers is None and self.unit_limit_s is not None:
-            raise ValueError("unit_limit_s needs workers that can be killed: give --workers 1 or more")
+        parts = {}
+        for part in fields(cls):
+            if isinstance(kind := part.type, type) and is_dataclass(kind):
+                names = settings.keys() & {field.name for field in fields(kind)}
+                parts[part.name] = kind(**{name: settings.pop(name) for name in names})
+        return cls(**parts, **settings)
+
+    def but(self, **changes: Any) -> Self:
+        """The same settings with some of them changed; names and errors as in `of`."""
+        known: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            known |= vars(value) if is_dataclass(value) else {each.name: value}
+        return self.of(**(known | changes))
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectSettings:
+class CaptureSettings(_OfParts):
+    """Run a model over a dataset and record what happens inside its loop; the same command resumes."""
+
+    model: ModelSettings
+    data: DataSettings
+    measure: MeasureSettings = MeasureSettings()
+    run: RunSettings
+
+    def check(self) -> None:
+        """Checks every number's range.
+
+        Called by the plan: raised while the command line is parsed, the message would be buried in another.
+
+        Raises:
+            RequestError: a number is out of its range, or two settings exclude each other.
+        """
+        _check_counts(self.data, "limit")
+        _check_counts(self.model, "recurrences")
+        _check_counts(self.measure, "unit_tokens", "batch_tokens", "sink_tokens")
+        _check_counts(self.run, "workers")
+        measure, run = self.measure, self.run
+        if not 0 <= measure.seed < 2**63:
+            raise RequestError(f"seed must be from 0 to 2**63 - 1, got {measure.seed}")
+        if not 0 <= measure.gap_memory_gib < float("inf"):
+            raise RequestError(f"gap_memory_gib must be a number from 0, got {measure.gap_memory_gib}")
+        for name in ("unit_limit_s", "worker_wait_s"):
+            value = getattr(run, name)
+            if value is not None and not value > 0:
+                raise RequestError(f"{name} must be above 0 seconds, got {value}")
+        if run.engine != "ray" and run.ray_address is not None:
+            raise RequestError(f"ray_address {run.ray_address} is for --engine ray, which was not given")
+        if run.engine == "local" and run.workers is None and run.unit_limit_s is not None:
+            raise RequestError("unit_limit_s needs workers that can be killed: give --workers 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings(_OfParts):
     """Run one short prompt and look inside."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Directory with config.json and safetensors, a Hub id such as ORG/NAME or ORG/NAME@REVISION, or a spec
-    such as random:(0,12x32,0)I,norm=pre."""
+    model: ModelSettings
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
     """The text to run."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """HTML page with attention maps and the trajectory."""
-    loop: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LASTxTIMES")] = None
-    """Repeat a window of a feedforward model's layers."""
-    recurrences: Annotated[int | None, tyro.conf.arg(metavar="TIMES")] = None
-    """Passes through the core; the model's own number if not given."""
-    dtype: Dtype = "auto"
-    """The model runs in this; auto is what its files hold."""
-    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
-    """Of drawn initial states."""
+    """Seed of drawn initial states."""
     map_memory_gib: Annotated[float, tyro.conf.arg(metavar="GIB")] = 1.0
     """Most memory that attention maps may take, GiB; a prompt that needs more is refused."""
     contraction_recurrences: Annotated[int, tyro.conf.arg(metavar="TIMES")] = 128
@@ -140,34 +210,20 @@ class InspectSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthStudySettings:
+class DepthStudySettings(_OfParts):
     """Capture a checkpoint at many test-time recurrence counts and compare them; the same command goes on."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Directory with config.json and safetensors, a Hub id such as ORG/NAME or ORG/NAME@REVISION, or a spec
-    such as random:(0,12x32,0)I,norm=pre."""
-    data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """.jsonl (with --field), .txt (a document a line), token ids as .npy [S, T] or .safetensors."""
+    model: CheckpointSettings
+    data: DataSettings
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """For the stores, one a count, the tables, the figures and report.html."""
+    """Directory for the stores, one a count, the tables, the figures and report.html."""
     counts: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TIMES [TIMES ...]")] = ()
     """Recurrence counts, each once; powers of two up to four times the model's own if not given. The model's
-    own is always among them, as what the others are compared with."""
-    field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
-    """Field of each .jsonl line that holds the text."""
-    limit: Annotated[int | None, tyro.conf.arg(metavar="ROWS")] = None
-    """Only the first so many rows of the data."""
-    loop: Annotated[str | None, tyro.conf.arg(metavar="FIRST-LASTxTIMES")] = None
-    """Repeat a window of a feedforward model's layers; TIMES stands for the model's own count. x1 is the
-    feedforward model as it was trained."""
-    dtype: Dtype = "auto"
-    """The model runs in this; auto is what its files hold."""
-    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    own is always among them, as what the others are compared with. With --loop its TIMES is the model's own,
+    and x1 the feedforward model as it was trained."""
     seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
-    """Of drawn initial states, which are the same for every count."""
-    batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
-    """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""
+    """Seed of drawn initial states, which are the same for every count."""
+    batch_tokens: BatchTokens = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +231,7 @@ class ArchitectureStudySettings:
     """Capture randomly initialised loops of every combination; the same command goes on where it stopped."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """For the stores, one a combination and seed, the tables, the figures and report.html."""
+    """Directory for the stores, one a combination and seed, the tables, the figures and report.html."""
     norms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NORM [NORM ...]")] = ("pre", "huginn", "ouro")
     """Where norms stand: pre, huginn, ouro or olmo2. This and the next seven are the axes of the study, which
     is their product; defaults are those of the paper's section 4.2."""
@@ -195,17 +251,21 @@ class ArchitectureStudySettings:
     embedding_stds: Annotated[tuple[float, ...], tyro.conf.arg(metavar="STD [STD ...]")] = (1.0,)
     """Standard deviation of the embeddings."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = (0, 1, 2)
-    """Of the weights, and of the drawn initial states."""
+    """Seeds of the weights, and of the drawn initial states."""
     head_width: Annotated[int, tyro.conf.arg(metavar="CHANNELS")] = 64
     """Channels of an attention head, the same for every width; a smaller width has one head."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """.jsonl (with --field), .txt (a document a line), token ids as .npy [S, T] or .safetensors; prompts that
     come with looptap if not given."""
-    field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
-    """Field of each .jsonl line that holds the text."""
+    field: TextField = "text"
     limit: Annotated[int, tyro.conf.arg(metavar="ROWS")] = 4
     """Only the first so many rows of the data."""
-    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    batch_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
-    """Most tokens in one forward pass; by default 512 on a CPU and 16384 on a GPU."""
+    device: Device = "auto"
+    batch_tokens: BatchTokens = None
+
+
+def _check_counts(part: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and value < 1:
+            raise RequestError(f"{name} must be at least 1, got {value}")

@@ -8,10 +8,11 @@ give the same units.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from .models.description import STAGES, Step
+from .models.schedule import STAGES, Step
 from .store.layout import ArraySpec, Codec, Coordinate
 from .store.quantities import QUANTITIES
 
@@ -74,8 +75,8 @@ class Slots:
             return self.unit_tokens
         return max(1, *(sum(len(kept[row]) for row in unit) for unit in self.units))
 
-    def facts(self) -> dict[str, int | None]:
-        """What the plan in a store says of its layout."""
+    def facts(self) -> dict[str, Any]:
+        """What the plan in a store says of its layout: the fields of StoredPlan of these names."""
         return {
             "num_sequences": self.num_sequences,
             "num_tokens": sum(map(len, self.rows)),
@@ -124,7 +125,8 @@ def depth_coordinates(
     """Where each depth lies in the loop, which depths' states are kept (None: no states), and the second
     axis of pairs of depths if there are any.
     """
-    stages = {"flag_values": list(range(len(STAGES))), "flag_meanings": " ".join(STAGES)}
+    names = list(dict.fromkeys([*STAGES, *(step.stage for step in steps)]))
+    stages = {"flag_values": list(range(len(names))), "flag_meanings": " ".join(names)}
     texts = {
         "depth": "block invocation, in running order",
         "stage": "part of the model",
@@ -133,7 +135,7 @@ def depth_coordinates(
     }
     values = {
         "depth": np.arange(len(steps), dtype=np.int32),
-        "stage": np.array([STAGES.index(step.stage) for step in steps], np.int8),
+        "stage": np.array([names.index(step.stage) for step in steps], np.int8),
         "layer": np.array([step.layer for step in steps], np.int16),
         "recurrence": np.array([step.recurrence for step in steps], np.int16),
     }

@@ -11,10 +11,8 @@ import torch
 import zarr
 from torch import Tensor
 
-from .models.description import Description
 from .models.interventions import Interventions
-from .models.load import ModelSource
-from .models.model import PLAIN
+from .models.model import PLAIN, LoopedModel
 from .models.starts import StatesFile, initial_state, prelude_direction
 from .models.tap import Packed, Plain
 from .selection import select_halves
@@ -22,8 +20,9 @@ from .store.quantities import QUANTITIES
 from .store.writing.attempt import Attempt, begin_attempt
 from .store.writing.commit import Store
 from .store.writing.ring import Ring
+from .taps.non_finite import count_non_finite
 from .taps.state_stream import StateStream, make_ring
-from .taps.statistics import Buffers, LastStates, StateSink, StatesInMemory, Statistics
+from .taps.statistics import Buffers, LastStates, StateSink, Statistics
 from .versions import versions
 
 
@@ -45,20 +44,22 @@ class Worker:
     """Holds a model on a device and works for one store.
 
     Args:
+        model: what the store's plan is of, in its dtype, on the device that it is to run on.
         initial_states: where the plan reads them from a file.
     """
 
-    def __init__(self, source: ModelSource, store: Store, initial_states: StatesFile | None = None) -> None:
+    def __init__(self, model: LoopedModel, store: Store, initial_states: StatesFile | None = None) -> None:
         self._store = store
-        self._plan: dict[str, Any] = store.plan
-        self._settings: dict[str, Any] = store.plan["settings"]
-        self.model = source.load(self._settings["device"], self._settings["dtype"])
-        self._source = source
+        self._plan = store.plan
+        self._settings = settings = store.plan.settings
+        assert settings.batch_tokens is not None, "a capture's plan says how many tokens run at once"
+        self._batch_tokens = settings.batch_tokens
+        self.model = model
         self._initial_states = initial_states
-        self._zeroed = select_halves(self._settings["zero"], source.description)
+        self._zeroed = select_halves(self._settings.zero, model.description)
         self._group = store.group()
         self._ring: Ring | None = None  # made for the first unit, and used for all
-        has_states = "state" in self._settings["quantities"]
+        has_states = "state" in self._settings.quantities
         self._state_depths: list[int] = (
             np.asarray(self._array("state_depth")[:]).tolist() if has_states else []
         )
@@ -79,7 +80,7 @@ class Worker:
         stream = self._open_stream(attempt)
         try:
             values = self._measure(unit, sequences, stream)
-            non_finite = _count_non_finite(values, num_tokens, len(sequences), self._source.description)
+            non_finite = self._count_non_finite(values, num_tokens, len(sequences))
             if stream is not None and (count := stream.finish()):
                 non_finite["state"] = count
         finally:
@@ -97,32 +98,18 @@ class Worker:
         receipt["seconds"] = time.perf_counter() - started_s
         return attempt.commit(receipt)
 
-    def measure(self, unit: int) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Runs one unit and returns what was measured and the states, without touching the store; for
-        benchmarks.
-        """
-        sequences, states = self._sequences(unit), None
-        if self._state_depths:
-            shape = (
-                len(self._state_depths),
-                len(self._state_slots(unit, sequences)),
-                self._source.description.width,
-            )
-            states = StatesInMemory(torch.empty(shape, dtype=self.model.dtype, device=self.model.device))
-        values = self._measure(unit, sequences, states)
-        return values, None if states is None else states.state_LKD
-
     @torch.inference_mode()
     def forward(self, unit: int, tap: Plain = PLAIN) -> Tensor:
         """Runs one unit's batches through another tap; returns what the head would read of the last one."""
         head_input_ND = torch.empty(0)
-        for batch in _batches(self._sequences(unit), self._settings["batch_tokens"]):
+        for batch in _batches(self._sequences(unit), self._batch_tokens):
             inputs = self._inputs(batch)
-            head_input_ND = self.model(inputs.packed, tap, inputs.initial_state_ND, inputs.interventions)
+            changed_tap = inputs.interventions.around(tap)
+            head_input_ND = self.model(inputs.packed, changed_tap, inputs.initial_state_ND)
         return head_input_ND
 
     def _sequences(self, unit: int) -> list[_Sequence]:
-        C, Q = self._plan["unit_tokens"], self._plan["unit_sequences"]
+        C, Q = self._plan.unit_tokens, self._plan.unit_sequences
         here = slice(unit * Q, (unit + 1) * Q)
         ids = np.asarray(self._array("token_id")[unit * C : (unit + 1) * C])
         columns = (np.asarray(self._array(f"sequence_{name}")[here]) for name in ("id", "start", "length"))
@@ -142,22 +129,22 @@ class Worker:
 
     @torch.inference_mode()
     def _measure(self, unit: int, sequences: list[_Sequence], states: StateSink | None) -> dict[str, Tensor]:
-        d, device = self._source.description, self.model.device
+        d, device = self.model.description, self.model.device
         sizes = {
-            "token": self._plan["unit_tokens"],
-            "sequence": self._plan["unit_sequences"],
+            "token": self._plan.unit_tokens,
+            "sequence": self._plan.unit_sequences,
             "depth": d.depth,
             "depth_other": d.depth,
             "recurrence": d.recurrences,
             "head": d.num_heads,
         }
         values = {
-            name: _undefined(name, sizes, device) for name in self._settings["quantities"] if name != "state"
+            name: _undefined(name, sizes, device) for name in self._settings.quantities if name != "state"
         }
-        keeps_some = states is not None and self._plan["num_state_rows"] is not None
+        keeps_some = states is not None and self._plan.num_state_rows is not None
         state_slots = self._state_slots(unit, sequences) if keeps_some else np.empty(0, np.int64)
         first_sequence = 0
-        for batch in _batches(sequences, self._settings["batch_tokens"]):
+        for batch in _batches(sequences, self._batch_tokens):
             start, end = batch[0].start, batch[-1].start + len(batch[-1].token_ids)
             rows = {
                 "token": slice(start, end),
@@ -173,43 +160,57 @@ class Worker:
         return values
 
     def _measure_batch(self, batch: list[_Sequence], buffers: Buffers) -> None:
-        d = self._source.description
+        d = self.model.description
         packed, initial_ND, interventions = self._inputs(batch)
         first_run = None
-        if self._plan["gap_method"] == "run twice":
+        if self._plan.gap_method == "run twice":
             is_measured = any(name.startswith("attention_") for name in buffers.values)
             first_run = LastStates(
                 d, measures_attention=is_measured, keeps_patterns="attention_gap" in buffers.values
             )
-            self.model(packed, first_run, initial_ND, interventions)
+            self.model(packed, interventions.around(first_run), initial_ND)
         tap = Statistics(
             d,
             buffers,
-            sink_tokens=self._settings["sink_tokens"],
+            sink_tokens=self._settings.sink_tokens,
             state_depths=self._state_depths,
             last=first_run,
             model=self.model,
         )
-        self.model(packed, tap, initial_ND, interventions)
+        self.model(packed, interventions.around(tap), initial_ND)
 
     def _inputs(self, batch: list[_Sequence]) -> _Inputs:
-        d, device, settings = self._source.description, self.model.device, self._settings
+        d, device, settings = self.model.description, self.model.device, self._settings
         token_id_N = torch.from_numpy(
             np.concatenate([sequence.token_ids for sequence in batch]).astype(np.int64)
         )
         lengths = tuple(len(sequence.token_ids) for sequence in batch)
-        ids, seed = [sequence.sequence_id for sequence in batch], settings["seed"]
-        state_ND = initial_state(settings["initial_state"], d, seed, ids, lengths, self._initial_states)
-        direction_ND = prelude_direction(settings["prelude_output"], seed, ids, lengths, d.width)
+        ids, seed = [sequence.sequence_id for sequence in batch], settings.seed
+        # the plan names a file by its hash, and the worker was handed it
+        wanted = settings.initial_state if isinstance(settings.initial_state, str) else None
+        state_ND = initial_state(wanted, d, seed, ids, lengths, self._initial_states)
+        direction_ND = prelude_direction(settings.prelude_output, seed, ids, lengths, d.width)
         return _Inputs(
             Packed(token_id_N.to(device), lengths),
             None if state_ND is None else state_ND.to(device),
             Interventions(self._zeroed, None if direction_ND is None else direction_ND.to(device)),
         )
 
+    def _count_non_finite(
+        self, values: dict[str, Tensor], num_tokens: int, num_sequences: int
+    ) -> dict[str, int]:
+        """By quantity, where there are any."""
+        sizes = {"token": num_tokens, "sequence": num_sequences}
+        filled = {name: value[:, : sizes[QUANTITIES[name].axes[0]]] for name, value in values.items()}
+        counts = {
+            name: count_non_finite(name, value.movedim(0, 1), self.model.description.steps())
+            for name, value in filled.items()
+        }
+        return {name: count for name, count in counts.items() if count}
+
     def _state_slots(self, unit: int, sequences: list[_Sequence]) -> np.ndarray:
         """Slots inside the unit whose states are kept, in order."""
-        rows, C = self._plan["num_state_rows"], self._plan["unit_tokens"]
+        rows, C = self._plan.num_state_rows, self._plan.unit_tokens
         if rows is None:
             return np.arange(sum(len(sequence.token_ids) for sequence in sequences))
         slots = np.asarray(self._array("state_token")[unit * rows : (unit + 1) * rows])
@@ -244,20 +245,3 @@ def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Se
         batch.append(sequence)
         used += len(sequence.token_ids)
     yield batch
-
-
-def _count_non_finite(
-    values: dict[str, Tensor], num_tokens: int, num_sequences: int, description: Description
-) -> dict[str, int]:
-    """Infinite or undefined values where a number is due, by quantity."""
-    counts = {}
-    for name, value in values.items():
-        if not value.is_floating_point():
-            continue
-        quantity = QUANTITIES[name]
-        filled = value[:, : num_sequences if quantity.axes[0] == "sequence" else num_tokens]
-        if quantity.axes[1] == "depth":
-            due = [s.depth for s in description.steps() if s.recurrence >= quantity.first_recurrence]
-            filled = filled[due]
-        counts[name] = int((~filled.isfinite()).sum())
-    return {name: count for name, count in counts.items() if count}

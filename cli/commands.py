@@ -3,14 +3,17 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from tyro.extras import SubcommandApp
 
+from .. import __version__
 from ..benchmarks.bench_settings import (
     AnalysisBench,
     CaptureBench,
@@ -26,6 +29,7 @@ from ..capture.settings import (
     DepthStudySettings,
     InspectSettings,
 )
+from ..errors import FULL, UserError
 
 # by subcommand: its settings and what it does; `bench_NAME` of `benchmarks/bench_NAME.py` runs it
 BENCHMARKS: dict[str, tuple[type, str]] = {
@@ -38,10 +42,14 @@ BENCHMARKS: dict[str, tuple[type, str]] = {
     "watch": (WatchBench, "Compare a watched transformers model with our own, in values and in cost."),
 }
 
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
+
 app = SubcommandApp()
 bench = SubcommandApp()
 study = SubcommandApp()
 
+Settings = TypeVar("Settings")
+Flat = OmitArgPrefixes[Annotated[Settings, arg(name="")]]  # parts are groups of options, and in no name
 # text, as a URL does not survive a Path
 StorePath = Annotated[str, Positional, arg(metavar="STORE", help="A store made by looptap capture.")]
 StorePaths = Annotated[
@@ -50,7 +58,7 @@ StorePaths = Annotated[
 
 
 @app.command
-def capture(settings: OmitArgPrefixes[CaptureSettings]) -> int:
+def capture(settings: Flat[CaptureSettings]) -> int:
     """Run a model over a dataset and record what happens inside its loop.
 
     The same command continues a capture that was stopped or killed.
@@ -64,7 +72,7 @@ def capture(settings: OmitArgPrefixes[CaptureSettings]) -> int:
 @app.command
 def status(store: StorePath) -> int:
     """Say how far a capture is, what failed, and who is at work on it."""
-    from ..capture.store.care.verify import store_status
+    from ..capture.store.care.status import store_status
     from .tables import print_status
 
     print_status(store, store_status(store))
@@ -112,13 +120,12 @@ def info(
     """
     from .tables import print_model, print_neurons, print_store
 
-    if target.startswith("s3://") or (Path(target) / ".looptap").is_dir():
+    if target.startswith("s3://") or os.path.isdir(os.path.join(target, ".looptap")):
         print_store(target)
         if neurons:
-            from ..capture.store.reading.recorded_neurons import recorded_neurons
             from ..capture.store.writing.commit import Store
 
-            print_neurons(recorded_neurons(Store.open(target).plan))
+            print_neurons(Store.open(target).plan.recorded_neurons())
         return 0
     from ..capture.models.load import find_model
 
@@ -169,7 +176,7 @@ def report(
 
 
 @app.command
-def inspect(settings: OmitArgPrefixes[InspectSettings]) -> int:
+def inspect(settings: Flat[InspectSettings]) -> int:
     """Run one prompt: its way through the loop, and attention maps with --out."""
     from ..capture.prompt import inspect_prompt
     from .tables import print_inspection
@@ -214,7 +221,7 @@ app.command(study, name="study", help="Run many captures that answer one questio
 
 
 @study.command(name="architecture")
-def study_architecture(settings: OmitArgPrefixes[ArchitectureStudySettings]) -> int:
+def study_architecture(settings: Flat[ArchitectureStudySettings]) -> int:
     """Capture randomly initialised loops of many kinds, and say which converge.
 
     The grid is the paper's if nothing is given.
@@ -234,7 +241,7 @@ def study_architecture(settings: OmitArgPrefixes[ArchitectureStudySettings]) -> 
 
 
 @study.command(name="depth")
-def study_depth(settings: OmitArgPrefixes[DepthStudySettings]) -> int:
+def study_depth(settings: Flat[DepthStudySettings]) -> int:
     """Capture one checkpoint at many recurrence counts, and compare what comes of it.
 
     The same command continues a study that was stopped or killed.
@@ -272,11 +279,20 @@ for _name, (_settings_class, _line) in BENCHMARKS.items():
 def main() -> None:
     """Run the command line.
 
-    A user's mistake ends in one message and exit code 2, an unfinished capture in 1, Ctrl-C in 130.
+    What a user can act on ends in one message and exit code 2, an unfinished capture in 1, Ctrl-C in 130, a
+    fault of looptap in its traceback and 70.
     """
     started_s = time.perf_counter()
     try:
-        code = app.cli(prog="looptap", description="Activation capture for looped language models.")
+        if sys.argv[1:] == ["--version"]:
+            print(f"looptap {__version__}")
+            code = 0
+        else:
+            code = app.cli(
+                prog="looptap",
+                description="Activation capture for looped language models. looptap --version says which "
+                "looptap this is.",
+            )
         sys.stdout.flush()
     except KeyboardInterrupt:
         after = time.perf_counter() - started_s
@@ -286,9 +302,42 @@ def main() -> None:
         )
         code = 130
     except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it leaves
+        _leave_stdout()
         code = 1
-    except (ValueError, OSError) as error:
+    except UserError as error:
         print(f"looptap: {error}", file=sys.stderr)
         code = 2
+    except OSError as error:
+        code = _full_disk(error) if error.errno in FULL else _fault()
+    except Exception:
+        code = _fault()
     sys.exit(code)
+
+
+def _full_disk(error: OSError) -> int:
+    """Says that there is no room for what no door names: standard output and temporary files."""
+    where = error.filename or "standard output or temporary files"
+    print(
+        f"looptap: no room left for {where} ({error.strerror}): make room and run it again", file=sys.stderr
+    )
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _leave_stdout()
+    return 2
+
+
+def _fault() -> int:
+    """Shows the error that is being handled as a fault of looptap."""
+    traceback.print_exc()
+    print(
+        "looptap: this is a fault of looptap, not of what it was given: please report it with the lines "
+        f"above and the command (version {version('looptap')})",
+        file=sys.stderr,
+    )
+    return EXIT_FAULT
+
+
+def _leave_stdout() -> None:
+    """Has what is left in its buffer go nowhere, or Python complains as it leaves."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,7 +20,7 @@ def capture_demo(out_dir: Path) -> list[Path]:
     with as_file(files("looptap.capture.studies") / "demo_prompts.jsonl") as prompts:
         for name, model in MODELS.items():
             stores.append(out_dir / f"{name}.zarr")
-            settings = CaptureSettings(
+            settings = CaptureSettings.of(
                 model=model,
                 data=prompts,
                 store=stores[-1],

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from ..capture.engines.events import (
     Event,
+    RunBegan,
     SlowUnit,
     UnitDone,
     UnitFailed,
@@ -24,7 +25,8 @@ from ..capture.engines.events import (
     WorkerRefused,
 )
 from ..capture.plan import Plan
-from ..capture.run import Outcome, RunBegan, run_capture
+from ..capture.plan_cost import disk_bytes, memory_bytes
+from ..capture.run import Outcome, run_capture
 from .tables import make_console, to_size
 
 console = make_console(stderr=True)
@@ -39,7 +41,7 @@ def print_plan(plan: Plan) -> None:
         "model",
         f"{plan.source.title}  {d.notation}, {d.block.norm} norms, {plan.dtype} on {plan.device}",
     )
-    empty = plan.dataset.identity["num_empty_rows"]
+    empty = plan.dataset.identity.num_empty_rows
     table.add_row(
         "data",
         f"{plan.slots.num_sequences} sequences, {plan.dataset.num_tokens} tokens"
@@ -51,16 +53,16 @@ def print_plan(plan: Plan) -> None:
         f"{d.depth} block invocations a token",
     )
     table.add_row("quantities", ", ".join(plan.quantities))
-    if plan.settings.neurons:
+    if plan.settings.measure.neurons:
         table.add_row("neurons", f"of {d.num_blocks} blocks are told from the weights when the store is made")
-    table.add_row("disk", f"up to {to_size(plan.disk_bytes)} in {plan.settings.store}")
+    table.add_row("disk", f"up to {to_size(disk_bytes(plan))} in {plan.store}")
     gaps = {
         None: "",
         "keep states": f"; keeps {to_size(plan.kept_bytes)} until the last recurrence",
         "run twice": f"; runs the loop twice, for keeping what it leaves would take "
         f"{to_size(plan.kept_bytes)}",
     }[plan.gap_method]
-    table.add_row("memory", f"about {to_size(plan.memory_bytes)}{gaps}")
+    table.add_row("memory", f"about {to_size(memory_bytes(plan))}{gaps}")
     console.print(table)
 
 
@@ -77,7 +79,7 @@ class UnitBar:
         self._num_units = self._num_before = self._num_done = self._num_said = 0
         self._num_tokens = self._num_bytes = self._num_failed = self._num_workers = 0
 
-    def __call__(self, event: RunBegan | Event) -> None:
+    def __call__(self, event: Event) -> None:
         match event:
             case RunBegan():
                 self._began_s = self._said_s = time.monotonic()
@@ -147,7 +149,7 @@ def unit_bar() -> Iterator[UnitBar]:
         yield UnitBar(progress)
 
 
-def _to_line(event: RunBegan | Event) -> str | None:
+def _to_line(event: Event) -> str | None:
     match event:
         case WorkerLost(worker=worker, where=where, why=why, unit=unit):
             during = "" if unit is None else f" in unit {unit}"
@@ -226,7 +228,7 @@ def run_with_progress(plan: Plan) -> Outcome:
     started_s = time.perf_counter()
     with Halt() as halt, unit_bar() as bar:
 
-        def on_event(event: RunBegan | Event) -> None:
+        def on_event(event: Event) -> None:
             halt.may_be_in_flight |= isinstance(event, WorkerJoined)
             bar(event)
 

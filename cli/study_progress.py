@@ -5,17 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from ..capture.engines.events import Event, UnitFailed, WorkerJoined
-from ..capture.models.starts import initial_state
-from ..capture.models.tap import Packed
 from ..capture.plan import Plan
-from ..capture.run import Outcome, RunBegan, run_capture
+from ..capture.plan_cost import disk_bytes, memory_bytes
+from ..capture.run import Outcome, run_capture
 from ..capture.store.layout import store_exists
 from ..capture.store.writing.commit import Store
+from ..capture.studies.estimate import expected_seconds
 from .progress import LINE_S, Halt, console
 from .tables import to_size
 
@@ -33,7 +32,7 @@ def run_all_with_progress(plans: Sequence[Plan]) -> list[Outcome]:
     outcomes = []
     with Halt() as halt, _study_bar(len(plans), expected_s) as bar:
 
-        def on_event(event: RunBegan | Event) -> None:
+        def on_event(event: Event) -> None:
             halt.may_be_in_flight |= isinstance(event, WorkerJoined)
             if isinstance(event, UnitFailed):
                 console.print(f"unit {event.unit} failed three times:\n{event.error}")
@@ -64,7 +63,7 @@ class _StudyBar:
         self._show(to_title(plan))
 
     def end(self, plan: Plan) -> None:
-        expected_s = self._expected_s.get(str(plan.settings.store))
+        expected_s = self._expected_s.get(str(plan.store))
         if expected_s is None:  # it was there before
             return
         self._num_done += 1
@@ -102,11 +101,11 @@ def _study_bar(num_captures: int, expected_s: dict[str, float]) -> Iterator[_Stu
 
 def to_title(plan: Plan) -> str:
     """A capture in a few characters: its store's name."""
-    return str(plan.settings.store).rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr")
+    return str(plan.store).rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr")
 
 
 def _is_done(plan: Plan) -> bool:
-    path = plan.settings.store
+    path = plan.store
     return store_exists(path) and not Store.open(path).todo()
 
 
@@ -118,39 +117,9 @@ def _print_plans(plans: Sequence[Plan], todo: Sequence[Plan], seconds: float) ->
     table.add_row("each", f"{plans[0].slots.num_sequences} sequences, {dataset.num_tokens} tokens")
     if todo:
         table.add_row("time", f"at least {to_duration(seconds)} on {todo[0].device}")
-        table.add_row("disk", f"up to {to_size(sum(plan.disk_bytes for plan in todo))}")
-        table.add_row("memory", f"about {to_size(max(plan.memory_bytes for plan in todo))}")
+        table.add_row("disk", f"up to {to_size(sum(disk_bytes(plan) for plan in todo))}")
+        table.add_row("memory", f"about {to_size(max(memory_bytes(plan) for plan in todo))}")
     console.print(table)
-
-
-def expected_seconds(plans: Sequence[Plan]) -> dict[str, float]:
-    """What captures take at least, by their store: the time of a block, one for each width, times its
-    invocations. What is measured in a capture comes on top.
-    """
-    block_s: dict[int, float] = {}
-    for plan in plans:
-        if plan.description.width not in block_s:
-            block_s[plan.description.width] = _time_a_block(plan)
-    return {
-        str(plan.settings.store): block_s[plan.description.width] * plan.description.depth for plan in plans
-    }
-
-
-@torch.inference_mode()
-def _time_a_block(plan: Plan) -> float:
-    """Seconds of one block over the longest sequence, the better of two recurrences, for all the data."""
-    d = plan.description.with_recurrences(1)
-    model = plan.source.origin.load(d, plan.device, torch.float32)
-    index, row = max(enumerate(plan.dataset.rows), key=lambda pair: len(pair[1]))
-    ids_N = torch.as_tensor(row, dtype=torch.int64, device=plan.device)
-    batch = Packed(ids_N, (len(row),))
-    state_ND = initial_state(None, d, plan.settings.seed, [index], batch.lengths, None)
-    best_s = float("inf")
-    for _ in range(2):
-        started_s = time.perf_counter()
-        model(batch, initial_state_ND=state_ND).sum().item()  # waits for the device
-        best_s = min(best_s, time.perf_counter() - started_s)
-    return best_s / d.core * plan.dataset.num_tokens / len(row)
 
 
 def to_duration(seconds: float) -> str:

@@ -3,23 +3,23 @@
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from ..capture.models.description import Description
-    from ..capture.models.load import ModelSource
-    from ..capture.probes.contraction import Contraction
-    from ..capture.prompt import Inspection
-    from ..capture.store.care.repair import Repair
-    from ..capture.store.care.verify import Report
-
-
-# of the norm, and of machine epsilons, as the report's verdict on convergence has them
-SETTLED_STEP = 1e-3
-ROUNDING_STEPS = 4
+from ..analysis.thresholds import CONVERGED_STEP, rounding_step
+from ..capture.models.description import Description
+from ..capture.models.load import ModelSource
+from ..capture.plan import absent_quantities
+from ..capture.probes.contraction import Contraction
+from ..capture.prompt import Inspection
+from ..capture.store.care.repair import Repair
+from ..capture.store.care.status import StoreStatus
+from ..capture.store.care.verify import Report
+from ..capture.store.plan import StoredSettings, plan_of
+from ..capture.store.quantities import QUANTITIES
+from ..capture.store.writing.commit import Store
 
 
 def make_console(stderr: bool) -> Console:
@@ -33,30 +33,28 @@ def make_console(stderr: bool) -> Console:
 console = make_console(stderr=False)
 
 
-def print_status(path: str | Path, status: dict[str, Any]) -> None:
+def print_status(path: str | Path, status: StoreStatus) -> None:
     """What `store_status` found."""
-    done, total = status["units_done"], status["units_total"]
     table = Table.grid(padding=(0, 2))
-    table.add_row("units", f"{done} of {total}" + (", complete" if status["complete"] else ""))
-    table.add_row("captured", f"{status['num_sequences']} sequences, {status['num_tokens']} tokens")
-    table.add_row("on disk", to_size(status["num_bytes"]))
-    table.add_row(
-        "time", f"{status['seconds']:.1f} s of work; last commit {status['last_commit'] or 'never'}"
-    )
-    if status["num_non_finite"]:
-        table.add_row("non-finite", f"{status['num_non_finite']} values are infinite or undefined")
-    driver = status["driver"]
-    table.add_row("at work", f"process {driver['pid']} on {driver['host']}" if driver else "nobody")
-    failed = [failure for failure in status["failures"] if not failure["done"]]
-    if mended := len(status["failures"]) - len(failed):
+    done = f"{status.units_done} of {status.units_total}"
+    table.add_row("units", done + (", complete" if status.complete else ""))
+    table.add_row("captured", f"{status.num_sequences} sequences, {status.num_tokens} tokens")
+    table.add_row("on disk", to_size(status.num_bytes))
+    table.add_row("time", f"{status.seconds:.1f} s of work; last commit {status.last_commit or 'never'}")
+    if status.num_non_finite:
+        table.add_row("non-finite", f"{status.num_non_finite} values are infinite or undefined")
+    driver = status.driver
+    table.add_row("at work", f"process {driver.pid} on {driver.host}" if driver else "nobody")
+    failed = [failure for failure in status.failures if not failure.done]
+    if mended := len(status.failures) - len(failed):
         table.add_row("mended", f"{mended} failed attempts at units that are done by now")
     for failure in failed:
-        table.add_row("failed", f"unit {failure['unit']}, attempt {failure['attempt']}: {failure['error']}")
+        table.add_row("failed", f"unit {failure.unit}, attempt {failure.attempt}: {failure.error}")
     console.print(str(path))
     console.print(table)
 
 
-def print_verified(report: "Report") -> None:
+def print_verified(report: Report) -> None:
     """What `verify_store` found."""
     done, missing = len(report.units_done), len(report.units_missing)
     console.print(
@@ -78,7 +76,7 @@ def print_verified(report: "Report") -> None:
     )
 
 
-def print_repaired(repair: "Repair") -> None:
+def print_repaired(repair: Repair) -> None:
     """What `repair_store` did, and what is left to do."""
     console.print(f"{repair.path}: {len(repair.problems)} problems")
     for problem in repair.problems:
@@ -108,22 +106,21 @@ def print_repaired(repair: "Repair") -> None:
 
 def print_store(path: str | Path) -> None:
     """The plan that a store was made from."""
-    from ..capture.store.writing.commit import Store
-
     plan = Store.open(path).plan
-    model, data, settings = plan["model"], plan["data"], plan["settings"]
+    model, data, settings = plan.model, plan.data, plan.settings
     table = Table.grid(padding=(0, 2))
-    table.add_row("model", f"{model['name']}  {model['notation']}, {model['norm']} norms, {plan['dtype']}")
-    table.add_row("weights", f"{model['num_parameters']} parameters, sha256 {model['weights_sha256'][:16]}…")
-    table.add_row("data", f"{data['name']}, {plan['num_sequences']} sequences, {plan['num_tokens']} tokens")
-    table.add_row("units", f"{plan['num_units']} of {plan['unit_tokens']} token slots")
-    table.add_row("quantities", ", ".join(settings["quantities"]))
-    if settings["states"]:
-        table.add_row("states", f"{' '.join(settings['states'])} of tokens {settings['tokens']}")
+    table.add_row("model", f"{model.name}  {model.notation}, {model.norm} norms, {plan.dtype}")
+    weights = "unknown" if model.weights_sha256 is None else f"{model.weights_sha256[:16]}…"
+    table.add_row("weights", f"{model.num_parameters} parameters, sha256 {weights}")
+    table.add_row("data", f"{data.name}, {plan.num_sequences} sequences, {plan.num_tokens} tokens")
+    table.add_row("units", f"{plan.num_units} of {plan.unit_tokens} token slots")
+    table.add_row("quantities", ", ".join(settings.quantities))
+    if settings.states:
+        table.add_row("states", f"{' '.join(settings.states)} of tokens {settings.tokens}")
     if changed := _interventions(settings):
         table.add_row("changed", "; ".join(changed))
     table.add_row(
-        "made", f"{plan['created']}, looptap {plan['versions']['looptap']}, torch {plan['versions']['torch']}"
+        "made", f"{plan.created}, looptap {plan.versions['looptap']}, torch {plan.versions['torch']}"
     )
     console.print(str(path))
     console.print(table)
@@ -147,7 +144,7 @@ def print_neurons(found: dict[str, Any]) -> None:
     )
 
 
-def _start(d: "Description") -> str:
+def _start(d: Description) -> str:
     """What the loop starts from, in words."""
     if not d.core:
         return "no loop"
@@ -157,11 +154,8 @@ def _start(d: "Description") -> str:
     return f"it starts from a draw of std {d.initial_std:.3g}{cut}, per sequence and position"
 
 
-def print_model(source: "ModelSource") -> None:
+def print_model(source: ModelSource) -> None:
     """A model's loop and sizes, and what a token of it takes in a store."""
-    from ..capture.plan import absent_quantities
-    from ..capture.store.quantities import QUANTITIES
-
     d = source.description
     itemsize = source.origin.dtype.itemsize
     absent = absent_quantities(d)
@@ -205,22 +199,22 @@ def print_model(source: "ModelSource") -> None:
     console.print(volume)
 
 
-def _interventions(settings: dict[str, Any]) -> list[str]:
+def _interventions(settings: StoredSettings) -> list[str]:
     """What a capture did otherwise than the model says."""
     found = []
-    if (start := settings["initial_state"]) is not None:
+    if (start := settings.initial_state) is not None:
         found.append(f"initial state {start['file'] if isinstance(start, dict) else start}")
-    if settings["prelude_output"] != "model":
-        found.append(f"prelude output {settings['prelude_output']}")
-    if settings["zero"]:
-        found.append(f"zero {' '.join(settings['zero'])}")
+    if settings.prelude_output != "model":
+        found.append(f"prelude output {settings.prelude_output}")
+    if settings.zero:
+        found.append(f"zero {' '.join(settings.zero)}")
     return found
 
 
-def print_inspection(inspection: "Inspection") -> None:
+def print_inspection(inspection: Inspection) -> None:
     """The last token's way through the loop, a row a recurrence."""
     console.print(
-        f"{inspection.dataset.plan['model']['name']}, {len(inspection.tokens)} tokens, "
+        f"{plan_of(inspection.dataset).model.name}, {len(inspection.tokens)} tokens, "
         f"the last of them {inspection.tokens[-1]!r}"
     )
     gate = ["exit"] if "exit_probability" in inspection.dataset else []
@@ -244,7 +238,7 @@ def print_inspection(inspection: "Inspection") -> None:
         _print_contraction(inspection.contraction, inspection.tokens)
 
 
-def _print_contraction(found: "Contraction", tokens: list[str]) -> None:
+def _print_contraction(found: Contraction, tokens: list[str]) -> None:
     """The factor of the whole prompt, how tokens spread around it, and whether it is one of a fixed point."""
     factor_N = found.factor_N
     if not factor_N.isfinite().all():
@@ -267,9 +261,9 @@ def _print_contraction(found: "Contraction", tokens: list[str]) -> None:
 
 def _settled(step: float, epsilon: float) -> str:
     """What a last step so long says of the state."""
-    if step <= SETTLED_STEP:
+    if step <= CONVERGED_STEP:
         return ""
-    if step <= ROUNDING_STEPS * epsilon:
+    if step <= rounding_step(epsilon):
         return ", which rounding alone may do: give --dtype float32 to tell"
     return ", so it is no fixed point and the factor is that of a place on the way"
 

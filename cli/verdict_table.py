@@ -14,9 +14,8 @@ def print_verdicts(findings: Sequence[Findings]) -> None:
     for row in zip(*(each.verdicts for each in findings), strict=True):
         cells = []
         for verdict in row:
-            answer = {True: "yes", False: "no", None: "cannot tell"}[verdict.answer]
-            number = "" if verdict.value is None else f", {verdict.value:.2g} {verdict.unit}"
+            number = "" if verdict.value is None else f", {verdict.value:.2g} {verdict.question.unit}"
             since = f", from recurrence {verdict.recurrence}" if verdict.recurrence is not None else ""
-            cells.append(answer + number + since)
-        table.add_row(row[0].question, *cells)
+            cells.append(verdict.answer_in_words + number + since)
+        table.add_row(row[0].question.text, *cells)
     Console(highlight=False, markup=False).print(table)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .attention_blocks import (
     AttentionStatistics,
-    attention_columns_cpu,
     attention_cpu,
     attention_with_statistics_cpu,
     one_length,
@@ -61,16 +60,6 @@ def attention_with_statistics(
         q_NHC, k_NKC, v_NKC, cu_seqlens_S, max_length, scale, sink_tokens, columns
     )
     return o_NHC, AttentionStatistics(*statistics)
-
-
-def attention_columns(
-    q_NHC: Tensor, k_NKC: Tensor, lse_NH: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
-) -> Tensor:
-    """What every key receives, Σ_i A_ij, float32 [N, H], where the rows' `lse_NH` is known already.
-
-    Args: as for `attention`; lse_NH comes from the same queries, keys and scale.
-    """
-    return _attention_columns(q_NHC, k_NKC, lse_NH, cu_seqlens_S, max_length, scale)
 
 
 def attention_statistics(
@@ -127,12 +116,6 @@ def _attention_with_statistics_fake(
     return q_NHC.new_empty(q_NHC.shape), *statistics, received
 
 
-def _attention_columns_fake(
-    q_NHC: Tensor, k_NKC: Tensor, lse_NH: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
-) -> Tensor:
-    return lse_NH.new_empty(lse_NH.shape)
-
-
 _attention = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_length, float scale) -> Tensor",
     cpu=attention_cpu,
@@ -146,11 +129,4 @@ _attention_with_statistics = register(
     cpu=attention_with_statistics_cpu,
     fake=_attention_with_statistics_fake,
     gpu="attention",
-)
-_attention_columns = register(
-    "attention_columns(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens, SymInt max_length, float scale) "
-    "-> Tensor",
-    cpu=attention_columns_cpu,
-    fake=_attention_columns_fake,
-    gpu="attention_columns",
 )

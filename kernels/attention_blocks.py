@@ -71,29 +71,6 @@ def attention_with_statistics_cpu(
     return o_NHC, *outputs[:4], outputs.received_NH if columns else torch.empty(0)
 
 
-def attention_columns_cpu(
-    q_NHC: Tensor, k_NKC: Tensor, lse_NH: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
-) -> Tensor:
-    received_NH = torch.empty(lse_NH.shape, dtype=torch.float32)
-    for rows, size in runs(cu_seqlens_S):
-        q, k, lse, received = (x[rows].unflatten(0, (-1, size)) for x in (q_NHC, k_NKC, lse_NH, received_NH))
-        G, T, H, C = q.shape
-        K = k.shape[2]
-        q_GKRTC = (q.float() * scale).unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4)
-        k_GKCJ = k.float().permute(0, 2, 3, 1).contiguous()
-        lse_GKRT = lse.unflatten(2, (K, -1)).permute(0, 2, 3, 1)
-        received_GKRJ = torch.zeros(G, K, H // K, T)
-        for start in range(0, T, QUERIES_PER_BLOCK):
-            end = min(start + QUERIES_PER_BLOCK, T)
-            q_block = q_GKRTC[:, :, :, start:end].reshape(G, K, -1, C)
-            p = torch.matmul(q_block, k_GKCJ[..., :end]).view(G, K, H // K, end - start, end)
-            p.sub_(lse_GKRT[..., start:end, None]).exp_()
-            p[..., start:].tril_()
-            received_GKRJ[..., :end] += p.sum(-2)
-        received.copy_(received_GKRJ.flatten(1, 2).transpose(1, 2))
-    return received_NH
-
-
 def one_length(
     q_GTHC: Tensor,
     k_GJKC: Tensor,

@@ -191,15 +191,6 @@ def _residual_norm_statistics_cpu(
     return residual_ND, y_ND, statistics_SN
 
 
-def _residual_norm_statistics_out_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *given, residual_ND, copy_ND = arguments
-    measured_ND, y_ND, statistics_SN = _residual_norm_statistics_cpu(*given)
-    for target_ND in (residual_ND, copy_ND):
-        if target_ND is not None:
-            target_ND.copy_(measured_ND)
-    return y_ND, statistics_SN
-
-
 def _residual_norm_fake(
     x_ND: Tensor,
     branch_ND: Tensor,
@@ -223,10 +214,6 @@ def _residual_norm_statistics_fake(x_ND: Tensor, *arguments: Any) -> tuple[Tenso
     return *outputs, x_ND.new_empty((len(STATISTICS), x_ND.shape[0]), dtype=torch.float32)
 
 
-def _residual_norm_statistics_out_fake(x_ND: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _residual_norm_statistics_fake(x_ND, *arguments[:-2])[1:]
-
-
 def _distance_cpu(
     x_ND: Tensor, reference_ND: Tensor, norm_N: Tensor, reference_norm_N: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -247,7 +234,6 @@ def _distance_cpu(
 _INPUTS = (
     "Tensor x, Tensor branch, Tensor? branch_weight, Tensor? stream_weight, Tensor? next_weight, float eps"
 )
-_REFERENCES = "Tensor? block_input, Tensor? previous, Tensor? last"
 
 _residual_norm = register(
     f"residual_norm({_INPUTS}) -> (Tensor residual, Tensor y)",
@@ -256,16 +242,10 @@ _residual_norm = register(
     gpu="residual_norm",
 )
 _residual_norm_statistics = register(
-    f"residual_norm_statistics({_INPUTS}, {_REFERENCES}) -> (Tensor residual, Tensor y, Tensor statistics)",
+    f"residual_norm_statistics({_INPUTS}, Tensor? block_input, Tensor? previous, Tensor? last) -> "
+    "(Tensor residual, Tensor y, Tensor statistics)",
     cpu=_residual_norm_statistics_cpu,
     fake=_residual_norm_statistics_fake,
-    gpu="residual_norm",
-)
-residual_norm_statistics_out = register(
-    f"residual_norm_statistics_out({_INPUTS}, {_REFERENCES}, Tensor(a!) residual, Tensor(b!)? copy) -> "
-    "(Tensor y, Tensor statistics)",
-    cpu=_residual_norm_statistics_out_cpu,
-    fake=_residual_norm_statistics_out_fake,
     gpu="residual_norm",
 )
 _distance = register(

@@ -1,4 +1,4 @@
-"""Commands that must be refused, for the tests of bad input."""
+"""Commands that must be refused, for the tests of bad input; and what must not run beside other tests."""
 
 import shutil
 import sys
@@ -12,6 +12,11 @@ from looptap.cli.commands import main
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if hasattr(item.config, "workerinput") and item.get_closest_marker("alone"):
+        pytest.fail('it must run alone: pytest -n takes -m "not alone"', pytrace=False)
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from looptap.capture.engines.drive import run_on
-from looptap.capture.engines.events import UnitDone, UnitFailed, WorkerLost
+from looptap.capture.engines.events import Receipt, UnitDone, UnitFailed, WorkerLost
 from looptap.capture.engines.scheduler import Limits
-from looptap.capture.engines.work import Receipt, Recipe, RunUnit
+from looptap.capture.engines.work import Recipe, RunUnit
 from looptap.errors import NoWorkersError, StoreFullError
 
 QUICK = Limits(reissue_s=0.5, lost_s=1.5)
@@ -50,7 +50,7 @@ class Files:
     cannot: str | None = None
     """Why no worker can be made."""
 
-    def make(self) -> RunUnit:
+    def __call__(self) -> RunUnit:
         if self.cannot is not None:
             raise ValueError(self.cannot)
         return self.run
@@ -97,7 +97,7 @@ class Files:
 class Threads:
     """A recipe whose receipts say, as tokens, how many threads torch has."""
 
-    def make(self) -> RunUnit:
+    def __call__(self) -> RunUnit:
         import torch
 
         return lambda unit: Receipt(num_tokens=torch.get_num_threads())

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from looptap.capture.models.description import Block, Description
 from looptap.capture.models.model import LoopedModel
+from looptap.capture.models.schedule import prelude_core_coda
 from looptap.capture.models.tap import Packed, Plain
 
 LENGTHS = (9, 1, 9, 17)  # a run of equal ones apart, a lone token, nothing round
@@ -15,8 +16,10 @@ LENGTHS = (9, 1, 9, 17)  # a run of equal ones apart, a lone token, nothing roun
 
 def describe(**changes) -> Description:
     """A small model; heads, key heads and widths all differ, so that no two axes can be swapped unseen."""
+    counts = {"prelude": 1, "core": 2, "recurrences": 3, "coda": 1}
+    counts = {name: changes.pop(name, count) for name, count in counts.items()}
     fields = {
-        "prelude": 1, "core": 2, "recurrences": 3, "coda": 1,
+        "phases": prelude_core_coda(**counts),
         "width": 24, "num_heads": 4, "num_kv_heads": 2, "head_width": 10, "mlp_width": 40,
         "vocab_size": 50, "max_positions": 64, "block": Block(),
     }  # fmt: skip
@@ -63,8 +66,8 @@ class Listening(Plain):
             self.entering[step] = x_ND
         return result
 
-    def loop_state(self, recurrence, state_ND):
-        self.loop_states[recurrence] = state_ND
+    def loop_state(self, step, state_ND):
+        self.loop_states[step.recurrence] = state_ND
 
 
 class Straight:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.layout import ArraySpec, create_store, store_exists
 from looptap.capture.store.writing.attempt import Attempt, begin_attempt
 from looptap.capture.store.writing.commit import Store
@@ -16,8 +17,8 @@ ROWS, DEPTHS = 64, 3
 RECEIPT = {"num_sequences": 1, "num_tokens": ROWS, "seconds": 0.0, "non_finite": {}}
 
 
-def open_or_create(path: str | Path, num_units: int, **plan: object) -> Store:
-    plan |= {"num_units": num_units, "unit_tokens": ROWS, "unit_sequences": 1}
+def open_or_create(path: str | Path, num_units: int, **fields: object) -> Store:
+    plan = bare_plan(num_units, ROWS, **fields)
     coordinates = {"token_id": (("token",), np.arange(num_units * ROWS, dtype=np.int32), {})}
     shape = (num_units * ROWS, DEPTHS)
     arrays = {

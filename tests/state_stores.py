@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, Codec, create_store
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
@@ -37,14 +38,13 @@ def make_states(
     """
     whole, kept = kept is None, kept or 1
     U, C, K = num_units, unit_tokens, -(-unit_tokens // kept)
-    plan = {
-        "num_units": U,
-        "unit_tokens": C,
-        "unit_sequences": SEQUENCES,
-        "num_state_rows": None if whole else K,
-        "settings": {},
-        "hash": f"{path} {C} {shard_rows}",
-    }
+    plan = bare_plan(
+        U,
+        C,
+        SEQUENCES,
+        num_state_rows=None if whole else K,
+        recorded_hash=f"{path} {C} {shard_rows}",
+    )
     shape, of_token = (U * C, len(STATE_DEPTHS), HIDDEN), ("token", "depth_state", "hidden")
     # the last unit is as good as empty
     num_tokens = [tokens_of(u, C) for u in range(U)]
@@ -95,11 +95,9 @@ def unit_values(store: Store, unit: int) -> dict[str, np.ndarray]:
     values = {}
     for name, array in store.arrays.items():
         num_rows, rest = store.unit_rows(name), array["shape"][1:]
-        num = tokens_of(unit, store.plan["unit_tokens"])
+        num = tokens_of(unit, store.plan.unit_tokens)
         rows = (
-            num
-            if num_rows == store.plan["unit_tokens"]
-            else -(-num // -(-store.plan["unit_tokens"] // num_rows))
+            num if num_rows == store.plan.unit_tokens else -(-num // -(-store.plan.unit_tokens // num_rows))
         )
         count = (unit * num_rows + np.arange(rows)).reshape(-1, *(1 for _ in rest)) * 257
         count = count + np.arange(np.prod(rest)).reshape(rest)

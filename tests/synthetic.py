@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from looptap.capture.store.layout import ArraySpec, create_store
+from looptap.capture.store.plan import StoredData, StoredModel, StoredPlan, StoredSettings, plan_of
 from looptap.capture.store.quantities import QUANTITIES
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
@@ -89,17 +90,16 @@ def make_dataset(
         coords["state_depth"] = ("depth_state", np.arange(len(stage), dtype=np.int32))
         coords["state_token"] = ("token_state", kept_slot)
     loop = f"({prelude},{core}x{recurrences},{coda})" if core else f"({prelude},0,0)"
-    plan = {
-        "model": {
-            "name": name, "notation": loop, "prelude": prelude, "core": core, "recurrences": recurrences,
-            "coda": coda, "injection": None, "norm": "pre", "width": 8, "num_parameters": 1234,
-            "exit_gate": "exit_probability" in arrays,
-        },
-        "data": {"name": "test.jsonl", "field": "text"},
-        "settings": {"dtype": "float32", "device": "cpu", "seed": 0, "quantities": list(arrays)},
-        "num_units": U, "unit_tokens": C, "unit_sequences": Q, "num_state_rows": Q,
-        "num_sequences": len(sequences), "num_tokens": sum(map(sum, lengths)), "versions": {},
-    }  # fmt: skip
+    plan = StoredPlan(
+        model=StoredModel(
+            name=name, notation=loop, prelude=prelude, core=core, recurrences=recurrences, coda=coda,
+            norm="pre", width=8, num_parameters=1234, exit_gate="exit_probability" in arrays,
+        ),
+        data=StoredData(name="test.jsonl", field="text"),
+        settings=StoredSettings(dtype="float32", device="cpu", quantities=tuple(arrays)),
+        num_units=U, unit_tokens=C, unit_sequences=Q, num_state_rows=Q,
+        num_sequences=len(sequences), num_tokens=sum(map(sum, lengths)), dtype="float32", backend="pytorch",
+    ).to_json()  # fmt: skip
     attributes = {"looptap_format": 2, "plan": plan, "units_done": len(units), "units_total": U}
     return xr.Dataset(variables, coords, attributes)
 
@@ -249,11 +249,32 @@ def _of_core(path, recurrences: int, layers: int, noise: float, lengths=(5, 1, 9
     return make_dataset([quantities_of_states(x, shape) for x in states], shape, states=states, **more)
 
 
+def one_after_another(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
+    """Two Datasets of the same tokens as one, in which the second's loop runs after the first's.
+
+    The loops' stages are core and core2.
+    """
+    variables = {}
+    for name, values in first.data_vars.items():
+        axis = values.dims.index("depth_state" if name == "state" else "depth")
+        variables[name] = (values.dims, np.concatenate([values.values, second[name].values], axis))
+    depths = [first.sizes["depth"], second.sizes["depth"]]
+    coords = {
+        name: c.variable for name, c in first.coords.items() if not {"depth", "depth_state"} & {*c.dims}
+    }
+    for name in ("layer", "recurrence"):
+        coords[name] = ("depth", np.concatenate([first[name].values, second[name].values]))
+    coords["stage"] = ("depth", np.repeat([0, 1], depths), {"flag_meanings": "core core2"})
+    coords["depth"] = ("depth", np.arange(sum(depths)))
+    if "state" in first:
+        coords["state_depth"] = ("depth_state", np.arange(sum(depths)))
+    return xr.Dataset(variables, coords, first.attrs)
+
+
 def write_store(dataset: xr.Dataset, path: Path, units: list[int] | None = None) -> Path:
     """The Dataset as a store on disk, with only `units` done (all by default)."""
-    plan, U = dataset.attrs["plan"], dataset.sizes["unit"]
-    rows = {"token": plan["unit_tokens"], "token_state": plan["num_state_rows"]}
-    rows["sequence"] = plan["unit_sequences"]
+    plan, U = plan_of(dataset), dataset.sizes["unit"]
+    rows = {axis: plan.unit_rows(axis) for axis in ("token", "token_state", "sequence")}
     create_store(
         path,
         plan=plan,

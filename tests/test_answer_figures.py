@@ -38,6 +38,7 @@ def table_of(figure):
 
 
 @pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.slow
 def test_a_figure_is_a_chart_with_words_and_loads_nothing(findings, name):
     figure = {draw.__name__: draw for draw in FIGURES}[name](findings)
     chart = figure.chart().to_dict()  # checked against the Vega-Lite schema

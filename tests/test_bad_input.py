@@ -330,6 +330,7 @@ def test_more_slots_than_any_disk_has(message):
 MOUNTED = 'mount -t tmpfs -o size=1m none "$1" && shift && "$@"; code=$?; ls -A "$PWD/disk"; exit $code'
 
 
+@pytest.mark.slow
 def test_a_disk_that_really_is_too_small(tmp_path):
     """1 MB, in a mount namespace of its own; half of that is enough for the plan, and none of it is used."""
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -362,6 +363,7 @@ def test_a_disk_that_really_is_too_small(tmp_path):
         ([TINY, "--data", "ids.npy", "--speed", "2"], "--speed"),
     ],
 )
+@pytest.mark.slow
 def test_as_a_user_runs_it(tmp_path, files, arguments, wanted):
     (tmp_path / "model").mkdir()
     np.save(tmp_path / "ids.npy", [[1, 2], [3, 256]])

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ from looptap.capture.models.tap import Packed, Plain
 from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.settings import CaptureSettings
-from looptap.capture.store.care.verify import store_status, verify_store
+from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
 from looptap.capture.store.writing.commit import Store
 from looptap.capture.worker import Worker
@@ -271,12 +271,12 @@ def test_workers_draw_the_same_initial_states_for_any_units(tmp_path, unit_token
     """Through a worker's own inputs, unit by unit, last unit first."""
     (tmp_path / "data.txt").write_bytes(b"\n".join(bytes(97 + t % 20 for t in row) for row in ROWS))
     plan = make_plan(
-        CaptureSettings(
+        CaptureSettings.of(
             model=TINY, data=tmp_path / "data.txt", store=tmp_path / "s", unit_tokens=unit_tokens, seed=5
         )
     )
     run_capture(plan)
-    worker = Worker(plan.source, Store.open(tmp_path / "s"))
+    worker = Worker(plan.load_model(), Store.open(tmp_path / "s"))
     model, drawn = load_model(TINY), {}
     for unit in reversed(range(plan.slots.num_units)):
         parts = worker._sequences(unit)
@@ -376,7 +376,7 @@ def test_non_finite_values_are_counted_and_stop_nothing(tmp_path):
     model = overflowing_checkpoint(tmp_path / "model")
     (tmp_path / "data").mkdir()
     np.save(tmp_path / "data" / "ids.npy", np.arange(24).reshape(3, 8))
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model=str(model), data=tmp_path / "data" / "ids.npy", store=tmp_path / "s",
         quantities=("residual_norm", "attention_peak"), states=("all",), unit_tokens=8,
     )  # fmt: skip
@@ -389,7 +389,7 @@ def test_non_finite_values_are_counted_and_stop_nothing(tmp_path):
     assert broken["residual_norm"] == 3 * 24, "every token at depths 2, 3 and 4"
     assert np.isfinite(dataset["residual_norm"].values[:, :2]).all()
     assert outcome.num_non_finite == sum(broken.values())
-    assert store_status(tmp_path / "s")["num_non_finite"] == sum(broken.values())
+    assert store_status(tmp_path / "s").num_non_finite == sum(broken.values())
     assert outcome.num_non_finite == sum(receipt.num_non_finite for receipt in receipts)
     per_unit = [entry["non_finite"] for entry in Store.open(tmp_path / "s").entries()]
     assert {name: sum(unit.get(name, 0) for unit in per_unit) for name in broken} == broken
@@ -398,7 +398,7 @@ def test_non_finite_values_are_counted_and_stop_nothing(tmp_path):
 
 def test_sound_captures_count_nothing(tmp_path):
     looptap.capture(TINY, ROWS, tmp_path / "s", states=("all",), tokens="every:3", unit_tokens=32)
-    assert store_status(tmp_path / "s")["num_non_finite"] == 0
+    assert store_status(tmp_path / "s").num_non_finite == 0
 
 
 def test_a_unit_that_fails_three_times_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
@@ -429,9 +429,9 @@ def test_a_unit_that_fails_three_times_is_reported_and_the_rest_goes_on(tmp_path
     said = capsys.readouterr().err
     assert "failed three times" in said and "no kernel for 19 tokens" in said
     status = store_status(tmp_path / "s")
-    assert (status["units_done"], status["units_total"], status["complete"]) == (2, 3, False)
-    assert [(note["unit"], note["attempt"]) for note in status["failures"]] == [(1, 1), (1, 2), (1, 3)]
-    assert all("RuntimeError: no kernel for 19 tokens" in note["error"] for note in status["failures"])
+    assert (status.units_done, status.units_total, status.complete) == (2, 3, False)
+    assert [(note.unit, note.attempt) for note in status.failures] == [(1, 1), (1, 2), (1, 3)]
+    assert all("RuntimeError: no kernel for 19 tokens" in note.error for note in status.failures)
     before = looptap.open(tmp_path / "s")
     assert before["unit_done"].values.tolist() == [1, 0, 1]
 
@@ -439,7 +439,7 @@ def test_a_unit_that_fails_three_times_is_reported_and_the_rest_goes_on(tmp_path
         main()  # the cause is gone: the same command captures what is missing, and only that
     assert stopped.value.code == 0
     status = store_status(tmp_path / "s")
-    assert status["complete"] and status["attempts"] == 2 + 4
+    assert status.complete and status.attempts == 2 + 4
     expected = looptap.capture(TINY, tmp_path / "data.txt", quantities=("residual", "steps"), unit_tokens=32)
     resumed = looptap.open(tmp_path / "s")
     for name in expected.data_vars:
@@ -501,8 +501,8 @@ def test_python_and_the_command_make_the_same_plan(tmp_path):
         looptap.capture(TINY, ["one", "two, shorter", ""], tmp_path / "a", quantities=("residual",))
     lines = [json.dumps({"text": text}) + "\n" for text in ("one", "two, longer", "")]
     (tmp_path / "texts.jsonl").write_text("".join(lines))
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model=TINY, data=tmp_path / "texts.jsonl", store=tmp_path / "a", quantities=("residual",)
     )
     assert run_capture(make_plan(settings)).num_resumed == 1
-    assert run_capture(make_plan(replace(settings, store=tmp_path / "b"))).num_resumed == 0
+    assert run_capture(make_plan(settings.but(store=tmp_path / "b"))).num_resumed == 0

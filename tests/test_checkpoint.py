@@ -17,6 +17,7 @@ from looptap.errors import ModelError
 from looptap.tests.golden_files import (
     GOLDEN,
     NAMES,
+    RAVEN,
     batch_of,
     config_of,
     copy_model,
@@ -408,8 +409,8 @@ def test_configs_of_other_wirings_are_refused(tmp_path, case):
 def test_raven_wirings_are_told_apart_by_tensors(tmp_path):
     """One model_type and one block_class_name, three blocks and two ends of the loop."""
     fields = ("model_type", "block_class_name")
-    assert len({tuple(config_of(name)[f] for f in fields) for name in NAMES[3:]}) == 1
-    found = {name: find_model(str(GOLDEN / name)).description for name in NAMES[3:]}
+    assert len({tuple(config_of(name)[f] for f in fields) for name in RAVEN}) == 1
+    found = {name: find_model(str(GOLDEN / name)).description for name in RAVEN}
     assert [d.block.norm for d in found.values()] == ["huginn", "pre", "pre", "olmo2"]
     assert [d.norm_before_coda for d in found.values()] == [True, False, False, False]
     assert [d.block.rotary.theta for d in found.values()] == [50_000, 10_000, 500_000, 500_000]

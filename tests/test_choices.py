@@ -62,6 +62,7 @@ def test_single_sequences_and_their_mean_hold_what_was_found():
 
 # every measure must lead to one panel of every capture, whatever else is chosen
 @pytest.mark.parametrize("draw", [attention_heads, single_sequences])
+@pytest.mark.slow
 def test_every_choice_leads_to_one_panel(draw):
     stores = [looped(), without(looped(), "attention_sink", "step_norm"), feedforward()]
     figure = draw(find(stores))
@@ -79,12 +80,14 @@ def test_every_choice_leads_to_one_panel(draw):
     assert all(panel.when["measure"] == first for panel in figure.panels)
 
 
+@pytest.mark.slow
 def test_what_every_capture_has_is_shown_first():
     figure = attention_heads(find([looped(), feedforward()]))
     assert next(iter(figure.choices[0].options)) == "sink_score"  # a plain model has no change of entropy
     assert next(iter(attention_heads(find([looped()])).choices[0].options)) == "entropy_change"
 
 
+@pytest.mark.slow
 def test_sequences_that_all_captures_keep_come_first():
     longer, shorter = looped(40), looped(5)  # 100, 102, 105, …; 100 to 104
     (sequence, _) = single_sequences(find([longer, shorter])).choices
@@ -93,6 +96,7 @@ def test_sequences_that_all_captures_keep_come_first():
 
 
 @pytest.mark.parametrize("stores", [[looped()], [looped(), feedforward()], [feedforward()]])
+@pytest.mark.slow
 def test_pictures_show_what_is_chosen_first(stores):
     findings = find(stores)
     for draw in (attention_heads, single_sequences):
@@ -105,6 +109,7 @@ def test_pictures_show_what_is_chosen_first(stores):
         assert len(figure.caption) >= 2 and findings[0].label in figure.caption[1]
 
 
+@pytest.mark.slow
 def test_every_parameter_that_an_expression_names_is_declared():
     for figure in filter(None, (draw(find([looped(), feedforward()])) for draw in FIGURES)):
         for panel in (each for first in figure.panels for each in (first, *first.instead)):
@@ -115,6 +120,7 @@ def test_every_parameter_that_an_expression_names_is_declared():
                 assert f"chosen_{name}" not in text or f"chosen_{name}" in declared, figure.name
 
 
+@pytest.mark.slow
 def test_controls_are_labelled_and_wait_for_the_script(tmp_path):
     text = write_report([looped(), feedforward()], tmp_path / "r.html").read_text()
     page = Page(text)
@@ -126,6 +132,7 @@ def test_controls_are_labelled_and_wait_for_the_script(tmp_path):
     assert page.tags.count("option") == 3 + 5 + 7 + 4 + 5 + 6
 
 
+@pytest.mark.slow
 def test_a_model_without_a_loop_has_no_layer_to_choose(tmp_path):
     page = Page(write_report([feedforward()], tmp_path / "r.html").read_text())
     assert "choose-layer" not in page.ids and "choose-attention_heads-head" in page.ids

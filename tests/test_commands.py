@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,6 +119,7 @@ def test_capture_is_quiet_in_a_pipe(piped):
     assert re.search(rf"^{NUM_UNITS} of {NUM_UNITS} units are in run.zarr; this run took", ended.stderr, re.M)
 
 
+@pytest.mark.slow
 def test_capture_shows_a_bar_on_a_terminal(tmp_path):
     """A terminal of 100 columns: colours, the units, a rate."""
     write_texts(tmp_path / "texts.jsonl")
@@ -205,11 +206,11 @@ def test_info_of_a_store(looptap_command, store):
     plan = Store.open(store).plan
     said = rows(ended.stdout)
     assert ended.code == 0 and "(1,2x3,1)I, huginn norms, float32" in said["model"]
-    assert said["weights"].startswith(f"{plan['model']['num_parameters']} parameters, sha256 ")
-    assert plan["model"]["weights_sha256"].startswith(said["weights"].split()[-1].rstrip("…"))
+    assert said["weights"].startswith(f"{plan.model.num_parameters} parameters, sha256 ")
+    assert (plan.model.weights_sha256 or "").startswith(said["weights"].split()[-1].rstrip("…"))
     assert said["data"] == f"texts.jsonl, 4 sequences, {NUM_TOKENS} tokens"
     assert said["states"] == "core[all]@last of tokens last"
-    assert set(said["quantities"].split(", ")) == set(plan["settings"]["quantities"])
+    assert set(said["quantities"].split(", ")) == set(plan.settings.quantities)
 
 
 def test_info_of_neurons(looptap_command, store, tmp_path):
@@ -248,6 +249,7 @@ def test_info_of_a_model(looptap_command):
     assert said["model"] == "olmo2" and said["loop"].startswith("(1,3x4,1): 5 blocks run 14 times")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough():
     """As `looptap info MODEL | head -1`: no message, and no success."""
     reader, writer = os.pipe()
@@ -258,6 +260,7 @@ def test_a_reader_that_has_seen_enough():
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.slow
 def test_inspect(looptap_command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     ended = looptap_command("inspect", MODEL, "--prompt", "abcabc", "--recurrences", 4)
@@ -297,6 +300,7 @@ def help_of(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_help_names_every_command():
     assert re.findall(r"• (\w+) ", help_of()) == [names[0] for names in HELP if len(names) == 1]
     for group in ("study", "bench"):
@@ -305,6 +309,7 @@ def test_help_names_every_command():
 
 
 @pytest.mark.parametrize("command", HELP, ids=" ".join)
+@pytest.mark.slow
 def test_help(command):
     """Fits 80 columns, and says something of every argument besides its default."""
     lines = help_of(*command).splitlines()
@@ -329,7 +334,9 @@ def test_help(command):
         "study depth": DepthStudySettings,
     }
     if settings := known.get(" ".join(command)):
-        assert len(entries) == len(fields(settings)) + 1  # -h
+        parts = [field.type for field in fields(settings) if is_dataclass(field.type)]
+        num_settings = sum(len(fields(part)) for part in (settings, *parts)) - len(parts)
+        assert len(entries) == num_settings + 1  # -h
 
 
 def test_python_gives_what_the_command_gives(store, tmp_path):

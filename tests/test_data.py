@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from looptap.capture.data import open_tokenizer, read_dataset
+from looptap.capture.data import DataError, make_dataset, open_tokenizer, read_dataset
 from looptap.capture.plan import make_plan
 from looptap.capture.settings import CaptureSettings
 
@@ -43,7 +44,7 @@ def test_jsonl_lines(tmp_path, end, ascii_only):
     path.write_bytes(end.join(lines).encode())
     dataset = read_dataset(path, BYTES, field="question")
     assert rows_of(dataset) == as_bytes(texts)
-    assert dataset.identity == {
+    assert asdict(dataset.identity) == {
         "name": "data.jsonl",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "field": "question",
@@ -52,12 +53,49 @@ def test_jsonl_lines(tmp_path, end, ascii_only):
     }
 
 
+@pytest.mark.parametrize("limit", [None, 2])
+def test_rows_at_hand_are_those_of_a_file(tmp_path, limit):
+    """As `looptap.capture` wrote one for them before: what was begun so is gone on with."""
+    texts = [*TEXTS, "two\nlines\r\n"]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    of_rows, of_file = make_dataset(texts, BYTES, limit=limit), read_dataset(path, BYTES, limit=limit)
+    assert rows_of(of_rows) == rows_of(of_file) == as_bytes(texts[:limit])
+    assert of_rows.identity == of_file.identity and of_rows.tokenizer is of_file.tokenizer
+    ids = [[1, 2, 3], [4], [], [5, 6]]
+    ids_ST = np.array([[1, 2, 3], [4, 0, 0], [0, 0, 0], [5, 6, 0]], np.int64)
+    path = tmp_path / "ids.safetensors"
+    save_file({"input_ids": ids_ST, "lengths": np.array([3, 1, 0, 2], np.int64)}, path)
+    of_file = read_dataset(path, None, limit=limit)
+    for rows in (ids, tuple(map(tuple, ids)), [np.array(row, np.uint16) for row in ids]):
+        of_rows = make_dataset(rows, None, limit=limit)
+        assert rows_of(of_rows) == rows_of(of_file) == ids[:limit]
+        assert of_rows.identity == of_file.identity
+
+
+@pytest.mark.parametrize(
+    ("rows", "wrong"),
+    [
+        ([], "texts.jsonl holds no tokens in its 0 rows"),
+        ([[], []], "ids.safetensors holds no tokens in its 2 rows"),
+        (["", "a"], r"texts.jsonl is text and the model has no tokenizer.json"),
+        ([[1], "a"], "lists of whole token ids"),
+        ([[[1]]], "lists of whole token ids"),
+        ([[0.5]], "lists of whole token ids"),
+        ([[1], [2, -3]], "ids.safetensors, row 1 holds the token id -3; ids are 0 to"),
+    ],
+)
+def test_rows_that_are_no_data(rows, wrong):
+    with pytest.raises(DataError, match=wrong):
+        make_dataset(rows, None if rows == ["", "a"] else BYTES)
+
+
 def test_blank_lines_keep_row_numbers(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('\n{"text": "one"}\n   \n\n{"text": "four"}\n')
     dataset = read_dataset(path, BYTES)
     assert rows_of(dataset) == as_bytes(["", "one", "", "", "four"])
-    assert dataset.identity["num_empty_rows"] == 3
+    assert dataset.identity.num_empty_rows == 3
     assert dataset.num_tokens == 7
 
 
@@ -137,7 +175,7 @@ def test_sequence_id_is_the_row_number_whatever_the_order(tmp_path):
     rows = [np.arange(n) + 10 * i for i, n in enumerate(lengths)]
     path = tmp_path / "data.txt"
     path.write_bytes(b"\n".join(bytes((row % 64 + 32).tolist()) for row in rows) + b"\n")
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model="random:(1,0,0),width=16,heads=2", data=path, store=tmp_path / "s", unit_tokens=12
     )
     plan = make_plan(settings)

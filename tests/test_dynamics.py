@@ -12,6 +12,8 @@ from torch.nn.functional import normalize
 
 import looptap
 
+pytestmark = pytest.mark.slow
+
 RECURRENCES, LAYERS, TOKENS = 128, 12, 32
 SEEDS = (0, 1, 2)
 

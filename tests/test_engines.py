@@ -51,6 +51,7 @@ class TestThisProcess(PoolContract):
             run(make_pool, files, 3, 1, limits=self.limits)
 
 
+@pytest.mark.alone
 class TestProcesses(ProcessPoolContract):
     @pytest.fixture
     def make_pool(self):
@@ -127,7 +128,7 @@ class TestProcesses(ProcessPoolContract):
 def settings(tmp_path) -> CaptureSettings:
     """Nine units."""
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 256, (9, 25)))
-    return CaptureSettings(
+    return CaptureSettings.of(
         model=TINY,
         data=tmp_path / "ids.npy",
         store=tmp_path / "run.zarr",
@@ -141,6 +142,7 @@ def content(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("c.*"))}
 
 
+@pytest.mark.slow
 def test_a_capture_by_processes_is_that_of_this_process(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     import torch
@@ -151,42 +153,43 @@ def test_a_capture_by_processes_is_that_of_this_process(settings, tmp_path, monk
         here = run_capture(make_plan(settings))
     finally:
         torch.set_num_threads(num_threads)
-    by_processes = replace(settings, store=tmp_path / "processes.zarr", workers=2)
+    by_processes = settings.but(store=tmp_path / "processes.zarr", workers=2)
     outcome = run_capture(make_plan(by_processes))
     assert outcome.complete and outcome.num_units == here.num_units == 9
     found = content(tmp_path / "processes.zarr")
-    assert len(found) > 9 * 10 and found == content(settings.store)
+    assert len(found) > 9 * 10 and found == content(settings.run.store)
     pids = {entry["pid"] for entry in Store.open(tmp_path / "processes.zarr").entries()}
     assert os.getpid() not in pids
 
 
+@pytest.mark.slow
 def test_who_works_is_not_of_the_plan(settings):
     """So a capture goes on with another engine than it was begun with."""
     plan = make_plan(settings)
-    other = make_plan(replace(settings, workers=3, unit_limit_s=60.0, engine="ray", ray_address="a:1"))
-    assert plan.document()["hash"] == other.document()["hash"]
+    other = make_plan(settings.but(workers=3, unit_limit_s=60.0, engine="ray", ray_address="a:1"))
+    assert plan.stored().hash == other.stored().hash
     store = prepare_store(plan)
-    assert store.todo() and run_capture(make_plan(replace(settings, workers=1))).complete
+    assert store.todo() and run_capture(make_plan(settings.but(workers=1))).complete
 
 
 def test_a_run_whose_lock_was_taken_over_stops(settings):
     """As after this process was stopped for minutes: whoever holds the lock now drives."""
 
     def taken_over() -> bool:
-        (settings.store / ".looptap" / "driver.lock").unlink(missing_ok=True)
+        (settings.run.store / ".looptap" / "driver.lock").unlink(missing_ok=True)
         time.sleep(1.1)  # until it looks again
         return True
 
     with pytest.raises(StoreLockedError, match=r"another run has taken .* over"):
         run_capture(make_plan(settings), goes_on=taken_over)
-    assert len(Store.open(settings.store).todo()) >= 7
+    assert len(Store.open(settings.run.store).todo()) >= 7
 
 
 def test_a_run_that_is_told_to_stop_leaves_the_rest(settings):
     plan = make_plan(settings)
-    outcome = run_capture(plan, goes_on=lambda: len(Store.open(settings.store).done()) < 4)
+    outcome = run_capture(plan, goes_on=lambda: len(Store.open(settings.run.store).done()) < 4)
     assert (outcome.complete, outcome.num_left, outcome.num_resumed) == (False, 5, 0)
-    assert Store.open(settings.store).done() == [0, 1, 2, 3]
+    assert Store.open(settings.run.store).done() == [0, 1, 2, 3]
     outcome = run_capture(plan)
     assert (outcome.complete, outcome.num_left, outcome.num_resumed) == (True, 0, 4)
 
@@ -200,14 +203,14 @@ def checkpoint(settings, tmp_path):
     golden = Path(__file__).parent / "golden" / "llama"
     shutil.copytree(golden, model_dir, ignore=shutil.ignore_patterns("inputs*", "reference*", "README*"))
     np.save(tmp_path / "ids.npy", np.arange(48).reshape(2, 24))
-    plan = make_plan(replace(settings, model=str(model_dir), states=()))
+    plan = make_plan(settings.but(model=str(model_dir), states=()))
     return make_recipe(plan, prepare_store(plan)), model_dir
 
 
 def test_a_recipe_makes_a_worker(checkpoint):
     recipe, _ = checkpoint
-    assert recipe.make()(0).num_tokens == 48
-    assert recipe.make()(0).num_tokens == 48, "committed already, which is as good"
+    assert recipe()(0).num_tokens == 48
+    assert recipe()(0).num_tokens == 48, "committed already, which is as good"
 
 
 def test_other_weights_are_refused(checkpoint):
@@ -220,23 +223,23 @@ def test_other_weights_are_refused(checkpoint):
     with pytest.raises(
         RecipeError, match=r"is not the model .* differs in weights_sha256 \w+ \(planned: \w+\)"
     ):
-        recipe.make()
+        recipe()
 
 
 def test_another_store_at_the_same_path_is_refused(checkpoint):
     recipe, _ = checkpoint
     with pytest.raises(RecipeError, match="is another store here"):
-        replace(recipe, created="2020-01-01T00:00:00+00:00").make()
+        replace(recipe, created="2020-01-01T00:00:00+00:00")()
 
 
 def test_other_initial_states_are_refused(settings, tmp_path):
     save_file({"input_states": np.ones((9, 25, 32), np.float32)}, tmp_path / "states.safetensors")
-    plan = make_plan(replace(settings, initial_state=str(tmp_path / "states.safetensors")))
+    plan = make_plan(settings.but(initial_state=str(tmp_path / "states.safetensors")))
     recipe = make_recipe(plan, prepare_store(plan))
-    recipe.make()
+    recipe()
     save_file({"input_states": np.zeros((9, 25, 32), np.float32)}, tmp_path / "states.safetensors")
     with pytest.raises(RecipeError, match="not the file that the capture was planned with"):
-        recipe.make()
+        recipe()
 
 
 @pytest.mark.parametrize(
@@ -251,27 +254,27 @@ def test_other_initial_states_are_refused(settings, tmp_path):
 )
 def test_settings_that_make_no_sense(settings, changes, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(replace(settings, **changes))
-    assert not settings.store.exists()
+        make_plan(settings.but(**changes))
+    assert not settings.run.store.exists()
 
 
 def test_gpus_are_checked_where_they_are_needed(settings):
     """This machine may have any number of GPUs, so the plan says that it runs on them."""
     with pytest.raises(PlanError, match="device cuda:99 is not there"):
-        make_plan(replace(settings, device="cuda:99"))
+        make_plan(settings.but(device="cuda:99"))
     plan = replace(make_plan(settings), device="cuda")
     with (
         pytest.raises(EngineError, match=r"--workers 999: torch sees \d+ GPUs, and each worker takes one"),
-        open_engine(replace(plan, settings=replace(settings, workers=999))),
+        open_engine(replace(plan, settings=settings.but(workers=999))),
     ):
         pass
-    indexed = replace(plan, device="cuda:1", settings=replace(settings, workers=1))
+    indexed = replace(plan, device="cuda:1", settings=settings.but(workers=1))
     with (
         pytest.raises(EngineError, match="workers take a GPU each; give --device cuda"),
         open_engine(indexed),
     ):
         pass
-    assert make_plan(replace(settings, device="cuda", engine="ray")).device == "cuda", "it may be elsewhere"
+    assert make_plan(settings.but(device="cuda", engine="ray")).device == "cuda", "it may be elsewhere"
 
 
 DRIVER = """
@@ -289,6 +292,7 @@ with Processes(files, 2) as pool:
 
 
 @pytest.mark.parametrize("how", ["sleeps", "hangs"])
+@pytest.mark.slow
 def test_workers_die_with_their_driver(tmp_path, how):
     """Also where no thread of theirs could notice that the pipe has ended."""
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), how])
@@ -305,6 +309,7 @@ def test_workers_die_with_their_driver(tmp_path, how):
     assert not any(map(is_alive, files.workers()))
 
 
+@pytest.mark.slow
 def test_ray_is_never_imported_by_the_local_engine(settings, tmp_path):
     """R4, in this process and with workers; seen from a fresh Python."""
     code = f"""
@@ -315,8 +320,8 @@ from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.settings import CaptureSettings
 for workers in (None, 1):
-    settings = CaptureSettings(
-        model={TINY!r}, data=Path({str(settings.data)!r}), unit_tokens=48, limit=2, workers=workers,
+    settings = CaptureSettings.of(
+        model={TINY!r}, data=Path({str(settings.data.data)!r}), unit_tokens=48, limit=2, workers=workers,
         store=Path({str(tmp_path)!r}) / f"{{workers}}.zarr",
     )
     assert run_capture(make_plan(settings)).complete

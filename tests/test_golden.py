@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from looptap.benchmarks.states_in_memory import StatesInMemory
 from looptap.capture.models.exit_gate import exit_probability
 from looptap.capture.models.load import load_model
 from looptap.capture.models.tap import Packed
-from looptap.capture.taps.statistics import Buffers, StatesInMemory, Statistics
+from looptap.capture.taps.statistics import Buffers, Statistics
 from looptap.tests.golden_files import GOLDEN, NAMES, PADDED, RAVEN, batch_of, stored
 from looptap.tests.oracle import Listening, Straight
 

@@ -6,8 +6,8 @@ import pytest
 
 from looptap.analysis.analyze import write_analysis
 from looptap.analysis.answers.heads import ANALYSES, HEAD_MEASURES, heads, long_table
+from looptap.analysis.folds import BAND_Z
 from looptap.analysis.measures import MEASURES, measure
-from looptap.analysis.streaming import BAND_Z
 from looptap.errors import CannotTellError
 from looptap.tests.golden_files import NAMES
 from looptap.tests.synthetic import (

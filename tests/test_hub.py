@@ -1,7 +1,7 @@
 """A model by its Hub id is the model in the directory, fetched once, and no more of it than is needed.
 
 Commands run as users run them, in processes of their own against a server on this machine: the Hub's library
-reads its settings from the environment when it is imported.
+reads its settings from the environment when it is imported. Most are forked from one that has loaded torch.
 """
 
 import json
@@ -25,6 +25,9 @@ from safetensors.torch import load_file, save, save_file
 
 from looptap.capture.models.load import find_model
 from looptap.tests.hub_server import Hub, serve_hub
+from looptap.tests.warm_python import WarmPython, warm_python
+
+pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 ID = "Some-Lab/tiny.llama_5"
@@ -52,16 +55,18 @@ def environment(hub, tmp_path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def python() -> Iterator[WarmPython]:
+    with warm_python() as python:
+        yield python
+
+
 @pytest.fixture
-def run(environment, tmp_path) -> Run:
+def run(python, environment, tmp_path) -> Run:
     """Runs a looptap command; further settings are environment variables."""
 
     def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "looptap", *map(str, arguments)]
-        environ = environment | variables
-        return subprocess.run(
-            command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=300
-        )
+        return python.run([*map(str, arguments)], tmp_path, environment | variables)
 
     return run
 
@@ -96,14 +101,11 @@ print(json.dumps(said))
 
 
 @pytest.fixture
-def in_one_process(environment, tmp_path) -> Callable:
-    """Runs code, as a command takes two seconds to start; returns the JSON that it prints."""
+def in_one_process(python, environment, tmp_path) -> Callable:
+    """Runs code; returns the JSON that it prints."""
 
     def in_one_process(code: str, *arguments: str, **variables: str):
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment | variables, capture_output=True, text=True, check=False
-        )
+        done = python.run([*arguments], tmp_path, environment | variables, code)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -394,27 +396,24 @@ def test_offline_without_the_files(hub, run, tmp_path):
     assert message_of(run("info", ID, HF_HUB_OFFLINE="1")) == wanted
 
 
-def test_a_hub_that_does_not_answer(environment, tmp_path):
-    """The library tries for 23 s, and says so; then there is one message."""
-    with serve_hub() as hub:
-        hub.is_down = True
-        command = [sys.executable, "-m", "looptap", "info", ID]
-        running = {
-            endpoint: subprocess.Popen(
-                command,
-                env=environment | {"HF_ENDPOINT": endpoint},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for endpoint in (hub.endpoint, "http://127.0.0.1:9")  # port 9 is refused
-        }
-        said = {}
-        for endpoint, process in running.items():
-            stdout, stderr = process.communicate(timeout=120)
-            done = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-            said[endpoint] = message_of(done)
-    for (endpoint, text), reason in zip(said.items(), ("503 Service Unavailable", "refused"), strict=True):
+# the library waits for 23 s between its tries
+WITHOUT_WAITING = """
+import sys, time
+time.sleep = lambda seconds: None
+from looptap.cli.commands import main
+main()
+"""
+
+
+def test_a_hub_that_does_not_answer(hub, python, environment, tmp_path):
+    """The library tries several times, and says so; then there is one message."""
+    hub.is_down = True
+    for endpoint, reason in (
+        (hub.endpoint, "503 Service Unavailable"),
+        ("http://127.0.0.1:9", "refused"),  # nobody listens there
+    ):
+        done = python.run(["info", ID], tmp_path, environment | {"HF_ENDPOINT": endpoint}, WITHOUT_WAITING)
+        text = message_of(done)
         assert text.startswith(f"{endpoint} could not be asked for {ID} (") and reason in text
         assert text.endswith("lacks files of it; check the network and run the command again")
 

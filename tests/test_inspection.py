@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from looptap.analysis.depths import depths_of
 from looptap.analysis.figures.attention_maps import MOST_MAPS, choose, left_out, seen, strongest, thinned
 from looptap.analysis.pages.inspection import visible, write_inspection
-from looptap.analysis.streaming import depths_of
 from looptap.capture.prompt import inspect_prompt
 from looptap.capture.settings import InspectSettings
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
@@ -206,7 +206,7 @@ def test_weights_that_are_not_finite_are_counted_and_marked(tmp_path):
 
 
 def test_a_real_prompt(tmp_path):
-    found = inspect_prompt(InspectSettings(model="random:(1,2x3,1)I,width=32", prompt="ab cab"))
+    found = inspect_prompt(InspectSettings.of(model="random:(1,2x3,1)I,width=32", prompt="ab cab"))
     path = write_inspection(found.dataset, found.tokens, found.lens, tmp_path / "deep" / "i.html")
     page = Page(path.read_text())
     (maps,) = page.json(id="maps")

@@ -1,6 +1,5 @@
 """Initial states from files, prelude outputs replaced, outputs set to zero: what a capture does with them."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +135,7 @@ def test_a_turned_prelude_output_keeps_its_norm():
 
     tap = Entering()
     with torch.inference_mode():
-        model(batch, tap, initial_ND, Interventions(prelude_direction_ND=direction_ND * 5))
+        model(batch, Interventions(prelude_direction_ND=direction_ND * 5).around(tap), initial_ND)
     norm_N = tap.prelude_ND.norm(dim=-1, keepdim=True)
     turned_ND = direction_ND / direction_ND.norm(dim=-1, keepdim=True) * norm_N
     wanted = torch.cat([initial_ND, turned_ND], dim=-1) @ model.adapter.T
@@ -202,7 +201,7 @@ def test_select_halves():
 
 def test_a_store_goes_on_with_the_same_interventions_only(tmp_path):
     np.save(tmp_path / "ids.npy", np.array([ROWS[1], ROWS[3]]))
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model=TINY, data=tmp_path / "ids.npy", store=tmp_path / "s", quantities=("residual",),
         zero=("mlp:core[1]",), prelude_output="fixed", initial_state="zero",
     )  # fmt: skip
@@ -214,7 +213,7 @@ def test_a_store_goes_on_with_the_same_interventions_only(tmp_path):
         ({"initial_state": None}, r"settings\.initial_state: zero -> None"),
     ):
         with pytest.raises(ValueError, match=named):
-            run_capture(make_plan(replace(settings, **change)))
+            run_capture(make_plan(settings.but(**change)))
 
 
 FEEDFORWARD, PLAIN_LOOP = "random:(3,0,0),width=32,heads=4", "random:(1,2x3,1),norm=pre,width=32,heads=4"

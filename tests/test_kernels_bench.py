@@ -68,6 +68,7 @@ def test_plain_attention_is_the_one_with_weights():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
+@pytest.mark.slow
 def test_extra_memory_is_seen():
     T, (H, _, _) = 1024, kernels_cpu.HEADS
     eager = kernels_cpu.extra_bytes("attention", "eager, weights and statistics", T, MODEL)
@@ -117,12 +118,14 @@ def run_gpu_script(*arguments):
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_the_gpu_script_says_that_there_is_none():
     done = run_gpu_script()
     assert done.returncode == 2 and "no GPU was found" in done.stderr
 
 
 @needs_triton
+@pytest.mark.full
 def test_the_gpu_script_collects_everything(tmp_path):
     done = run_gpu_script("--collect", "--out", str(tmp_path / "results.json"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -133,13 +136,39 @@ def test_the_gpu_script_collects_everything(tmp_path):
     assert {step["status"] for step in record["steps"].values()} <= {"ok", "missing", "not run"}
     assert "zarr" in FORBIDDEN and record["steps"]["imports"]["status"] == "ok"
     assert record["steps"]["tests"]["num_collected"] > 0
-    operations = {"attention", "attention_columns", "attention_chain", "attention_gram", "residual_norm"}
-    assert operations < set(record["steps"]["repeats"]["operations"])
-    assert "goals" not in record["steps"]["norms"], "figures of tiny sizes say nothing"
-    assert len(record["steps"]["attention"]["goal_names"]) > 5
 
 
 @needs_triton
+@pytest.mark.slow
+def test_the_gpu_script_runs_steps_in_processes(tmp_path):
+    done = run_gpu_script("--collect", "--out", str(tmp_path / "results.json"), "graphs", "consan")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((tmp_path / "results.json").read_text())["steps"]
+    assert {name: step["status"] for name, step in steps.items()} == {"graphs": "ok", "consan": "not run"}
+    assert steps["graphs"]["operations"] and steps["graphs"]["faults"] == {}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["repeats", "compiled", "calls", "norms_once", "norms", "attention", "pairs", "model"]
+)
+def test_every_step_of_the_gpu_script_runs_small_on_a_cpu(name):
+    from looptap.benchmarks.gpu_steps import STEPS, without_nan
+
+    (step,) = (step for step in STEPS if step.__name__ == name)
+    found = without_nan(step(torch.device("cpu")))
+    json.dumps(found, allow_nan=False)
+    if name in ("repeats", "compiled", "calls"):
+        operations = {"attention", "attention_chain", "attention_gram", "residual_norm"}
+        assert operations < set(found["operations"]) and found["faults"] == {}
+    elif name != "norms_once":
+        assert found["cases"] and "goals" not in found, "figures of tiny sizes say nothing"
+        assert len(found["goal_names"]) > (5 if name == "attention" else 0)
+
+
+@needs_triton
+@pytest.mark.slow
 def test_what_is_forbidden_is_found(tmp_path):
     from looptap.benchmarks import gpu
 
@@ -238,6 +267,7 @@ def test_every_kernel_has_a_workload(monkeypatch):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_a_row_that_spills_is_no_candidate():
     from looptap.benchmarks import tune
     from looptap.kernels.gpu.tuned import Entry, Settings

@@ -22,7 +22,7 @@ from looptap.analysis.answers.limits import (
     wilson,
 )
 from looptap.analysis.registry import ANALYSES
-from looptap.analysis.verdicts import DISTINCT_COSINE
+from looptap.analysis.thresholds import DISTINCT_COSINE
 from looptap.analysis.walk import answer, walk
 from looptap.errors import CannotTellError
 from looptap.tests.synthetic import (

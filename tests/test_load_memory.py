@@ -5,6 +5,8 @@ import pytest
 from looptap.benchmarks.bench_load import measure_load, write_checkpoint
 from looptap.benchmarks.bench_settings import LoadBench
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_peak_memory_of_loading(tmp_path, stored):

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from looptap.analysis.answers.distinctness import distinctness, trajectory
+from looptap.analysis.answers.distinctness import distinctness
+from looptap.analysis.answers.trajectory import trajectory
 from looptap.analysis.findings import depth_table, find, long_table, make_labels
+from looptap.analysis.folds import BAND_Z, MeanFold, MedianFold
 from looptap.analysis.measures import MEASURES, measure
-from looptap.analysis.streaming import BAND_Z, MeanFold, MedianFold
-from looptap.analysis.verdicts import CONVERGED_STEP, first_below, verdicts
+from looptap.analysis.thresholds import CONVERGED_STEP
+from looptap.analysis.verdicts import first_below, verdicts
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
-from looptap.errors import NothingCapturedError, StatesMissingError
+from looptap.errors import CannotTellError, NothingCapturedError
 from looptap.tests.synthetic import (
     ATTENTION,
     RESIDUAL,
@@ -271,7 +273,7 @@ def test_a_feedforward_model_has_stages_and_no_loop():
     assert "mixing_score" in found.measures and "relative_step" not in found.measures
     assert found.measures.attrs["missing"]["relative_step"] == "the model has no loop"
     assert [verdict.answer for verdict in found.verdicts] == [None] * 5
-    assert isinstance(found.trajectory, str) and isinstance(found.distinctness, str)
+    assert all(found.answers[name] == "the model has no loop" for name in ("trajectory", "distinctness"))
 
 
 def test_one_recurrence_and_one_sequence():
@@ -279,7 +281,7 @@ def test_one_recurrence_and_one_sequence():
     (found,) = find([make_dataset(sequences, (1, 3, 1, 0), states=states)])
     assert "loop ran once" in found.measures.attrs["missing"]["relative_step"]
     assert np.isnan(found.measures["mixing_score"].sel(statistic="low")).all()  # one sequence has no spread
-    assert isinstance(found.trajectory, xr.Dataset) and found.verdicts[0].answer is None
+    assert isinstance(found.answers["trajectory"], xr.Dataset) and found.verdicts[0].answer is None
 
 
 def test_nothing_captured_is_an_error():
@@ -320,7 +322,7 @@ def test_trajectory_of_a_chosen_sequence_and_of_bfloat16_bits():
     bits = (dataset["state"].values.view(np.uint32) >> 16).astype(np.uint16)
     coded = dataset.assign(state=(dataset["state"].dims, bits, {"bits_of": "bfloat16"}))
     np.testing.assert_allclose(trajectory(coded, 102)["explained"], path["explained"], rtol=0.05)
-    with pytest.raises(StatesMissingError, match="no state of sequence 7 is kept; kept are 100, 101, 102"):
+    with pytest.raises(CannotTellError, match="no state of sequence 7 is kept; kept are 100, 101, 102"):
         trajectory(dataset, sequence_id=7)
 
 
@@ -355,10 +357,10 @@ def test_distinctness_equals_its_definition():
 
 def test_states_that_were_not_kept_are_asked_for():
     sequences, states = random_sequences([5], SHAPE)
-    with pytest.raises(StatesMissingError, match="--quantities all,state"):
+    with pytest.raises(CannotTellError, match="--quantities all,state"):
         trajectory(make_dataset(sequences, SHAPE))
     partly = make_dataset(sequences, SHAPE, states=states).isel(depth_state=[1, 2, 7])
-    with pytest.raises(StatesMissingError, match=r"1 of 2 core layers.*--states 'core\[all\]@last'"):
+    with pytest.raises(CannotTellError, match=r"1 of 2 core layers.*--states 'core\[all\]@last'"):
         distinctness(partly)
 
 

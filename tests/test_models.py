@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from looptap.capture.models.description import Block, Llama3Scaling, Rotary, Step
+from looptap.capture.models.description import Block, Llama3Scaling, Rotary
 from looptap.capture.models.exit_gate import exit_probability
 from looptap.capture.models.load import load_model
 from looptap.capture.models.model import LoopedModel
 from looptap.capture.models.random_spec import parse_random
+from looptap.capture.models.schedule import prelude_core_coda
 from looptap.capture.models.tap import Packed
 from looptap.capture.taps.statistics import Buffers, Statistics
 from looptap.tests.oracle import LENGTHS, Listening, Straight, describe, fill, initial_state, random_ids
@@ -62,7 +63,7 @@ def resized(d, shape):
     if d.block.norm == "ouro":
         prelude = coda = 0
     return replace(
-        d, prelude=prelude, core=core, recurrences=recurrences, coda=coda, width=26, mlp_width=18,
+        d, phases=prelude_core_coda(prelude, core, recurrences, coda), width=26, mlp_width=18,
         num_heads=H, num_kv_heads=H if d.block.bias == "qk" else K, head_width=C,
     )  # fmt: skip
 
@@ -125,7 +126,7 @@ def test_loop_states_follow_the_rule_that_ends_a_recurrence():
         d = model.description
         with torch.inference_mode():
             head_input = model(random_ids(d.vocab_size), tap)
-        last = Step(d.prelude + d.core * d.recurrences - 1, "core", d.core - 1, d.recurrences - 1)
+        last = next(step for step in d.steps() if step.depth == d.depth - d.coda - 1)
         bare = tap.residuals[last]
         rms = bare / (bare.square().mean(-1, keepdim=True) + d.block.eps).sqrt() * model.final_norm
         state = tap.loop_states[d.recurrences - 1]
@@ -199,12 +200,12 @@ def test_description_counts_and_steps():
     assert (d.num_blocks, d.depth, d.notation) == (4, 6, "(1,2x2,1)")
     assert with_injection(d).notation == "(1,2x2,1)I"
     assert [tuple(step) for step in d.steps()] == [
-        (0, "prelude", 0, -1),
-        (1, "core", 0, 0),
-        (2, "core", 1, 0),
-        (3, "core", 0, 1),
-        (4, "core", 1, 1),
-        (5, "coda", 0, -1),
+        (0, 0, "prelude", 0, -1),
+        (1, 1, "core", 0, 0),
+        (2, 2, "core", 1, 0),
+        (3, 1, "core", 0, 1),
+        (4, 2, "core", 1, 1),
+        (5, 3, "coda", 0, -1),
     ]
     longer = d.with_recurrences(7)
     assert (longer.depth, longer.num_blocks) == (16, 4)

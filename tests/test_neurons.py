@@ -198,16 +198,16 @@ def store(tmp_path_factory):
 def test_a_capture_records_them_and_goes_on(store, tmp_path, monkeypatch):
     data = tmp_path / "texts.jsonl"
     data.write_text('{"text": "abcdef"}\n{"text": "xyz"}\n')
-    settings = CaptureSettings(model=MODEL, data=data, store=store, quantities=("residual",), neurons=True)
+    settings = CaptureSettings.of(model=MODEL, data=data, store=store, quantities=("residual",), neurons=True)
     plan = make_plan(settings)
     wanted = summarise(logit_moments(load_model(MODEL)))
-    assert Store.open(store).plan["model"]["neurons"] == json.loads(json.dumps(wanted))
-    assert Store.open(store).plan["hash"] == plan.document()["hash"]
+    assert Store.open(store).plan.model.neurons == json.loads(json.dumps(wanted))
+    assert Store.open(store).plan.hash == plan.stored().hash
     # going on takes neither the time again nor the same last digits
     monkeypatch.setattr("looptap.capture.run.neurons_of", lambda plan: pytest.fail("taken twice"))
-    make_recipe(plan, prepare_store(plan)).make()
+    make_recipe(plan, prepare_store(plan))()
     with pytest.raises(ValueError, match=r"settings\.neurons: True -> False"):
-        prepare_store(make_plan(replace(settings, neurons=False)))
+        prepare_store(make_plan(settings.but(neurons=False)))
 
 
 def test_analysis_reads_what_was_recorded(store):
@@ -262,6 +262,7 @@ def test_the_figure_draws_the_shares():
     assert none is not None and "there are none: the largest kurtosis is 40" in none.caption[1]
 
 
+@pytest.mark.slow
 def test_tables_and_the_report_have_them_or_say_why(tmp_path):
     told = dataset(SHARES, STAGES)
     paths = {path.stem: path for path in write_analysis(told, tmp_path, "csv", figure_format=("svg",))}

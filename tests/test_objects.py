@@ -17,15 +17,23 @@ import pytest
 import zarr
 from obstore.store import S3Store
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.repair import repair_store
-from looptap.capture.store.care.verify import store_status, verify_store
+from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.layout import create_store, store_exists
 from looptap.capture.store.places import lease, liveness
 from looptap.capture.store.places.lock import driver_lock, lock_holder
 from looptap.capture.store.places.objects import ObjectPlace
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
-from looptap.errors import StoreError, StoreExistsError, StoreLockedError, StoreMissingError, UnitTakenError
+from looptap.errors import (
+    StoreError,
+    StoreExistsError,
+    StoreLockedError,
+    StoreMissingError,
+    UnitTakenError,
+)
 from looptap.tests.s3_server import BUCKET, Door, environment, serve_s3
 from looptap.tests.small_stores import (
     RECEIPT,
@@ -82,11 +90,12 @@ def check_content(store: Store, units: dict[int, int]) -> None:
         np.testing.assert_array_equal(content(store)[name], values, err_msg=name)
 
 
+@pytest.mark.slow
 def test_written_and_closed(path):
     store = open_or_create(path, 4)
     assert store_exists(path) and store.todo() == [0, 1, 2, 3]
     with pytest.raises(StoreExistsError, match=r"run\.zarr holds a store"):
-        create_store(path, plan={"num_units": 4}, coordinates={}, arrays={})
+        create_store(path, plan=bare_plan(4), coordinates={}, arrays={})
     entries = [write_unit(begin_attempt(store, unit)).commit(RECEIPT) for unit in (2, 0)]
     assert store.done() == [0, 2] and list(store.entries()) == entries[::-1]
     check_content(store, {0: 0, 2: 0})
@@ -101,8 +110,8 @@ def test_written_and_closed(path):
     check_content(store, dict.fromkeys(range(4), 0))
     assert store.group()["unit_done"][...].tolist() == [1, 1, 1, 1]
     status = store_status(path)
-    assert status["complete"] and status["attempts"] == 4 and status["driver"] is None
-    assert status["num_bytes"] == sum(sum(store.place.sizes(name).values()) for name in store.arrays) - sum(
+    assert status.complete and status.attempts == 4 and status.driver is None
+    assert status.num_bytes == sum(sum(store.place.sizes(name).values()) for name in store.arrays) - sum(
         store.place.sizes(name)["zarr.json"] for name in store.arrays
     )
 
@@ -120,8 +129,8 @@ def test_an_attempt_that_is_given_up_leaves_nothing(path):
         raise RuntimeError
     begin_attempt(store, 1).fail("ValueError: out of memory")
     assert store.todo() == [0, 1] and verify_store(path).uncommitted == []
-    (failure,) = store_status(path)["failures"]
-    assert (failure["unit"], failure["attempt"], failure["error"]) == (1, 2, "ValueError: out of memory")
+    (failure,) = store_status(path).failures
+    assert (failure.unit, failure.attempt, failure.error) == (1, 2, "ValueError: out of memory")
 
 
 def test_streamed_states(path):
@@ -178,6 +187,7 @@ def test_verify_finds_damage(path, file, damage):
     assert problem.file == file and problem.unit == (None if "token_id" in file else 1)
 
 
+@pytest.mark.slow
 def test_a_repaired_store_is_finished_again(path):
     store = open_or_create(path, 3)
     for unit in range(3):
@@ -186,7 +196,7 @@ def test_a_repaired_store_is_finished_again(path):
     store.place.replace("state/c.3.0.0", b"broken")
     repair = repair_store(path)
     assert repair.units_voided == repair.units_missing == [1] and repair.irreparable == []
-    assert store.todo() == [1] and not store_status(path)["complete"]
+    assert store.todo() == [1] and not store_status(path).complete
     check_content(store, {0: 0, 2: 0})
     write_unit(begin_attempt(store, 1)).commit(RECEIPT)
     store.finish()
@@ -210,9 +220,11 @@ def test_a_driver_keeps_others_out(path):
 
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("kill", [False, True])
-def test_two_attempts_interleaved_in_objects(url, monkeypatch, kill, same):
+@pytest.mark.parametrize("num_units", [16, pytest.param(80, marks=pytest.mark.full)])
+@pytest.mark.slow
+def test_two_attempts_interleaved_in_objects(url, monkeypatch, kill, same, num_units):
     """Units by two attempts of different or the same content that take turns at every request."""
-    store = open_or_create(url, 40)
+    store = open_or_create(url, num_units)
     monkeypatch.setattr(ObjectPlace, "map", lambda self, function, items: [function(item) for item in items])
     methods = {name: getattr(ObjectPlace, name) for name in ("put", "find", "remove")}
 
@@ -267,6 +279,7 @@ def test_one_of_eight_wins(url):
         tag = winners[0]
 
 
+@pytest.mark.slow
 def test_lost_replies(url, door):
     """Every request that writes is carried out and reported as failed, once: tried again, it finds itself."""
     store, seen = open_or_create(url, 3), set()
@@ -329,7 +342,7 @@ def test_reading_needs_no_more_than_reading(url, door):
     write_unit(begin_attempt(store, 0)).commit(RECEIPT)
     door.refuses = lambda method, path: method not in ("GET", "HEAD")
     check_content(Store.open(url), {0: 0})
-    assert store_status(url)["units_done"] == 1
+    assert store_status(url).units_done == 1
 
 
 def test_without_obstore(monkeypatch):
@@ -442,6 +455,7 @@ def test_plain_zarr_reads_it(url, door):
 MODEL = "random:(0,2x3,0)I,width=32,heads=2"
 
 
+@pytest.mark.slow
 def test_a_capture_killed_at_random(url, door, tmp_path):
     """The command itself, with SIGKILL, against a capture to disk in peace."""
     ids_path, calm_path = tmp_path / "ids.npy", tmp_path / "calm.zarr"

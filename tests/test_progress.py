@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from looptap.capture.engines.events import (
+    Receipt,
+    RunBegan,
     SlowUnit,
     UnitDone,
     UnitFailed,
@@ -18,8 +20,6 @@ from looptap.capture.engines.events import (
     WorkerLost,
     WorkerRefused,
 )
-from looptap.capture.engines.work import Receipt
-from looptap.capture.run import RunBegan
 from looptap.cli import progress
 
 

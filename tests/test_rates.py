@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from looptap.analysis.answers.rates import LEAST_STEPS, fit_rates, half_life, rates
-from looptap.analysis.streaming import BAND_Z
+from looptap.analysis.folds import BAND_Z
 from looptap.errors import CannotTellError
 from looptap.tests.synthetic import RNG_SEED, contraction, drift, make_dataset, random_sequences, rotation
 

@@ -33,6 +33,8 @@ from looptap.capture.store.writing.commit import Store
 from looptap.errors import ClusterError, EngineError
 from looptap.tests.engine_contract import Files, ProcessPoolContract, ended, is_alive, run
 
+pytestmark = pytest.mark.alone
+
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
 NODE = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20}  # there is no GPU; Ray takes our word
 
@@ -137,7 +139,7 @@ def calm(tmp_path_factory, nodes) -> CaptureSettings:
     """Thirty units, captured in peace and in a process of its own with one thread."""
     path = tmp_path_factory.mktemp("calm")
     np.save(path / "ids.npy", np.random.default_rng(0).integers(0, 256, (30, 25)))
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model=TINY, data=path / "ids.npy", store=path / "calm.zarr", unit_tokens=48, tokens="last",
         states=("core[all]@last",), workers=1, device="cpu",
     )  # fmt: skip
@@ -158,7 +160,7 @@ def check(path: Path, calm: CaptureSettings) -> None:
 
 
 def test_a_capture_whose_worker_is_killed(calm, tmp_path):
-    settings = replace(calm, store=tmp_path / "run.zarr", engine="ray", workers=2)
+    settings = calm.but(store=tmp_path / "run.zarr", engine="ray", workers=2)
     workers, killed, num_ended = [], [], 0
 
     def kill_one(event):
@@ -227,7 +229,7 @@ def test_ctrl_c_with_a_cluster_of_its_own(calm, tmp_path):
     done = Store.open(path).done()
     assert 3 <= len(done) < 30 and f"{len(done)} of 30 units are in {path}" in said
     assert not (path / ".looptap" / "driver.lock").exists()
-    assert run_capture(make_plan(replace(calm, store=path))).complete
+    assert run_capture(make_plan(calm.but(store=path))).complete
     check(path, calm)
 
 
@@ -246,7 +248,7 @@ with cluster({nodes.address!r}):
 
 def test_gpus_that_only_the_cluster_has(calm):
     """The plan would be one for the CPU without anybody having said so."""
-    settings = replace(calm, workers=None, engine="ray", device="auto")
+    settings = calm.but(workers=None, engine="ray", device="auto")
     plan = make_plan(settings)
     with pytest.raises(EngineError, match="the cluster has 2 GPUs and this machine none"):
         open_engine(replace(plan, device="cpu")).__enter__()

@@ -154,7 +154,7 @@ def test_no_file_stays_open(store):
 
 def test_missing_units_are_refused_if_asked(store, way):
     dataset = open_store(store.path, missing="raise")
-    C = store.plan["unit_tokens"]
+    C = store.plan.unit_tokens
     for name in store.arrays:
         rows = store.unit_rows(name)
         want = expected(store, name)
@@ -255,7 +255,7 @@ def test_threads_share_a_dataset(store):
 def test_dask_and_pickle(store):
     dataset = open_store(store.path)
     copy = pickle.loads(pickle.dumps(dataset))
-    cuts = {"token": store.plan["unit_tokens"], "depth_state": 1}  # chunk(token=) is something else
+    cuts = {"token": store.plan.unit_tokens, "depth_state": 1}  # chunk(token=) is something else
     chunked = open_store(store.path).chunk(cuts)
     for name in ("state_all", "state_packed", "residual_norm", "state"):
         read_before = dataset.chunk(cuts)[name].data.name
@@ -267,7 +267,7 @@ def test_dask_and_pickle(store):
         assert dataset.chunk(cuts)[name].data.name == read_before
         masked = open_store(store.path, missing="raise").chunk(cuts)
         assert masked[name].data.name != chunked[name].data.name
-    assert chunked["state_all"].chunks[0] == (store.plan["unit_tokens"],) * 4
+    assert chunked["state_all"].chunks[0] == (store.plan.unit_tokens,) * 4
 
 
 def _read_in(dataset: xr.Dataset, names: tuple[str, ...]) -> list[np.ndarray]:
@@ -325,6 +325,7 @@ def test_what_is_in_memory_is_seen(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_reading_from_an_object_store(monkeypatch):
     with serve_s3() as door:
         for name in [name for name in os.environ if name.startswith("AWS_")]:

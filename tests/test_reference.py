@@ -80,7 +80,7 @@ def test_the_figure_and_the_verdict_hold_what_was_found():
     first, last = found["correlation"].sel(measure="sink_score", statistic="value").values[[0, -1]]
     assert f"sink score {first:.2f} in the first recurrence, {last:.2f} in the last" in figure.caption[1]
     figure.chart().to_dict()  # checked against the Vega-Lite schema
-    verdict = next(each for each in findings[0].verdicts if each.name == "stages_repeat")
+    verdict = next(each for each in findings[0].verdicts if each.question.name == "stages_repeat")
     least = float(found["correlation"].sel(measure="mixing_score", statistic="value").min())
     assert f"beside {findings[1].label} (all its layers) the least of all" in verdict.detail
     assert f"mixing score {least:.2f}" in verdict.detail

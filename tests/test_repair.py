@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from looptap.capture.store.care.repair import clean, repair_store
-from looptap.capture.store.care.verify import store_status, verify_store
+from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.places.directory import LocalPlace
 from looptap.capture.store.places.lock import driver_lock
@@ -44,7 +45,7 @@ def check_calm(store: Store) -> None:
     """Closed, sound, and with the content of a capture that nothing happened to."""
     report = verify_store(store.path)
     assert report.ok and not report.units_missing and not report.uncommitted, report
-    assert store_status(store.path)["complete"]
+    assert store_status(store.path).complete
     found = content(store)
     for unit in range(NUM_UNITS):
         for name, values in unit_values(store, unit).items():
@@ -89,7 +90,7 @@ def test_a_damaged_unit_is_done_again(store, file, damage):
     assert repair.units_missing == store.todo() == [unit] and repair.irreparable == []
     report = verify_store(store.path)
     assert report.ok and report.uncommitted == []
-    assert not store_status(store.path)["complete"]
+    assert not store_status(store.path).complete
     assert open_store(store.path)["unit_done"].values.tolist() == [u != unit for u in range(NUM_UNITS)]
     assert not np.asarray(store.group()["unit_done"][...]).any()  # as in any capture that goes on
     fill(store)
@@ -99,10 +100,10 @@ def test_a_damaged_unit_is_done_again(store, file, damage):
 def test_the_reason_is_kept(store, capsys):
     flip(store.path / "state/c.2.0.0")
     repair_store(store.path)
-    (failure,) = store_status(store.path)["failures"]
-    assert (failure["unit"], failure["attempt"]) == (1, 1)
-    assert failure["error"].startswith("voided by repair: state/c.2.0.0 (unit 1): crc32c")
-    assert not failure["done"]
+    (failure,) = store_status(store.path).failures
+    assert (failure.unit, failure.attempt) == (1, 1)
+    assert failure.error.startswith("voided by repair: state/c.2.0.0 (unit 1): crc32c")
+    assert not failure.done
     print_status(store.path, store_status(store.path))
     assert "failed" in (shown := capsys.readouterr().out) and "mended" not in shown
     fill(store)
@@ -134,7 +135,7 @@ def test_what_does_not_belong_goes(store):
 def test_a_unit_of_another_plan_is_done_again(tmp_path):
     """All files and the entry of a unit, sound in themselves, from a store with other settings."""
     store, other = (
-        open_or_create(tmp_path / f"{plan}.zarr", NUM_UNITS, hash=plan) for plan in ("mine", "other")
+        open_or_create(tmp_path / f"{plan}.zarr", NUM_UNITS, recorded_hash=plan) for plan in ("mine", "other")
     )
     fill(store)
     write_unit(begin_attempt(other, 1), salt=1).commit(RECEIPT)

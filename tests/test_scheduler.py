@@ -23,6 +23,7 @@ from looptap.capture.engines.events import (
     Placed,
     Raised,
     Ready,
+    Receipt,
     Returned,
     SlowUnit,
     Start,
@@ -34,7 +35,6 @@ from looptap.capture.engines.events import (
     WorkerRefused,
 )
 from looptap.capture.engines.scheduler import MAX_TRIES, Limits, Scheduler
-from looptap.capture.engines.work import Receipt
 from looptap.errors import NoWorkersError
 
 LIMITS = Limits(reissue_s=3, lost_s=30, retry_s=60, no_worker_s=600)
@@ -262,9 +262,10 @@ class Workers(RuleBasedStateMachine):
     def obey(self):
         if hasattr(self, "scheduler") and not self.gave_up:
             self.tick()
-            assert self.scheduler.num_open == self.num_units - len(self.ended)
+            assert len(self.scheduler._open) == self.num_units - len(self.ended)
             for number, worker in self.workers.items():
-                assert self.scheduler.units_of(number) == worker.held
+                held = self.scheduler._workers.get(number)
+                assert (held.units if held else []) == worker.held
 
     def teardown(self):
         """From here on nothing goes wrong any more; it must come to an end, and every unit to its own."""
@@ -448,4 +449,4 @@ def test_draining_begins_nothing():
     assert scheduler.tick(1, 4) == [] and not scheduler.has_ended
     scheduler.take(Done(0, 0, Receipt()), 2)
     assert scheduler.tick(2, 4) == [UnitDone(0, Receipt())]
-    assert scheduler.has_ended and scheduler.num_open == 8
+    assert scheduler.has_ended and len(scheduler._open) == 8

@@ -14,6 +14,7 @@ import pytest
 import tensorstore
 import zarr
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
 from looptap.capture.store.places import file_sink
 from looptap.capture.store.places.file_sink import FileSink
@@ -28,9 +29,7 @@ BFLOAT16 = {"bits_of": "bfloat16"}
 
 def make_array(root: Path, spec: ArraySpec) -> dict:
     """Metadata of one array of a store made for it."""
-    create_store(
-        root, plan={"num_units": spec.shape[0] // spec.unit_rows}, coordinates={}, arrays={"x": spec}
-    )
+    create_store(root, plan=bare_plan(spec.shape[0] // spec.unit_rows), coordinates={}, arrays={"x": spec})
     return json.loads((root / "x" / "zarr.json").read_bytes())
 
 
@@ -182,7 +181,7 @@ def test_tail_of_a_chunk_is_fill_and_not_what_the_buffer_held(tmp_path):
     found = np.asarray(zarr.open_array(str(tmp_path / "run.zarr"), path="x")[:512])
     assert (found[:5] == 0x4141).all()
     assert (found[5:] == BFLOAT16_NAN).all()
-    assert ring.num_free == 2
+    assert ring._free.qsize() == 2
 
 
 # one chunk a unit: statistics of 2 and 3 axes, whole, ragged and empty, and whole numbers
@@ -279,7 +278,7 @@ def test_failed_write_reaches_the_producer(tmp_path, good_writes, codec):
     writer.abort()
     assert len(offsets) == good_writes + 1, "nothing is written after an error"
     assert [sink.ended for sink in sinks] == ["discarded"] * 4
-    assert ring.num_free == 2, "every buffer came back"
+    assert ring._free.qsize() == 2, "every buffer came back"
 
 
 def test_failed_array_leaves_nothing(tmp_path):
@@ -317,7 +316,7 @@ def test_producer_waits_for_a_slow_disk(tmp_path):
     producer = threading.Thread(target=put_all, args=(writer, 4))
     producer.start()
     for _ in range(60_000):
-        if not ring.num_free and len(begun) == 2:
+        if not ring._free.qsize() and len(begun) == 2:
             break
         time.sleep(0.001)
     assert (len(begun), written) == (2, []), (
@@ -388,7 +387,7 @@ def test_abort_leaves_nothing(tmp_path):
     writer.abort()
     writer.abort()
     assert list((tmp_path / "run.zarr" / "x").glob("c.*")) == []
-    assert ring.num_free == 4
+    assert ring._free.qsize() == 4
 
 
 def test_file_sink_without_direct_writes(tmp_path, monkeypatch):

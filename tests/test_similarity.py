@@ -9,7 +9,8 @@ from looptap.analysis.answers.similarity import (
     attention_distance,
     residual_similarity,
 )
-from looptap.analysis.streaming import BAND_Z, depths_of
+from looptap.analysis.depths import depths_of
+from looptap.analysis.folds import BAND_Z
 from looptap.analysis.walk import walk
 from looptap.errors import CannotTellError
 from looptap.tests.synthetic import RNG_SEED, SHAPE, make_dataset, random_sequences, write_store

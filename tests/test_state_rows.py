@@ -5,8 +5,8 @@ import pytest
 import xarray as xr
 
 from looptap.analysis import state_rows
+from looptap.analysis.answers.common_plane import trajectories
 from looptap.analysis.answers.distinctness import distinctness
-from looptap.analysis.answers.trajectories import trajectories
 from looptap.analysis.answers.two_scale import acceleration
 from looptap.analysis.figures import paths
 from looptap.analysis.findings import find
@@ -81,7 +81,7 @@ def test_bits_of_bfloat16_are_read_as_float32(every_token):
 def test_a_plane_of_many_states_is_fitted_to_some_spread_over_the_store(every_token, monkeypatch):
     dataset, states = every_token
     D, core = states[0].shape[2], slice(1, 16)
-    monkeypatch.setattr("looptap.analysis.answers.trajectories._MOST_PRODUCTS", sum(LENGTHS) * 15 * D**2 // 4)
+    monkeypatch.setattr("looptap.analysis.answers.common_plane._MOST_PRODUCTS", sum(LENGTHS) * 15 * D**2 // 4)
     found = trajectories(dataset)
     assert found.attrs["every"] == 4
     figure = paths.trajectories(find([dataset]))

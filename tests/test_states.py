@@ -7,7 +7,9 @@ import pytest
 import torch
 import zarr
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.plan import make_plan
+from looptap.capture.plan_cost import ring_bytes
 from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
@@ -28,7 +30,7 @@ def make_store(path, dtype: str) -> Store:
     shape = (ROWS, DEPTHS, HIDDEN)
     axes = ("token", "depth_state", "hidden")
     spec = ArraySpec(axes, shape, ROWS, dtype, attributes, "none", shard_rows=512)  # and so are buffers
-    create_store(path, plan={"num_units": 1}, coordinates={}, arrays={"state": spec})
+    create_store(path, plan=bare_plan(1), coordinates={}, arrays={"state": spec})
     return Store.open(path)
 
 
@@ -56,7 +58,7 @@ def test_stream_writes_rows_in_order(tmp_path, batches, dtype):
             first += num_rows
         assert stream.finish() == (2 if total > 2 else 0)
         attempt.commit({"num_sequences": 1, "num_tokens": 1, "seconds": 0.0, "non_finite": {}})
-    assert writer.ring.num_free == num_buffers(DEPTHS)
+    assert writer.ring._free.qsize() == num_buffers(DEPTHS)
     found = np.asarray(zarr.open_array(str(tmp_path / "run.zarr"), path="state")[...])
     bits_LKD = states_LKD.view(torch.int32 if dtype == "float32" else torch.int16).numpy()
     bits = f"i{found.dtype.itemsize}"
@@ -110,7 +112,7 @@ def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
     lengths = [200, 190, 150, 90, 140, 133, 120, 1, 70]
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": ("abcdefg" * n)[:n]}) + "\n" for n in lengths))
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model="random:(1,2x3,0)I,width=32,heads=2", data=data, store=tmp_path / "run.zarr", dtype=dtype,
         quantities=("residual_norm",), states=("prelude", "core[-1]@0,last"), tokens=tokens,
         state_codec=codec, unit_tokens=640, batch_tokens=256,
@@ -118,9 +120,9 @@ def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
     plan = make_plan(settings)
     outcome = run_capture(plan)
     assert outcome.complete
-    store = Store.open(settings.store)
-    worker = Worker(plan.source, store)
-    stored = np.asarray(zarr.open_array(str(settings.store), path="state")[...])
+    store = Store.open(settings.run.store)
+    worker = Worker(plan.load_model(), store)
+    stored = np.asarray(zarr.open_array(str(settings.run.store), path="state")[...])
     for unit in range(store.num_units):
         sink: StateSink = Everything(len(plan.state_depths))
         worker._measure(unit, worker._sequences(unit), sink)
@@ -133,19 +135,19 @@ def test_capture_streams_the_very_residuals(tmp_path, tokens, codec, dtype):
         here = stored[unit * store.unit_rows("state") :][: store.unit_rows("state")]
         np.testing.assert_array_equal(here[:K].view(expected.numpy().dtype), expected.numpy())
         assert (here[K:] == BFLOAT16_NAN).all() if dtype == "bfloat16" else np.isnan(here[K:]).all()
-    assert store.plan["settings"]["state_codec"] == codec
+    assert store.plan.settings.state_codec == codec
     ring = make_ring(store.arrays["state"], CPU)
-    assert plan._ring_bytes == ring.num_buffers * ring.num_bytes, "what the plan says it takes"
+    assert ring_bytes(plan) == ring.num_buffers * ring.num_bytes, "what the plan says it takes"
 
 
 def test_failed_unit_gives_every_buffer_back(tmp_path):
-    settings = CaptureSettings(
+    settings = CaptureSettings.of(
         model="random:(1,2x3,0)I,width=32,heads=2", data=tmp_path / "ids.npy", store=tmp_path / "run.zarr",
         quantities=("residual_norm",), states=("all",), batch_tokens=8,
     )  # fmt: skip
     np.save(tmp_path / "ids.npy", np.ones((3, 8), np.int64))
     plan = make_plan(settings)
-    worker = Worker(plan.source, prepare_store(plan))
+    worker = Worker(plan.load_model(), prepare_store(plan))
     calls = []
     measure = worker._measure_batch
 
@@ -159,7 +161,7 @@ def test_failed_unit_gives_every_buffer_back(tmp_path):
     with pytest.raises(RuntimeError, match="a bad kernel"):
         worker.run(0)
     assert worker._ring is not None
-    assert worker._ring.num_free == worker._ring.num_buffers
+    assert worker._ring._free.qsize() == worker._ring.num_buffers
     assert not any((tmp_path / "run.zarr" / "state").glob("c.*"))
     worker._measure_batch = measure
     assert worker.run(0)["attempt"] == 2

@@ -13,16 +13,18 @@ import pytest
 import xarray as xr
 import zarr
 
-from looptap.capture.store.care.verify import store_status, verify_store
+from looptap.benchmarks.bare_plan import bare_plan
+from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.layout import (
     BFLOAT16_NAN,
     ArraySpec,
     create_store,
     inner_rows,
-    plan_differences,
     store_exists,
 )
+from looptap.capture.store.plan import StoredSettings, plan_differences
 from looptap.capture.store.quantities import QUANTITIES, resolve_quantities
 from looptap.capture.store.reading.reader import iter_units, open_store
 from looptap.capture.store.writing.attempt import begin_attempt
@@ -40,14 +42,8 @@ DEPTHS, HEADS, HIDDEN, SEQUENCES = (
 def make_store(path: Path, unit_tokens: int, num_units: int = 3) -> Store:
     """A store with every kind of array: compressed 2-d and 3-d, uncompressed bfloat16 bits and float32."""
     U, C, rows = num_units, unit_tokens, state_rows(unit_tokens)
-    plan = {
-        "num_units": U,
-        "unit_tokens": C,
-        "unit_sequences": SEQUENCES,
-        "num_state_rows": rows,
-        "settings": {"seed": 0, "quantities": ["residual_norm", "state"]},
-        "versions": {"looptap": "0"},
-    }
+    settings = StoredSettings(quantities=("residual_norm", "state"), dtype="float32", device="cpu")
+    plan = bare_plan(U, C, SEQUENCES, num_state_rows=rows, settings=settings, versions={"looptap": "0"})
     along = {"token": U * C, "sequence": U * SEQUENCES, "depth": DEPTHS}
     coordinates = {
         name: ((axis,), np.arange(along[axis], dtype=dtype) + 1, {"long_name": name})
@@ -184,7 +180,7 @@ def test_plain_readers_read_what_was_written(tmp_path, unit_tokens):
     assert seen["coords"] == sorted(
         ["depth", "stage", "token_id", "token_sequence", "sequence_length", "sequence_id", "unit_done"]
     )
-    assert seen["attrs"] == {"looptap_format": 2, "plan": store.plan}
+    assert seen["attrs"] == {"looptap_format": 2, "plan": store.document}
 
 
 @pytest.mark.parametrize(
@@ -352,16 +348,16 @@ def test_status(tmp_path):
     begin_attempt(store, 1).fail("ValueError: out of memory")
     entries = [run_unit(store, unit) for unit in (0, 2)]
     status = store_status(store.path)
-    assert (status["units_done"], status["units_total"], status["attempts"]) == (2, 3, 3)
-    assert (status["num_tokens"], status["num_sequences"], status["seconds"]) == (20, 4, 1.0)
+    assert (status.units_done, status.units_total, status.attempts) == (2, 3, 3)
+    assert (status.num_tokens, status.num_sequences, status.seconds) == (20, 4, 1.0)
     shards = [s for entry in entries for shards in entry["shards"].values() for s in shards]
-    assert status["num_bytes"] == sum(shard["bytes"] for shard in shards)
-    assert status["num_bytes"] == sum(
+    assert status.num_bytes == sum(shard["bytes"] for shard in shards)
+    assert status.num_bytes == sum(
         p.stat().st_size for name in store.arrays for p in (store.path / name).glob("c.*")
     )
-    assert status["last_commit"] == entries[1]["committed"] and not status["complete"]
-    (failure,) = status["failures"]
-    assert (failure["unit"], failure["attempt"], failure["error"]) == (1, 1, "ValueError: out of memory")
+    assert status.last_commit == entries[1]["committed"] and not status.complete
+    (failure,) = status.failures
+    assert (failure.unit, failure.attempt, failure.error) == (1, 1, "ValueError: out of memory")
 
 
 def flip(path: Path) -> None:
@@ -446,13 +442,13 @@ def test_create_store_is_all_or_nothing(tmp_path):
     with pytest.raises(ValueError, match="coordinate names has type"):
         create_store(
             tmp_path / "run.zarr",
-            plan={"num_units": 1},
+            plan=bare_plan(1),
             coordinates={"names": (("token",), np.array(["a"]), {})},
             arrays={},
         )
     wrong = ArraySpec(("token",), (9,), 5, "float32", {})
     with pytest.raises(ValueError, match="x has 9 rows, but 2 units of 5 rows make 10"):
-        create_store(tmp_path / "run.zarr", plan={"num_units": 2}, coordinates={}, arrays={"x": wrong})
+        create_store(tmp_path / "run.zarr", plan=bare_plan(2), coordinates={}, arrays={"x": wrong})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -473,10 +469,11 @@ def test_opening_what_is_no_store(tmp_path):
 
 def test_plan_differences(tmp_path):
     store = make_store(tmp_path / "run.zarr", 5)
-    wanted = {**store.plan, "versions": {"looptap": "1"}, "created": "today", "hash": "other", "limit": None}
-    assert plan_differences(store.plan, {**store.plan, "versions": {}, "created": "today"}) == []
-    wanted["settings"] = {"seed": 1, "quantities": ("residual_norm", "state")}  # a tuple is a list in JSON
-    assert plan_differences(store.plan, wanted) == ["settings.seed: 0 -> 1", "limit: absent -> None"]
+    other = store.document | {"versions": {"looptap": "1"}, "created": "today", "hash": "other"}
+    assert plan_differences(store.document, other) == []
+    wanted = other | {"limit": None}
+    wanted["settings"] = store.document["settings"] | {"seed": 1}
+    assert plan_differences(store.document, wanted) == ["settings.seed: 0 -> 1", "limit: absent -> None"]
     assert plan_differences({"limit": None}, {}) == ["limit: None -> absent"]
 
 
@@ -520,10 +517,11 @@ def test_a_write_must_fit_its_array(tmp_path):
     assert store.todo() == [0, 1, 2]
 
 
+@pytest.mark.alone
 def test_opening_28_arrays_takes_a_tenth_of_a_second(tmp_path):
     arrays = {f"q{i}": ArraySpec(("token", "depth"), (30, 3), 10, "float32", {}) for i in range(21)}
     coordinates = {f"c{i}": (("token",), np.arange(30), {}) for i in range(6)}
-    create_store(tmp_path / "run.zarr", plan={"num_units": 3}, coordinates=coordinates, arrays=arrays)
+    create_store(tmp_path / "run.zarr", plan=bare_plan(3), coordinates=coordinates, arrays=arrays)
     seconds = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")

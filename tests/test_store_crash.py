@@ -21,8 +21,10 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 
+from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.repair import clean
-from looptap.capture.store.care.verify import store_status, verify_store
+from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.keys import ATTEMPTS, LEDGER, STAGING
 from looptap.capture.store.layout import create_store
 from looptap.capture.store.places import directory, disk, lease, liveness
@@ -103,6 +105,7 @@ def work(path: Path, seed: int) -> None:
             write_unit(begin_attempt(store, unit)).commit(RECEIPT)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_run_again(tmp_path, calm_store):
     """24 kills, from before the store exists to its last unit; the dead are not collected in between."""
     path, num_units, moments = tmp_path / "run.zarr", 300, random.Random(0)
@@ -122,6 +125,7 @@ def test_killed_at_random_moments_and_run_again(tmp_path, calm_store):
     assert [p.name for p in tmp_path.iterdir()] == ["run.zarr"]  # nothing half made beside it
 
 
+@pytest.mark.slow
 def test_uncoordinated_workers_killed_at_random(tmp_path, calm_store):
     """Three workers race for every unit, are killed and replaced; whoever commits, the content is one."""
     num_units, moments = 120, random.Random(1)
@@ -144,6 +148,7 @@ def test_uncoordinated_workers_killed_at_random(tmp_path, calm_store):
         np.testing.assert_array_equal(values, wanted)
 
 
+@pytest.mark.slow
 def test_killed_while_finishing(tmp_path):
     """Every prefix of what `finish` writes, as a kill between two writes leaves it."""
     store = open_or_create(tmp_path / "run.zarr", 3)
@@ -419,7 +424,7 @@ def test_names_of_deleted_open_files_are_no_files(tmp_path):
         write_unit(begin_attempt(store, unit)).commit(RECEIPT)
     store.finish()
     report = verify_store(store.path)
-    assert report.ok and report.uncommitted == [] and store_status(store.path)["attempts"] == 2
+    assert report.ok and report.uncommitted == [] and store_status(store.path).attempts == 2
 
 
 def test_a_driver_keeps_others_out(tmp_path):
@@ -438,6 +443,7 @@ def test_a_driver_keeps_others_out(tmp_path):
     assert store.todo() == []
 
 
+@pytest.mark.alone
 def test_a_killed_driver_is_succeeded_at_once(tmp_path):
     """Killed, but still in the process table, as a shell or a batch system leaves it."""
     path = tmp_path / "run.zarr"
@@ -528,7 +534,7 @@ def test_two_builders_of_one_store(tmp_path):
     open_or_create(tmp_path / "run.zarr", 2)
     assert {p.name for p in tmp_path.iterdir()} == {"run.zarr", living.name}
     with pytest.raises(StoreExistsError):
-        create_store(tmp_path / "run.zarr", plan={"num_units": 2}, coordinates={}, arrays={})
+        create_store(tmp_path / "run.zarr", plan=bare_plan(2), coordinates={}, arrays={})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from looptap.analysis.findings import find
 from looptap.analysis.studies.architecture_axes import near_the_paper
 from looptap.analysis.studies.architecture_page import write_architecture_study
 from looptap.analysis.studies.architecture_study import (
-    AXES,
     DISTANCES_AFTER,
     ArchitectureStudy,
     architecture_study,
@@ -27,12 +26,16 @@ from looptap.capture.models.random_spec import RandomModel
 from looptap.capture.plan import Plan, make_plan
 from looptap.capture.run import Outcome, run_capture
 from looptap.capture.settings import ArchitectureStudySettings
+from looptap.capture.store.cell import AXES
+from looptap.capture.studies import estimate
 from looptap.capture.studies.architecture import architecture_plans, cells_of, run_architecture_study
 from looptap.cli import study_progress
 from looptap.cli.commands import main
-from looptap.cli.study_progress import expected_seconds, run_all_with_progress, to_duration
+from looptap.cli.study_progress import run_all_with_progress, to_duration
 from looptap.errors import ArchitectureError
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
+
+pytestmark = pytest.mark.slow
 
 # width 16 has one head of 16 channels; 40 recurrences: 32 exist and 101 do not
 TINY = {"norms": ("pre", "ouro"), "layers": (2, 3), "recurrences": (40,), "widths": (16,), "seeds": (0, 1)}
@@ -112,14 +115,14 @@ def test_heads_keep_their_width(width, head_width, heads, tmp_path):
 def test_every_cell_is_an_ordinary_capture(tmp_path):
     settings = settings_in(tmp_path, gains=(0.1, 1e-7), embedding_stds=(2.5,))
     for cell, plan in zip(cells_of(settings), architecture_plans(settings), strict=True):
-        assert make_plan(plan.settings).document()["hash"] == plan.document()["hash"]
+        assert make_plan(plan.settings).stored().hash == plan.stored().hash
         assert isinstance(plan.source.origin, RandomModel)
         d, options = plan.description, plan.source.origin.options
         assert (d.block.norm, d.injection is not None) == (cell.norm, cell.injection)
         assert (d.prelude, d.core, d.recurrences, d.coda) == (0, cell.layers, cell.recurrences, 0)
         assert (options.gain, options.embedding_std, options.seed) == (cell.gain, 2.5, cell.seed)
-        assert plan.settings.seed == cell.seed
-        assert Path(plan.settings.store) == settings.out / f"{cell.name}.zarr"
+        assert plan.settings.measure.seed == cell.seed
+        assert Path(plan.store) == settings.out / f"{cell.name}.zarr"
         core = np.arange(d.depth).reshape(cell.recurrences, cell.layers)
         assert plan.state_depths == tuple(core[-1]) and plan.slots.num_units == 1
         assert plan.slots.unit_tokens == plan.dataset.num_tokens  # no padding in hundreds of stores
@@ -232,19 +235,19 @@ def test_ctrl_c_ends_between_captures_and_the_same_command_goes_on(tmp_path, mon
     monkeypatch.setattr(study_progress, "run_capture", run_and_ask)
     with pytest.raises(KeyboardInterrupt):
         run_all_with_progress(plans)
-    assert [Path(plan.settings.store).exists() for plan in plans] == [True, True, False, False]
+    assert [Path(plan.store).exists() for plan in plans] == [True, True, False, False]
     monkeypatch.setattr(study_progress, "run_capture", run_capture)
     assert [outcome.num_resumed for outcome in run_all_with_progress(plans)] == [1, 1, 0, 0]
 
 
 def test_expected_time_goes_by_block_invocations(tmp_path, monkeypatch):
     plans = architecture_plans(settings_in(tmp_path, norms=("pre",), widths=(16, 32), layers=(2, 4)))
-    monkeypatch.setattr(study_progress, "_time_a_block", lambda plan: 0.01 * plan.description.width)
-    expected = expected_seconds(plans)
+    monkeypatch.setattr(estimate, "_time_a_block", lambda plan: 0.01 * plan.description.width)
+    expected = estimate.expected_seconds(plans)
     assert len(expected) == len(plans)
     for plan in plans:
         seconds = 0.01 * plan.description.width * 40 * plan.description.core
-        assert expected[str(plan.settings.store)] == pytest.approx(seconds)
+        assert expected[str(plan.store)] == pytest.approx(seconds)
     said = [to_duration(seconds) for seconds in (0.034, 42.4, 300, 1234, 9000)]
     assert said == ["0.034 seconds", "42 seconds", "5 minutes", "21 minutes", "2.5 hours"]
 
@@ -283,7 +286,7 @@ def test_captures_are_their_direct_definitions(stores, study):
 
 def test_verdicts_are_those_of_the_capture_s_own_report(stores, study):
     for findings, row in zip(find(stores[::5]), study.captures.to_dict("records")[::5], strict=True):
-        said = {verdict.name: verdict for verdict in findings.verdicts}
+        said = {verdict.question.name: verdict for verdict in findings.verdicts}
         assert row["converged"] is said["converged"].answer and row["distinct"] is said["distinct"].answer
         assert row["last_step"] == said["converged"].value
         assert row["least_cosine"] == said["distinct"].value

@@ -23,6 +23,8 @@ from looptap.errors import PlanError, StudyError
 from looptap.tests.oracle import Listening
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser
 
+pytestmark = pytest.mark.slow
+
 MODEL = "random:(1,2x3,1)I,width=64,heads=4"
 # a lone token, ragged, more than one unit of them
 TEXTS = ["ab cab", "x", "hello there, how long is this", "the square root of 16 is", "no"]
@@ -33,7 +35,7 @@ def settings_in(directory: Path, **changes) -> DepthStudySettings:
     data = directory / "texts.txt"
     data.write_text("".join(f"{text}\n" for text in TEXTS))
     given = {"model": MODEL, "data": data, "out": directory / "study", "counts": COUNTS, "batch_tokens": 16}
-    return DepthStudySettings(**{**given, **changes})
+    return DepthStudySettings.of(**{**given, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +83,16 @@ def test_every_count_is_an_ordinary_capture(tmp_path):
         f"(2,2x{count},2)" for count in COUNTS
     ]
     for count, plan in zip(COUNTS, plans, strict=True):
-        assert plan.settings.loop == f"2-3x{count}" and plan.settings.recurrences is None
-        assert Path(plan.settings.store).name == f"recurrences-{count}.zarr"
+        assert plan.settings.model.loop == f"2-3x{count}" and plan.settings.model.recurrences is None
+        assert Path(plan.store).name == f"recurrences-{count}.zarr"
         assert plan.state_depths == (plan.description.depth - 1,)
-        again, first = looptap.capture.plan.make_plan(plan.settings).document(), plan.document()
+        again, first = (
+            looptap.capture.plan.make_plan(plan.settings).stored().to_json(),
+            plan.stored().to_json(),
+        )
         assert again | {"created": ""} == first | {"created": ""}
     _, plans = depth_plans(settings_in(tmp_path, model="random:(0,2x3,0),width=32"))
-    assert [plan.settings.recurrences for plan in plans] == list(COUNTS)
+    assert [plan.settings.model.recurrences for plan in plans] == list(COUNTS)
     assert [plan.state_depths for plan in plans] == [(2 * count - 1,) for count in COUNTS]
 
 
@@ -296,7 +301,7 @@ def test_states_that_are_no_numbers_are_left_out(captured):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     settings = settings_in(tmp_path)
-    given = ["--data", settings.data, "--out", settings.out, "--counts", 2, 3, "--batch-tokens", 16]
+    given = ["--data", settings.data.data, "--out", settings.out, "--counts", 2, 3, "--batch-tokens", 16]
     monkeypatch.setattr("sys.argv", ["looptap", "study", "depth", MODEL, *map(str, given)])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from looptap.benchmarks.states_in_memory import StatesInMemory
 from looptap.capture.models.load import find_model, load_model
 from looptap.capture.models.tap import Packed, Plain
 from looptap.capture.selection import select_depths
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
-from looptap.capture.taps.statistics import Buffers, LastStates, StatesInMemory, Statistics
+from looptap.capture.taps.statistics import Buffers, LastStates, Statistics
 from looptap.kernels import reference
 
 LENGTHS = (7, 70, 1, 7)  # 70: more than one block of queries
@@ -79,8 +80,8 @@ class Listening(Plain):
         self.seen += [x_ND, branch_ND, *result]
         return result
 
-    def loop_state(self, recurrence, state_ND):
-        self.loop_states[recurrence] = state_ND.clone()
+    def loop_state(self, step, state_ND):
+        self.loop_states[step.recurrence] = state_ND.clone()
 
 
 def listen(model) -> Listening:
@@ -302,11 +303,11 @@ def test_nothing_kept_shares_memory_with_the_model():
 def test_last_states_are_the_last_recurrences_residuals_of_every_layer():
     model = small()
     d, heard, tap = model.description, listen(model), last_states(model, ())
-    assert sorted(tap.states) == list(range(d.core))
+    assert sorted(tap.states) == [d.prelude + layer for layer in range(d.core)]
     assert torch.equal(tap.end, heard.loop_states[d.recurrences - 1])
     for step in d.steps():
         if step.recurrence == d.recurrences - 1:
-            assert torch.equal(tap.states[step.layer], heard.residuals[step.depth])
+            assert torch.equal(tap.states[step.block], heard.residuals[step.depth])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert not weights & {t.untyped_storage().data_ptr() for t in tap.states.values()}
 

@@ -9,9 +9,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from looptap.analysis.answers import trajectories as module
-from looptap.analysis.answers.distinctness import distinctness, trajectory
-from looptap.analysis.answers.trajectories import MOST_PATHS, Scatter, trajectories
+from looptap.analysis.answers import common_plane as module
+from looptap.analysis.answers.common_plane import MOST_PATHS, Scatter, trajectories
+from looptap.analysis.answers.distinctness import distinctness
+from looptap.analysis.answers.trajectory import trajectory
 from looptap.analysis.figures import paths
 from looptap.analysis.findings import find
 from looptap.analysis.registry import ANALYSES
@@ -135,7 +136,7 @@ def test_what_cannot_be_told_says_what_to_capture():
     sequences, states = random_sequences([5, 6], SHAPE)
     plain, whole = (4, 0, 0, 0), make_dataset(sequences, SHAPE, states=states)
     for dataset, wanted in (
-        (make_dataset(sequences, SHAPE), "needs state: .* --quantities state --states core"),
+        (make_dataset(sequences, SHAPE), "no states are kept: .* --quantities all,state --states core"),
         (whole.isel(depth_state=[0, 3]), r"1 core depths.*--states core"),
         (make_dataset(random_sequences([5], plain)[0], plain), "the model has no loop"),
         (make_dataset(sequences, SHAPE, states=[x * np.nan for x in states]), "they span no plane"),
@@ -249,5 +250,5 @@ def test_what_cannot_be_drawn_says_why():
         [make_dataset(sequences, SHAPE, states=states), make_dataset(sequences, SHAPE, name="random:b")]
     )
     figure = paths.trajectories(both)
-    assert figure is not None and "needs state" in figure.absent[both[1].label]
+    assert figure is not None and "no states are kept" in figure.absent[both[1].label]
     assert paths.trajectories(both[1:]) is None

@@ -5,7 +5,7 @@ import pytest
 
 import looptap
 from looptap.analysis.answers.two_scale import acceleration, accelerations, two_scale
-from looptap.analysis.streaming import BAND_Z
+from looptap.analysis.folds import BAND_Z
 from looptap.errors import CannotTellError
 from looptap.tests.synthetic import SHAPE, contraction, make_dataset, random_sequences, rotation, write_store
 
@@ -108,7 +108,7 @@ def test_a_partly_kept_core_shows_what_it_can(tmp_path):
     np.testing.assert_allclose(found[8], acceleration(whole)["acceleration"][0, 8])
     with pytest.raises(CannotTellError, match=r"three successive recurrences.*--states core"):
         acceleration(whole.isel(depth_state=[2, 4, 8]))
-    with pytest.raises(CannotTellError, match="needs state: capture again with --quantities state"):
+    with pytest.raises(CannotTellError, match=r"no states are kept: .*--quantities all,state"):
         acceleration(make_dataset(sequences, SHAPE))
     twice, kept = random_sequences([5], (0, 2, 2, 0))
     with pytest.raises(CannotTellError, match="at least 3 recurrences"):

@@ -5,8 +5,10 @@ import pytest
 import xarray as xr
 
 from looptap.analysis.findings import find
+from looptap.analysis.questions import STABLE_GAP
+from looptap.analysis.thresholds import REPEATED_STAGES
 from looptap.analysis.trained import trained_count
-from looptap.analysis.verdicts import REPEATED_STAGES, STABLE_GAP, Verdict
+from looptap.analysis.verdicts import Verdict
 from looptap.tests.synthetic import (
     RNG_SEED,
     contraction,
@@ -22,7 +24,7 @@ HUB = "hub/Looped-1B"
 
 def verdict(name: str, *stores: xr.Dataset) -> Verdict:
     """Of the first of the captures."""
-    (found,) = (each for each in find(stores)[0].verdicts if each.name == name)
+    (found,) = (each for each in find(stores)[0].verdicts if each.question.name == name)
     return found
 
 
@@ -49,7 +51,7 @@ def test_verdicts_on_known_dynamics(dataset, converges, distinct):
 
 def test_a_slow_drift_is_told_by_its_rate_and_not_by_its_steps():
     found = verdict("converged", drift(reach=0.02))
-    assert found.value is not None and found.value <= found.threshold and found.recurrence is None
+    assert found.value is not None and found.value <= found.question.threshold and found.recurrence is None
     assert "the slowest layer's steps do not shrink, and 48 recurrences ran" in found.detail
 
 
@@ -129,7 +131,7 @@ def on_a_way(way_R: list[float], name: str = HUB, **settings) -> xr.Dataset:
 def test_a_loop_made_of_a_feedforward_model_is_trained_to_run_once(first, answer):
     found = verdict("stable", on_a_way([first, 0.2, 0.1, 0], loop="4-7x4"))
     assert found.answer is answer and found.value == pytest.approx(first, rel=0.02)
-    assert 0.31 < STABLE_GAP < 0.32 and "paper" in found.source
+    assert 0.31 < STABLE_GAP < 0.32 and "paper" in found.question.source
 
 
 def test_a_capture_of_the_models_own_count_says_what_was_trained():
@@ -155,6 +157,7 @@ def test_what_was_trained_is_read_from_captures_of_the_same_weights_alone():
 def test_every_verdict_says_its_threshold_where_it_is_from_and_its_figure():
     from looptap.analysis.figures.catalogue import FIGURES
 
-    for each in find([contraction(0.5, POINTS, 30)])[0].verdicts:
-        assert each.reason and each.source and each.question and np.isfinite(each.threshold)
+    for verdict in find([contraction(0.5, POINTS, 30)])[0].verdicts:
+        each = verdict.question
+        assert each.reason and each.source and each.text and np.isfinite(each.threshold)
         assert each.figure in {draw.__name__ for draw in FIGURES}

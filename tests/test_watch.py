@@ -16,7 +16,8 @@ from looptap.benchmarks.bench_settings import WatchBench
 from looptap.benchmarks.bench_watch import bench_watch, compare
 from looptap.capture.models.draws import draw_initial_state
 from looptap.capture.models.load import load_model
-from looptap.capture.store.care.verify import store_status, verify_store
+from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.quantities import QUANTITIES
 from looptap.capture.store.writing.commit import Store
 from looptap.capture.watch.structure import find_structure, show_order
@@ -252,7 +253,7 @@ def test_steps_alone_are_those_with_gaps():
             recorder = watched._recorder
 
             def count(*_, recorder=recorder, kept=kept):
-                kept.append(max(map(len, recorder._pass.visits.values())))
+                kept.append(max(map(len, recorder._pass.history._states.values())))
 
             module.head.register_forward_pre_hook(count)
             module(ids)
@@ -278,8 +279,8 @@ def test_everything_that_reads_stores_reads_this_one(tmp_path, capsys):
     report = verify_store(path)
     assert report.ok and not report.units_missing
     status = store_status(path)
-    assert status["complete"] and status["num_tokens"] == 80 and status["num_sequences"] == 4
-    assert status["num_non_finite"] == 0
+    assert status.complete and status.num_tokens == 80 and status.num_sequences == 4
+    assert status.num_non_finite == 0
     print_store(path)
     assert "my loop  (1,2x3,1)" in capsys.readouterr().out
     names = {written.name for written in write_analysis(path, tmp_path / "out")}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ..trained import same_weights
 from ..walk import Analysis
 from .stages import STAGE_MEASURES, gathered, reference_profiles, resampled, stages_of
 
@@ -68,7 +69,7 @@ def choose_reference(plan: Mapping[str, Any], plain: Sequence[tuple[str, xr.Data
     fitting = [each for each in plain if each[1].attrs["plan"]["data"] == plan["data"]]
     if not fitting:
         return f"{plain[0][0]} was captured over other data"
-    own = [each for each in fitting if _weights(each[1].attrs["plan"]) == _weights(plan) is not None]
+    own = [each for each in fitting if same_weights(each[1].attrs["plan"], plan)]
     label, curves = (own or fitting)[0]
     window = re.match(r"(\d+)-(\d+)x", str(plan["settings"].get("loop") or "")) if own else None
     layers, words = slice(None), "all its layers"
@@ -76,7 +77,3 @@ def choose_reference(plan: Mapping[str, Any], plain: Sequence[tuple[str, xr.Data
         first, last = int(window[1]), int(window[2])
         layers, words = slice(first, last + 1), f"the same layers of itself, {first} to {last}"
     return Reference(label, *reference_profiles(curves, STAGE_MEASURES, layers), words)
-
-
-def _weights(plan: Mapping[str, Any]) -> str | None:
-    return plan["model"].get("weights_sha256")

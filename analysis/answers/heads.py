@@ -16,8 +16,10 @@ import pandas as pd
 import xarray as xr
 
 from .. import by_head
-from ..measures import MEASURES, STATISTICS
-from ..streaming import Arrays, Depths, MeanFold
+from ..depths import Depths
+from ..folds import STATISTICS, MeanFold
+from ..measures import MEASURES
+from ..streaming import Arrays
 from ..walk import Analysis, merged, walk
 
 _PREFIX = "heads_"

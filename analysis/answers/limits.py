@@ -22,7 +22,9 @@ import numpy as np
 import xarray as xr
 
 from ...errors import CannotTellError
-from ..streaming import BAND_Z, Arrays, Depths
+from ..depths import Depths
+from ..folds import BAND_Z, STATISTICS
+from ..streaming import Arrays
 from ..walk import Analysis, answer
 
 LIMITS = ("fixed_point", "orbit", "slider", "unknown")
@@ -220,7 +222,7 @@ class _LimitsFold:
                 "together": (("statistic", "limit", "other_limit"), self._together.result(), given),
             },
             {
-                "statistic": ["value", "low", "high", "sequences"],
+                "statistic": list(STATISTICS),
                 "layer": layers,
                 "other_layer": layers,
                 "limit": list(LIMITS),

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ...capture.store.reading.recorded_neurons import recorded_neurons
+from ...capture.store.plan import plan_of
 from ...errors import CannotTellError, NoNeuronsError
-from ..streaming import Arrays, Depths
+from ..depths import Depths
+from ..streaming import Arrays
 from ..walk import Analysis, answer
 
 KINDS = ("prediction", "suppression")
@@ -23,7 +24,7 @@ class _Recorded:
 
     def __init__(self, dataset: xr.Dataset, depths: Depths) -> None:
         try:
-            self._found = recorded_neurons(dataset.attrs["plan"])
+            self._found = plan_of(dataset).recorded_neurons()
         except NoNeuronsError as error:
             raise CannotTellError(str(error)) from error
 

@@ -12,14 +12,13 @@ import numpy as np
 import xarray as xr
 
 from ...errors import CannotTellError
-from ..streaming import Arrays, Depths, MeanFold, MedianFold, finite_mean
+from ..depths import Depths
+from ..folds import STATISTICS, MeanFold, MedianFold, finite_mean
+from ..streaming import Arrays
+from ..thresholds import EPSILON, ROUNDING_STEPS, rounding_step
 from ..walk import Analysis, answer
 
 LEAST_STEPS = 3  # two steps always lie on a line
-# machine epsilons of the norm that rounding may move a loop at its fixed point by: 1.3 to 2.7 were seen, in
-# float32 and bfloat16 with pre and Huginn norms (12 layers)
-ROUNDING_STEPS = 4
-_EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 QUARTILES = (0.25, 0.5, 0.75)
 _BLOCK_BYTES = 2**22  # float64 of one block of tokens, several of which are at work
 
@@ -47,12 +46,6 @@ def fit_rates(step_RS: np.ndarray, floor_RS: np.ndarray) -> tuple[np.ndarray, np
     return np.where(window_S >= LEAST_STEPS, np.exp(slope_S), np.nan), window_S
 
 
-class _TokenRates(MedianFold):
-    """Median and quartiles of rates; of more than are kept from 0.0001 to 10 and within 0.2 %."""
-
-    LOWEST, DECADES, BINS_PER_DECADE = 1e-4, 5, 1024
-
-
 class _RatesFold:
     def __init__(self, dataset: xr.Dataset, depths: Depths) -> None:
         self._core_RL = depths.core_RL
@@ -63,8 +56,10 @@ class _RatesFold:
                 f"capture again with --recurrences {LEAST_STEPS + 1} or more"
             )
         self._dtype = dataset.attrs["plan"]["settings"]["dtype"]
-        self._floor = ROUNDING_STEPS * _EPSILON[self._dtype]
-        self._log_rate, self._window, self._tokens = MeanFold(L), MeanFold(L), _TokenRates(L)
+        self._floor = rounding_step(EPSILON[self._dtype])
+        self._log_rate, self._window = MeanFold(L), MeanFold(L)
+        # of more rates than are kept from 0.0001 to 10 and within 0.2 %
+        self._tokens = MedianFold(L, lowest=1e-4, decades=5, bins_per_decade=1024)
         self._fitted_L, self._refused_L, self._bad_L = (np.zeros(L, np.int64) for _ in range(3))
 
     def add(self, arrays: Arrays) -> None:
@@ -114,7 +109,7 @@ class _RatesFold:
                 "refused": ("layer", self._refused_L, tokens),
             },
             {
-                "statistic": ["value", "low", "high", "sequences"],
+                "statistic": list(STATISTICS),
                 "layer": np.arange(len(self._fitted_L)),
                 "quartile": list(QUARTILES),
             },
@@ -127,6 +122,18 @@ def half_life(rate: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         halved = np.log(0.5) / np.log(rate)
     return np.where(rate < 1, halved, np.where(np.isnan(rate), np.nan, np.inf))
+
+
+def slowest_half_life(found: xr.Dataset | str) -> float:
+    """Recurrences in which the steps of the slowest layer halve; infinite where they do not.
+
+    Args:
+        found: as `rates` returns it, or the reason why there is none, which gives NaN.
+    """
+    if isinstance(found, str):
+        return np.nan
+    half_life_L = found["half_life"].sel(statistic="value").values
+    return float(half_life_L[~np.isnan(half_life_L)].max(initial=0))
 
 
 _RATES = Analysis(

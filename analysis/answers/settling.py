@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ..measures import STATISTICS
-from ..streaming import Arrays, Depths, MeanFold
+from ..depths import Depths
+from ..folds import STATISTICS, MeanFold
+from ..streaming import Arrays
 from ..walk import Analysis, answer
 
 

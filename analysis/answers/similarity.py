@@ -14,16 +14,16 @@ import xarray as xr
 
 from ...capture.store.quantities import QUANTITIES
 from ...errors import CannotTellError
-from ..streaming import Arrays, Depths, MeanFold
+from ..depths import Depths
+from ..folds import STATISTICS, MeanFold
+from ..streaming import Arrays
 from ..walk import Analysis, answer
-
-STATISTICS = ["value", "low", "high", "sequences"]
 
 
 class _PairsFold:
     def __init__(self, name: str, dataset: xr.Dataset, depths: Depths) -> None:
         self._name, self._depths = name, depths
-        D, L = len(depths), depths.core_RL.shape[1]
+        D, L = len(depths), sum(loop_RL.shape[1] for loop_RL in depths.loops)
         self._map = MeanFold((D, D))
         self._same_layer, self._other_layers = MeanFold(L), MeanFold(L)
         self._bad = 0
@@ -32,16 +32,21 @@ class _PairsFold:
         (value_DD,) = arrays[self._name]
         self._bad += value_DD.size - int(np.isfinite(value_DD).sum())
         self._map.add(value_DD)
-        same_L, other_L = across_and_within(value_DD, self._depths.core_RL)
-        self._same_layer.add(same_L)
-        self._other_layers.add(other_L)
+        if self._depths.loops:
+            pairs = zip(
+                *(across_and_within(value_DD, loop_RL) for loop_RL in self._depths.loops), strict=True
+            )
+            same_L, other_L = map(np.concatenate, pairs)
+            self._same_layer.add(same_L)
+            self._other_layers.add(other_L)
 
     def result(self) -> xr.Dataset:
         if not self._map.count.any():
             raise CannotTellError(f"no finished sequence has a finite {self._name}")
         about = {"units": QUANTITIES[self._name].unit}
         by_layer = ("statistic", "layer_of_core")
-        coordinates = {"statistic": STATISTICS, "layer_of_core": np.arange(self._depths.core_RL.shape[1])}
+        layer = np.arange(len(self._same_layer.count))
+        coordinates = {"statistic": list(STATISTICS), "layer_of_core": layer}
         for axis, ending in (("depth", ""), ("depth_other", "_other")):
             coordinates[axis] = np.arange(len(self._depths))
             for name in ("stage", "layer", "recurrence"):
@@ -57,21 +62,21 @@ class _PairsFold:
         )
 
 
-def across_and_within(value_DD: np.ndarray, core_RL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def across_and_within(value_DD: np.ndarray, loop_RL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A layer against itself at other recurrences, and against the other layers of the same recurrence.
 
     Returns:
         the means of both over all such pairs, each float64 [layer]; NaN where there is no pair, or one of the
         pairs is not finite.
     """
-    R, L = core_RL.shape
+    R, L = loop_RL.shape
     same_L, other_L = np.full((2, L), np.nan)
-    core_C = core_RL.ravel()
-    value_RLRL = value_DD[np.ix_(core_C, core_C)].astype(np.float64).reshape(R, L, R, L)
+    depth_C = loop_RL.ravel()
+    value_RLRL = value_DD[np.ix_(depth_C, depth_C)].astype(np.float64).reshape(R, L, R, L)
     itself_L = np.einsum("rlrl->l", value_RLRL)
     if R > 1:
         same_L = (np.einsum("rlsl->l", value_RLRL) - itself_L) / (R * (R - 1))
-    if R and L > 1:
+    if L > 1:
         other_L = (np.einsum("rlrm->l", value_RLRL) - itself_L) / (R * (L - 1))
     return same_L, other_L
 
@@ -96,8 +101,9 @@ def residual_similarity(store: str | Path | xr.Dataset) -> xr.Dataset:
     Returns:
         Dataset: `residual_similarity` [statistic, depth, depth_other], with coordinates stage, layer and
         recurrence on depth, the same with `_other` on depth_other; `same_layer` and `other_layers`
-        [statistic, layer_of_core]. Attribute `non_finite` (pairs of sequences left out of the map). NaN where
-        a layer has no such pair; a feedforward model has a map alone.
+        [statistic, layer_of_core], which counts the layers of all loops, one loop after another. Attribute
+        `non_finite` (pairs of sequences left out of the map). NaN where a layer has no such pair; a
+        feedforward model has a map alone.
     Raises:
         CannotTellError: there is none, and the message says what to capture.
         NothingCapturedError: no sequence is finished yet.

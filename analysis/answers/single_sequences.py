@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..depths import Depths
 from ..measures import MEASURES
-from ..streaming import Arrays, Depths
+from ..streaming import Arrays
 from ..walk import Analysis, merged, walk
 
 SEQUENCE_MEASURES = (

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ...errors import CannotTellError
-from ..measures import MEASURES, STATISTICS, measure
-from ..streaming import Arrays, Depths, MeanFold
+from ...errors import CannotTellError, UnfitError
+from ..depths import Depths
+from ..folds import STATISTICS, MeanFold
+from ..measures import MEASURES, measure
+from ..streaming import Arrays
 from ..walk import Analysis, walk
 
 STAGE_MEASURES = ("mixing_score", "sink_score", "colsum_concentration", "residual_norm")
@@ -117,7 +119,7 @@ def stage_agreement(
         Dataset: `correlation` and `distance` [measure, statistic, recurrence], with the 95 % band over
         sequences; attribute `missing` (measure -> why it is absent).
     Raises:
-        ValueError: a name is not a measure.
+        UnfitError: a name is not a measure.
         CannotTellError: no measure can be compared; the message says why.
         NothingCapturedError: no sequence is finished yet.
     """
@@ -128,7 +130,7 @@ def stage_agreement(
         held, missing = reference_profiles(measure(reference, names), names, layers)
         profiles = dict[str, np.ndarray | None](held)
     elif unknown := [name for name in names if name not in MEASURES]:
-        raise ValueError(f"{unknown[0]!r} is not a measure: choose from {', '.join(MEASURES)}")
+        raise UnfitError(f"{unknown[0]!r} is not a measure: choose from {', '.join(MEASURES)}")
     asked = [stages_of(name, profile) for name, profile in profiles.items()]
     kind = "stages" if reference is None else "reference"
     return gathered(names, walk(store, asked), missing, kind)

@@ -19,11 +19,11 @@ import numpy as np
 import xarray as xr
 
 from ...errors import CannotTellError
-from ..loop_state import to_depths
-from ..streaming import Arrays, Depths, MeanFold, finite_mean
+from ..depths import Depths
+from ..folds import STATISTICS, MeanFold, finite_mean, ratio
+from ..streaming import Arrays
 from ..walk import Analysis, answer
 
-STATISTICS = ["value", "low", "high", "sequences"]
 _BLOCK_BYTES = 2**21  # float64 of one block of tokens, of which a few copies stay in the cache
 
 
@@ -46,7 +46,7 @@ class _ByDepth:
             name: (("statistic", "depth"), fold.result(), {"units": self._units[name]})
             for name, fold in self._folds.items()
         }
-        return xr.Dataset(curves, self._coordinates | {"statistic": STATISTICS}, attributes)
+        return xr.Dataset(curves, self._coordinates | {"statistic": list(STATISTICS)}, attributes)
 
 
 class _TwoScaleFold:
@@ -57,31 +57,29 @@ class _TwoScaleFold:
         self._curves = _ByDepth(dataset, units)
 
     def add(self, arrays: Arrays) -> None:
-        block_D, change_D = np.full((2, len(self._depths)), np.nan)
-        path_TR, step_TR = np.zeros(1), np.zeros(1)
-        # a layer at a time, so that a long sequence takes little memory; the last one's steps stay
-        for depth_R in self._depths.core_RL.T:
-            step_TR, update_TR = (arrays[name][:, depth_R] for name in ("step_norm", "update_norm"))
-            path_TR = path_TR + update_TR.astype(np.float64)
-            block_D[depth_R] = finite_mean(_ratio(step_TR, update_TR), 0)
-            change_D[depth_R[1:]] = finite_mean(np.abs(np.diff(step_TR, axis=1)), 0)
-        curves = {"path": path_TR, "step": step_TR, "ratio": _ratio(step_TR, path_TR)}
-        curves = {name: to_depths(finite_mean(of_TR, 0), self._depths) for name, of_TR in curves.items()}
+        path_D, step_D, ratio_D, block_D, change_D = np.full((5, len(self._depths)), np.nan)
+        for loop_RL in self._depths.loops:
+            path_TR, step_TR = np.zeros(1), np.zeros(1)
+            # a layer at a time, so that a long sequence takes little memory; the last one's steps stay
+            for depth_R in loop_RL.T:
+                step_TR, update_TR = (arrays[name][:, depth_R] for name in ("step_norm", "update_norm"))
+                path_TR = path_TR + update_TR.astype(np.float64)
+                block_D[depth_R] = finite_mean(ratio(step_TR, update_TR), 0)
+                change_D[depth_R[1:]] = finite_mean(np.abs(np.diff(step_TR, axis=1)), 0)
+            end_R = loop_RL[:, -1]
+            path_D[end_R], step_D[end_R] = finite_mean(path_TR, 0), finite_mean(step_TR, 0)
+            ratio_D[end_R] = finite_mean(ratio(step_TR, path_TR), 0)
+        curves = {"path": path_D, "step": step_D, "ratio": ratio_D}
         self._curves.add(curves | {"block_ratio": block_D, "step_change": change_D})
 
     def result(self) -> xr.Dataset:
         return self._curves.result()
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.divide(above, below, dtype=np.float64)
-
-
 class _AccelerationFold:
     def __init__(self, dataset: xr.Dataset, depths: Depths) -> None:
         kept = {int(depth): place for place, depth in enumerate(dataset["state_depth"].values)}
-        runs = [run for layer_R in depths.core_RL.T for run in _kept_runs(layer_R, kept)]
+        runs = [run for loop_RL in depths.loops for layer_R in loop_RL.T for run in _kept_runs(layer_R, kept)]
         self._runs = [(run[2:], np.array([kept[depth] for depth in run])) for run in runs]
         if not self._runs:
             raise CannotTellError(

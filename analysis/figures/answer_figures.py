@@ -15,7 +15,7 @@ import xarray as xr
 from ...errors import CannotTellError
 from ..answers.limits import LIMITS
 from ..findings import Findings
-from .axes import value_domain, y_axis
+from .axes import PANEL_HEIGHT, value_domain, y_axis
 from .marks import DEPTH_COLOR, Figure, Panel
 
 LIMIT_COLORS = ("#2b66a8", "#e39a2d", "#bf3f55", "#c9c8c2")
@@ -104,18 +104,36 @@ def answer_figure(
     title: str,
     paper: str,
     table: Callable[[xr.Dataset], pd.DataFrame],
-    layers: Callable[[Sequence[pd.DataFrame]], list[alt.Chart]],
+    layers: Callable[[pd.DataFrame, Sequence[pd.DataFrame]], list[alt.Chart]],
     caption: str,
     seen: Callable[[Findings, xr.Dataset], str],
+    note: Callable[[xr.Dataset], str] = lambda found: "",
+    height: int = PANEL_HEIGHT,
 ) -> Figure | None:
+    """A panel for each capture that has the answer.
+
+    Args:
+        analysis: name of the answer, as `drawn_of` takes it.
+        table: gives what a panel draws from, of the answer.
+        layers: gives a panel's marks, of its own table and those of all panels, which share axes.
+        caption: what is drawn. seen: gives what a capture shows, "" for nothing.
+        note: gives what else a reader must know of a capture, "" for nothing.
+        height: of a panel, pixels.
+    """
     drawn, absent = drawn_of(findings, analysis)
     if not drawn:
         return None
     tables = {f"{name} {each.label}": table(found) for each, found in drawn}
-    marks = layers(list(tables.values()))
+    every = list(tables.values())
     panels = [
-        Panel(label=each.label, data=key, columns=tuple(tables[key].columns), layers=marks)
-        for (each, _), key in zip(drawn, tables, strict=True)
+        Panel(
+            label=each.label,
+            data=key,
+            columns=tuple(table.columns),
+            layers=layers(table, every),
+            height=height,
+        )
+        for (each, _), (key, table) in zip(drawn, tables.items(), strict=True)
     ]
     return Figure(
         name=name,
@@ -126,6 +144,7 @@ def answer_figure(
         panels=panels,
         tables=tables,
         absent=absent,
+        notes=[f"{each.label}: {text}" for each, found in drawn if (text := note(found))],
         caption=[caption, *filter(None, (seen(each, found) for each, found in drawn))],
     )
 
@@ -138,16 +157,20 @@ def counts_of(drawn: Drawn) -> str:
     return "over all finished sequences, with the 95 % band where there is one; " + "; ".join(counts)
 
 
+def with_band(statistics: xr.DataArray, **more: xr.DataArray) -> pd.DataFrame:
+    """A row for each place on the axes, with the columns value, low and high, and those of more variables."""
+    columns = {key: statistics.sel(statistic=key, drop=True) for key in ("value", "low", "high")}
+    return xr.Dataset({**columns, **more}).to_dataframe().reset_index()
+
+
 def _limits_table(found: xr.Dataset) -> pd.DataFrame:
-    share = found["share"]
-    table = xr.Dataset({key: share.sel(statistic=key, drop=True) for key in ("value", "low", "high")})
-    frame = table.to_dataframe().reset_index()
+    frame = with_band(found["share"])
     frame["order"] = [LIMITS.index(str(name)) for name in frame["limit"]]
     frame["limit"] = [str(name).replace("_", " ") for name in frame["limit"]]
     return frame
 
 
-def _limits_layers(tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
+def _limits_layers(table: pd.DataFrame, tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
     names = [name.replace("_", " ") for name in LIMITS]
     color = alt.Color(
         "limit:N", title=None, sort=names, scale=alt.Scale(domain=names, range=list(LIMIT_COLORS))
@@ -180,12 +203,10 @@ def _limits_seen(each: Findings, found: xr.Dataset) -> str:
 
 
 def _rates_table(found: xr.Dataset) -> pd.DataFrame:
-    rate = found["rate"]
-    table = xr.Dataset({key: rate.sel(statistic=key, drop=True) for key in ("value", "low", "high")})
-    return table.to_dataframe().reset_index().loc[:, ["layer", "value", "low", "high"]]
+    return with_band(found["rate"]).loc[:, ["layer", "value", "low", "high"]]
 
 
-def _rates_layers(tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
+def _rates_layers(table: pd.DataFrame, tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
     last = max(int(np.max(table["layer"])) for table in tables)
     x = alt.X("layer:Q", scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False),
               axis=alt.Axis(title="layer", format="d", tickMinStep=1))  # fmt: skip
@@ -212,13 +233,11 @@ def _rates_seen(each: Findings, found: xr.Dataset) -> str:
 
 
 def _settling_table(found: xr.Dataset) -> pd.DataFrame:
-    settled = found["settled"]
-    columns = {key: settled.sel(statistic=key, drop=True) for key in ("value", "low", "high")}
-    table = xr.Dataset({**columns, "count": found["count"]}).to_dataframe().reset_index()
-    return table.rename(columns={"count": "tokens"})  # Vega-Lite draws nothing right from a field `count`
+    # Vega-Lite draws nothing right from a field `count`
+    return with_band(found["settled"], tokens=found["count"])
 
 
-def _settling_layers(tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
+def _settling_layers(table: pd.DataFrame, tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
     return curve(tables, "settled (share of tokens)", numbers("recurrence", "value", "low", "high"))
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..findings import STAGES
-from ..streaming import Depths
-from .captions import number, place
+from ..depths import Depths
+from .words import number, place
 
 WEIGHT_COLORS = ("#f4f5f7", "#c9dbea", "#86b0d3", "#3f7fb5", "#1d4d8c", "#0a1f4d")
 MOST_MAPS = 60  # more are too small and too many to compare by eye
@@ -96,7 +95,7 @@ def sections(shown: Shown, depths: Depths) -> list[dict[str, Any]]:
         if stage == 1 and shown.core:
             result.append({"name": "core", **_grid(shown)})
         elif found:
-            name = STAGES[stage] if len(depths.core_RL) else "layers"
+            name = depths.stages[stage] if len(depths.core_RL) else "layers"
             result.append({"name": name, "depths": [(depth, int(depths.layer[depth])) for depth in found]})
     return result
 

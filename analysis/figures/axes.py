@@ -5,14 +5,12 @@ from typing import Any
 
 import altair as alt
 import numpy as np
-import pandas as pd
 
-from ..findings import STAGES, TIMES, Findings, depth_table
-from ..measures import MEASURES
+from ..depths import Depths
+from ..findings import TIMES
 
 STAGE_COLORS = {"prelude": "#e3ebf4", "core": "#f4f3ef", "coda": "#f3e6e1"}
 PANEL_HEIGHT = 250
-_SMALLEST = 1e-30  # stands for the lower end of a band that reaches zero or less, on a log axis
 SHORT_LABEL = (  # zeros that would have to be counted become an exponent
     "abs(datum.value) < 0.001 && datum.value != 0 || abs(datum.value) > 99999"
     " ? format(datum.value, '~e') : format(datum.value, '.6~g')"
@@ -29,23 +27,6 @@ def y_axis(title: str, domain: tuple[float, float], log: bool) -> dict[str, Any]
         }
     scale = alt.Scale(domain=list(domain), nice=False, zero=False)
     return {"scale": scale, "axis": alt.Axis(title=title, tickCount=6, labelExpr=SHORT_LABEL)}
-
-
-def is_log(name: str) -> bool:
-    """Whether a measure spans decades: distances, changes, norms and largest channels do."""
-    spans = ("relative_", "step_norm", "gap_norm", "entropy_", "received_", "lens_kl")
-    spans += ("residual_norm", "residual_peak", "attention_step", "attention_gap")
-    return name.startswith(spans)
-
-
-def figure_table(each: Findings) -> pd.DataFrame:
-    """What figures draw from: the measures by depth, with bands that a log axis can show."""
-    table = depth_table(each.measures)
-    for name in MEASURES:
-        if is_log(name) and name in table:
-            low = table[f"{name}_low"]
-            table[f"{name}_low"] = low.where(~(low <= 0), _SMALLEST)
-    return table
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -84,11 +65,12 @@ def depth_axis(num_depths: int) -> alt.X:
     )
 
 
-def stage_shading(stage: np.ndarray, recurrence: np.ndarray) -> list[alt.Chart]:
+def stage_shading(depths: Depths) -> list[alt.Chart]:
     """Prelude, core and coda behind a plot by depth; every other recurrence is shaded while they are few."""
+    stage, recurrence = depths.stage, depths.recurrence
     edges = np.flatnonzero(np.diff(stage) != 0) + 1
     blocks = [
-        {"from": start - 0.5, "to": stop - 0.5, "stage": STAGES[stage[start]]}
+        {"from": start - 0.5, "to": stop - 0.5, "stage": depths.stages[stage[start]]}
         for start, stop in zip([0, *edges.tolist()], [*edges.tolist(), len(stage)], strict=True)
     ]
     stripes = [

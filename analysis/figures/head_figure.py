@@ -16,15 +16,14 @@ import xarray as xr
 from ..answers.heads import HEAD_MEASURES, gathered
 from ..findings import Findings
 from ..measures import MEASURES, SINK_SCORE
-from ..verdicts import SETTLED_ENTROPY
+from ..thresholds import SETTLED_ENTROPY
 from .answer_figures import drawn_by
 from .axes import SHORT_LABEL, log_ticks, note_in_place
-from .captions import number
 from .choices import ALL, EVERYWHERE, Choice, chosen, fading, is_shown, numbered
 from .marks import Figure, Panel, chosen_place
 from .panels import means_over
+from .words import number
 
-_DECADES = ("entropy_change", "attention_step", "attention_gap")  # what spans decades while heads settle
 _LEAST = 1e-8  # of the largest value: below it is rounding
 _CHOSEN: dict[str, int] = dict.fromkeys((*EVERYWHERE, "head"), ALL)
 _WIDE = 400  # from so many depths on a cell is thinner than a pixel where two maps stand side by side
@@ -84,10 +83,11 @@ def _domain(name: str, every: Sequence[xr.Dataset]) -> tuple[float, float]:
     """From the least to the largest value of all captures; on a logarithmic scale what is above rounding."""
     values = np.concatenate([found[name].sel(statistic="value").values.ravel() for found in every])
     values = values[np.isfinite(values)]
-    if name in _DECADES:
+    is_log = MEASURES[name].log
+    if is_log:
         values = values[values > _LEAST * values.max(initial=0)]
     if not len(values):
-        return (1e-3, 1.0) if name in _DECADES else (0.0, 1.0)
+        return (1e-3, 1.0) if is_log else (0.0, 1.0)
     low, high = float(values.min()), float(values.max())
     return (low, high) if high > low else (low - 0.5 * abs(low), high + 0.5 * abs(high) + 1e-9)
 
@@ -135,7 +135,8 @@ def _cells(
     name: str, x: str, axis: alt.X, num_heads: int, domain: tuple[float, float], where: str
 ) -> alt.Chart:
     """A rectangle for every head and column, in the colours of maps."""
-    is_log, about = name in _DECADES, MEASURES[name]
+    about = MEASURES[name]
+    is_log = about.log
     shades = alt.Scale(scheme="viridis", domain=list(domain), clamp=True, type="log" if is_log else "linear")
     ticks: dict[str, Any] = {"values": log_ticks(*domain)[-5:]} if is_log else {"tickCount": 4}
     legend = alt.Legend(title=f"{about.title} ({about.unit})", labelExpr=_LABEL, **ticks)

@@ -1,16 +1,18 @@
 """Maps of all pairs of block invocations: where a loop is like itself, and where it is not."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import altair as alt
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ...capture.store.quantities import QUANTITIES
 from ..findings import Findings
-from .answer_figures import counts_of, drawn_of
-from .captions import number
-from .marks import Figure, Panel
+from .answer_figures import answer_figure
+from .marks import Figure
+from .words import number
 
 MAP_HEIGHT = 420  # pixels; beside another capture's a map is about square
 MOST_BINS = 128  # cells a side of a map: a page holds as many as a screen can show
@@ -37,50 +39,27 @@ def attention_distance(findings: Sequence[Findings]) -> Figure | None:
 
 
 def _map_figure(findings: Sequence[Findings], name: str, title: str, paper: str) -> Figure | None:
-    drawn, absent = drawn_of(findings, name)
-    if not drawn:
-        return None
-    tables, notes, values = {}, [], []
-    for each, found in drawn:
-        value_DD = found[name].sel(statistic="value").values
-        edges = np.linspace(0, len(value_DD), min(len(value_DD), MOST_BINS) + 1).round().astype(int)
-        tables[f"{name} {each.label}"] = table = _map_table(value_DD, edges)
-        values.append(np.asarray(table["value"], float))
-        if len(edges) <= len(value_DD):
-            most = -(-len(value_DD) // MOST_BINS)
-            notes.append(f"{each.label}: a cell is the mean of {most} depths or fewer a side.")
-    every = np.concatenate(values)
-    every = every[np.isfinite(every)]
-    domain = [float(every.min()), float(every.max())] if len(every) else [0.0, 1.0]
-    unit = drawn[0][1][name].attrs["units"]
-    panels = [
-        Panel(
-            label=each.label,
-            data=f"{name} {each.label}",
-            columns=("from", "to", "other_from", "other_to", "value"),
-            layers=[_map_layer(len(each.depths), domain, unit)],
-            height=MAP_HEIGHT,
-        )
-        for each, _ in drawn
-    ]
-    caption = "Every block invocation against every other, in the order they run, from the top left. "
-    caption += "Stripes that repeat are layers that are themselves again in every recurrence."
-    return Figure(
+    unit = QUANTITIES[name].unit
+    return answer_figure(
+        findings,
+        name,
         name=name,
         title=title,
         paper=paper,
-        subtitle=counts_of(drawn),
-        columns=len(panels),
-        panels=panels,
-        tables=tables,
-        absent=absent,
-        notes=notes,
-        caption=[caption, *filter(None, (_map_seen(each, found, unit) for each, found in drawn))],
+        table=partial(_map_table, name),
+        layers=partial(_map_layers, unit),
+        caption="Every block invocation against every other, in the order they run, from the top left. "
+        "Stripes that repeat are layers that are themselves again in every recurrence.",
+        seen=partial(_map_seen, unit),
+        note=_map_note,
+        height=MAP_HEIGHT,
     )
 
 
-def _map_table(value_DD: np.ndarray, edges: np.ndarray) -> pd.DataFrame:
+def _map_table(name: str, found: xr.Dataset) -> pd.DataFrame:
     """Means over cells; a cell without a finite value is empty."""
+    value_DD = found[name].sel(statistic="value").values
+    edges = np.linspace(0, len(value_DD), min(len(value_DD), MOST_BINS) + 1).round().astype(int)
     starts, finite_DD = edges[:-1], np.isfinite(value_DD)
     total, count = (
         np.add.reduceat(np.add.reduceat(each, starts, axis=0), starts, axis=1)
@@ -100,8 +79,18 @@ def _map_table(value_DD: np.ndarray, edges: np.ndarray) -> pd.DataFrame:
     )
 
 
-def _map_layer(num_depths: int, domain: list[float], unit: str) -> alt.Chart:
-    scale = {"domain": [-0.5, num_depths - 0.5], "nice": False}
+def _map_note(found: xr.Dataset) -> str:
+    num_depths = found.sizes["depth"]
+    if num_depths <= MOST_BINS:
+        return ""
+    return f"a cell is the mean of {-(-num_depths // MOST_BINS)} depths or fewer a side."
+
+
+def _map_layers(unit: str, table: pd.DataFrame, tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
+    every = np.concatenate([np.asarray(each["value"], float) for each in tables])
+    every = every[np.isfinite(every)]
+    domain = [float(every.min()), float(every.max())] if len(every) else [0.0, 1.0]
+    scale = {"domain": [-0.5, float(np.max(table["to"]))], "nice": False}
     x = alt.X(
         "from:Q", scale=alt.Scale(**scale), axis=alt.Axis(title="depth (block invocations)", format="d")
     )
@@ -115,10 +104,10 @@ def _map_layer(num_depths: int, domain: list[float], unit: str) -> alt.Chart:
         for key, title in (("from", "depth from"), ("other_from", "other from"), ("value", unit))
     ]
     marks = alt.Chart().transform_filter("isValid(datum.value)").mark_rect(clip=True, strokeWidth=0.7)
-    return marks.encode(x=x, x2="to:Q", y=y, y2="other_to:Q", color=color, stroke=edge, tooltip=tooltip)
+    return [marks.encode(x=x, x2="to:Q", y=y, y2="other_to:Q", color=color, stroke=edge, tooltip=tooltip)]
 
 
-def _map_seen(each: Findings, found: xr.Dataset, unit: str) -> str:
+def _map_seen(unit: str, each: Findings, found: xr.Dataset) -> str:
     same_L, other_L = (found[key].sel(statistic="value").values for key in ("same_layer", "other_layers"))
     if not (np.isfinite(same_L).any() and np.isfinite(other_L).any()):
         return ""

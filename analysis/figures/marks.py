@@ -66,6 +66,8 @@ class Figure:
     columns: int
     panels: Sequence[Panel]
     tables: dict[str, pd.DataFrame]
+    caption: Sequence[str]
+    """sentences: what is drawn, then what each capture that is drawn shows"""
     group: str | None = None
     group_domain: tuple[int, int] = (0, 1)
     choices: Sequence[Choice] = ()
@@ -74,8 +76,6 @@ class Figure:
     """capture -> why it is not drawn"""
     notes: Sequence[str] = ()
     """what else a reader must know, such as a band that is not drawn"""
-    caption: Sequence[str] = ()
-    """what is drawn and what is seen, for figures that are not of the report's (whose are in captions.py)"""
 
     def chart(self, width: int = 420) -> alt.ConcatChart:
         """The whole figure as one chart that holds its data; nothing in it is loaded from elsewhere."""

@@ -10,27 +10,27 @@ import xarray as xr
 
 from ..answers.neuron_shares import KINDS
 from ..findings import Findings
+from .answer_figures import drawn_of
 from .axes import STAGE_COLORS
-from .captions import number
 from .marks import Figure, Panel
+from .words import number
 
 KIND_COLORS = ("#2b66a8", "#d96b3a")
 
 
 def neurons(findings: Sequence[Findings]) -> Figure | None:
     """Share of neurons that promote or suppress tokens, by block (figure 63 by our reading)."""
-    found = {each.label: each.answers.get("neurons", "not asked") for each in findings}
-    drawn = {label: each for label, each in found.items() if isinstance(each, xr.Dataset)}
+    drawn, absent = drawn_of(findings, "neurons")
     if not drawn:
         return None
-    tables = {f"neurons {label}": _table(each) for label, each in drawn.items()}
-    most = max(float(each["share"].sum("kind").max()) for each in drawn.values())
+    tables = {f"neurons {each.label}": _table(found) for each, found in drawn}
+    most = max(float(found["share"].sum("kind").max()) for _, found in drawn)
     panels = [
-        Panel(label=label, data=f"neurons {label}", columns=tuple(tables[f"neurons {label}"].columns),
-              layers=[*_shading(each), _bars(each, most)])
-        for label, each in drawn.items()
+        Panel(label=each.label, data=data, columns=tuple(tables[data].columns),
+              layers=[*_shading(found), _bars(found, most)])
+        for (each, found), data in zip(drawn, tables, strict=True)
     ]  # fmt: skip
-    thresholds = dict.fromkeys(f"{each.attrs['threshold']:g}" for each in drawn.values())
+    thresholds = dict.fromkeys(f"{found.attrs['threshold']:g}" for _, found in drawn)
     caption = "Share of each block's MLP neurons whose effect on the logits, read through the final norm and "
     caption += "the head, has heavy tails over the vocabulary, by the sign of its skew: prediction neurons "
     caption += "raise few tokens, suppression neurons lower few. The weights alone tell, so a block counts "
@@ -44,8 +44,8 @@ def neurons(findings: Sequence[Findings]) -> Figure | None:
         columns=len(panels),
         panels=panels,
         tables=tables,
-        absent={label: each for label, each in found.items() if isinstance(each, str)},
-        caption=[caption, *(_seen(label, each) for label, each in drawn.items())],
+        absent=absent,
+        caption=[caption, *(_seen(each.label, found) for each, found in drawn)],
     )
 
 

@@ -4,7 +4,7 @@ Two kinds: lines over layers or recurrences of the core, and lines along realise
 measure, a column a capture; where one capture lacks what its row shows, its place stays and says so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,6 @@ import pandas as pd
 from ..findings import Findings
 from ..measures import MEASURES
 from .axes import (
-    figure_table,
-    is_log,
     note_in_place,
     stage_shading,
     threshold_line,
@@ -25,6 +23,7 @@ from .axes import (
 )
 from .choices import ALL, EVERYWHERE
 from .marks import FEW_LINES, Figure, Panel, depth_lines, grouped_lines
+from .words import captioned
 
 _WIDE = 100  # from this many depths on a panel takes the whole width
 _WIDEST_BAND = 3  # a band this many times as wide as what curves run through would only grey the panel
@@ -41,6 +40,8 @@ def grouped_figure(
     measures: Sequence[str],
     thresholds: dict[str, tuple[float, str]] | None = None,
     at_loop_state: bool = False,
+    caption: str,
+    seen: Callable[[Findings], str],
 ) -> Figure | None:
     """Rows of measures, columns of captures; a line per layer or per recurrence of the core, or one alone for
     what is read from the loop state.
@@ -48,7 +49,7 @@ def grouped_figure(
     drawn = [each for each in findings if len(each.depths.core_RL) and _has(each, measures)]
     if not drawn:
         return None
-    tables = {_table_name(each): figure_table(each) for each in drawn}
+    tables = {_table_name(each): each.by_depth for each in drawn}
     domain, x_domain = group_domain(drawn, group), group_domain(drawn, x)
     if at_loop_state:  # one line a capture, and so one colour for all
         domain = (domain[1], domain[1])
@@ -75,6 +76,7 @@ def grouped_figure(
         group_domain=domain,
         absent=_absent(findings, drawn, measures),
         notes=notes,
+        caption=captioned(caption, seen, findings),
     )
 
 
@@ -109,14 +111,21 @@ class _GroupedRow:
 
 
 def depth_figure(
-    findings: Sequence[Findings], *, name: str, title: str, paper: str, rows: Sequence[tuple[str, ...]]
+    findings: Sequence[Findings],
+    *,
+    name: str,
+    title: str,
+    paper: str,
+    rows: Sequence[tuple[str, ...]],
+    caption: str,
+    seen: Callable[[Findings], str],
 ) -> Figure | None:
     """Rows of measures (dashed from the second on), columns of captures, along realised depth."""
     measures = [measured for row in rows for measured in row]
     drawn = [each for each in findings if _has(each, measures)]
     if not drawn:
         return None
-    tables = {_table_name(each): figure_table(each) for each in drawn}
+    tables = {_table_name(each): each.by_depth for each in drawn}
     panels, notes, banded = [], [], False
     for row in (row for row in rows if any(_has(each, row) for each in drawn)):
         axis = _axis(tables, row, [], core_only=False, band=True)
@@ -133,6 +142,7 @@ def depth_figure(
         tables=tables,
         absent=_absent(findings, drawn, measures),
         notes=notes,
+        caption=captioned(caption, seen, findings),
     )
 
 
@@ -152,7 +162,7 @@ def _depth_panel(each: Findings, row: Sequence[str], axis: "_Axis", beside: bool
             layers, hover = layers + lines, hover + near
     if not layers:
         return _empty_panel(each, row[0])
-    shading = stage_shading(each.depths.stage, each.depths.recurrence)
+    shading = stage_shading(each.depths)
     return _panel(each, beside, row, [*shading, *layers], hover)
 
 
@@ -169,7 +179,8 @@ class _Axis:
 def _axis(
     tables: dict[str, pd.DataFrame], names: Sequence[str], marks: Sequence[float], core_only: bool, band: bool
 ) -> _Axis:
-    log, about, notes = is_log(names[0]), MEASURES[names[0]], []
+    about, notes = MEASURES[names[0]], []
+    log = about.log
     parts = [table.query("recurrence >= 0") if core_only else table for table in tables.values()]
     values = [_column(part, name) for part in parts for name in names if name in part]
     lows = [_column(part, f"{name}_low") for part in parts for name in names if name in part]

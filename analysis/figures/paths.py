@@ -8,19 +8,22 @@ import pandas as pd
 import xarray as xr
 
 from ..findings import Findings
+from .answer_figures import drawn_of
 from .axes import SHORT_LABEL
-from .captions import number
 from .choices import ALL, EVERYWHERE, FADED, fading, is_shown
 from .marks import DEPTH_COLOR, Figure, Panel, color_by, color_scale
 from .panels import group_domain
+from .words import number
 
 MOST_POINTS = 1500  # of one capture: more would cover one another on a screen
 _POINT, _SMALL_POINT = 26, 14  # square pixels
+_CLOSED = 0.01  # a path whose last two laps differ by less than 1 % of the lap's width has closed to the eye
 
 
-def path_figure(findings: Sequence[Findings], *, name: str, title: str, paper: str) -> Figure | None:
-    """One panel a capture: a token's points joined in the order the blocks run, coloured by layer."""
-    drawn = [(each, each.trajectory) for each in findings if not isinstance(each.trajectory, str)]
+def trajectory(findings: Sequence[Findings]) -> Figure | None:
+    """Path of one token's residual through the core, on its first two principal components (figure 5)."""
+    found = [(each, each.answers["trajectory"]) for each in findings]
+    drawn = [(each, path) for each, path in found if not isinstance(path, str)]
     if not drawn:
         return None
     domain = group_domain([each for each, _ in drawn], "layer")
@@ -42,28 +45,49 @@ def path_figure(findings: Sequence[Findings], *, name: str, title: str, paper: s
         tokens.append(f"sequence {path.attrs['sequence_id']} (position {path.attrs['token_position']})")
     tokens = list(dict.fromkeys(tokens))
     return Figure(
-        name=name,
-        title=title,
-        paper=paper,
+        name="trajectory",
+        title="One token's path through the loop",
+        paper="figure 5",
         subtitle=f"last kept token of {'; of '.join(tokens)}",
         columns=len(panels),
         panels=panels,
         tables=tables,
         group="layer",
         group_domain=domain,
-        absent={each.label: each.trajectory for each in findings if isinstance(each.trajectory, str)},
+        absent={each.label: path for each, path in found if isinstance(path, str)},
+        caption=[
+            "The residual of one token after every core block, in the order the blocks run, on the first two "
+            "principal components of all these points; rings mark the last recurrence, and each capture has "
+            "axes of its own.",
+            *(_path_seen(each.label, path) for each, path in drawn),
+        ],
     )
+
+
+def _path_seen(label: str, path: xr.Dataset) -> str:
+    share = float(path["explained"].values[:2].sum())
+    text = f"In {label} the plane holds {share:.0%} of the variance"
+    recurrence, position = path["recurrence"].values, path["position"].values[:, :2]
+    laps = [position[recurrence == index] for index in range(int(recurrence.max()) + 1)]
+    if len(laps) < 2 or len(laps[-1]) != len(laps[-2]) or len(laps[-1]) < 2:
+        return text + "."
+    width = np.linalg.norm(laps[-1][:, None] - laps[-1][None], axis=-1).max()
+    moved = np.linalg.norm(laps[-1] - laps[-2], axis=-1).max()
+    if width == 0:
+        return f"{text}; all layers end on one point."
+    ending = "the path has closed into a cycle" if moved < _CLOSED * width else "the path has not closed"
+    return f"{text}; {ending}: the last lap moves by {number(moved / width)} of its width."
 
 
 def trajectories(findings: Sequence[Findings]) -> Figure | None:
     """Several tokens' paths in the plane of all kept core states (figure 5, for more than one token)."""
-    found = {each.label: each.answers.get("trajectories", "not asked") for each in findings}
-    planes = {label: each for label, each in found.items() if isinstance(each, xr.Dataset)}
-    if not planes:
+    drawn, absent = drawn_of(findings, "trajectories")
+    if not drawn:
         return None
-    domain = group_domain([each for each in findings if each.label in planes], "layer")
+    domain = group_domain([each for each, _ in drawn], "layer")
     panels, tables, notes = [], {}, []
-    for label, plane in planes.items():
+    for each, plane in drawn:
+        label = each.label
         laps, num_laps = _laps(plane)
         tables[f"plane {label}"] = table = _plane_table(plane, laps)
         last = int(plane["recurrence"].max())
@@ -81,9 +105,9 @@ def trajectories(findings: Sequence[Findings]) -> Figure | None:
             )
         )
     counts = dict.fromkeys(
-        f"{each.sizes['path']} sequences in the plane of {each.attrs['num_states']:,} states"
-        + (f", of one in {each.attrs['every']} kept tokens" if each.attrs["every"] > 1 else "")
-        for each in planes.values()
+        f"{plane.sizes['path']} sequences in the plane of {plane.attrs['num_states']:,} states"
+        + (f", of one in {plane.attrs['every']} kept tokens" if plane.attrs["every"] > 1 else "")
+        for _, plane in drawn
     )
     caption = "The last kept token of each of several sequences after every core block, joined in the order "
     caption += "the blocks run, on the first two principal components of the kept core states of the "
@@ -98,9 +122,9 @@ def trajectories(findings: Sequence[Findings]) -> Figure | None:
         tables=tables,
         group="layer",
         group_domain=domain,
-        absent={label: each for label, each in found.items() if isinstance(each, str)},
+        absent=absent,
         notes=notes,
-        caption=[caption, *(_plane_seen(label, each) for label, each in planes.items())],
+        caption=[caption, *(_plane_seen(each.label, plane) for each, plane in drawn)],
     )
 
 

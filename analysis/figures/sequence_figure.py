@@ -13,11 +13,11 @@ from ..answers.single_sequences import SEQUENCE_MEASURES, gathered
 from ..findings import Findings
 from ..measures import MEASURES
 from .answer_figures import Drawn, drawn_by
-from .axes import depth_axis, is_log, note_in_place, stage_shading, value_domain, y_axis
-from .captions import number
+from .axes import depth_axis, note_in_place, stage_shading, value_domain, y_axis
 from .choices import ALL, EVERYWHERE, Choice, chosen, fading
 from .marks import Figure, Panel, depth_lines, grouped_lines
 from .panels import group_domain, means_over
+from .words import number
 
 _MEAN = -1  # stands for the mean in the column of sequence ids
 _GREY = "#b5b4ad"
@@ -102,8 +102,8 @@ def _tokens(lengths: Collection[int]) -> str:
 
 def _y(name: str, tables: Iterable[pd.DataFrame]) -> dict[str, Any]:
     values = [np.asarray(table[name], float) for table in tables if name in table]
-    log, about = is_log(name), MEASURES[name]
-    return y_axis(f"{about.title} ({about.unit})", value_domain(values, [], log), log)
+    about = MEASURES[name]
+    return y_axis(f"{about.title} ({about.unit})", value_domain(values, [], about.log), about.log)
 
 
 def _panel(
@@ -147,7 +147,7 @@ def _over_recurrences(
         y_options=y_options,
         group="layer",
         domain=group_domain(looped, "layer"),
-        log=is_log(name),
+        log=MEASURES[name].log,
         band=False,
         tooltip=_tooltip(name),
         where=f"datum.recurrence >= 0 && {_OWN}",
@@ -163,19 +163,19 @@ def _along_depth(each: Findings, name: str, y_options: dict[str, Any], looped: S
         y=name,
         y_options=y_options,
         num_depths=len(each.depths),
-        log=is_log(name),
+        log=MEASURES[name].log,
         band=False,
         tooltip=_tooltip(name),
         where=_OWN,
     )
-    shading = stage_shading(each.depths.stage, each.depths.recurrence)
+    shading = stage_shading(each.depths)
     return [*shading, _mean(name, y_options, depth_axis(len(each.depths))), *lines], hover
 
 
 def _mean(name: str, y_options: dict[str, Any], x: alt.X) -> alt.Chart:
     """The mean over all sequences in grey."""
     shown = f"datum.sequence == {_MEAN} && isValid(datum.{name})"
-    shown += f" && datum.{name} > 0" if is_log(name) else ""
+    shown += f" && datum.{name} > 0" if MEASURES[name].log else ""
     base = alt.Chart().transform_filter(shown).mark_line(color=_GREY, strokeWidth=1.4, clip=True)
     return base.encode(x=x, y=alt.Y(f"{name}:Q", **y_options))
 

@@ -1,4 +1,4 @@
-"""Figures of stages that repeat: every recurrence beside the last one, and beside a feedforward model."""
+"""Figures of stages: along depth, by recurrence and layer, beside the last recurrence and a plain model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +9,64 @@ import pandas as pd
 import xarray as xr
 
 from ..findings import Findings
-from ..measures import MEASURES
-from .answer_figures import answer_figure, counts_of, curve, drawn_of, numbers
-from .axes import is_log, value_domain, y_axis
+from ..measures import MEASURES, SINK_SCORE
+from .answer_figures import answer_figure, counts_of, curve, drawn_of, numbers, with_band
+from .axes import value_domain, y_axis
 from .choices import ALL
 from .marks import Figure, Panel, grouped_lines
-from .panels import group_domain
+from .panels import depth_figure, group_domain, grouped_figure
+from .words import core_values, least_and_largest, measure_in_words, number, place
 
 REFERENCE_COLOR = "#23231f"
 MEASURE_COLORS = ("#2b66a8", "#d96b3a", "#4fb58c", "#8a2a6b")
+_ATTENTION = ("mixing_score", "sink_rate", "colsum_concentration")
+
+
+def stages_by_depth(findings: Sequence[Findings]) -> Figure | None:
+    """Mixing score, sink rate and ColSum concentration along realised depth (figures 7 and 8)."""
+    return depth_figure(
+        findings,
+        name="stages_by_depth",
+        title="Stages of attention by depth",
+        paper="figures 7 and 8",
+        rows=[(name,) for name in _ATTENTION],
+        caption=f"Mixing score (entropy of attention rows), sink rate (share of heads that put {SINK_SCORE} "
+        "or more on the first key) and ColSum concentration (0: all keys receive alike, 1: one receives "
+        "all), along realised depth.",
+        seen=_depth_seen,
+    )
+
+
+def stages_by_recurrence(findings: Sequence[Findings]) -> Figure | None:
+    """The same three over the core's layers, one line a recurrence (figures 7, 8)."""
+    return grouped_figure(
+        findings,
+        name="stages_by_recurrence",
+        title="Stages of attention within each recurrence",
+        paper="figures 7 and 8, by recurrence",
+        measures=_ATTENTION,
+        x="layer",
+        group="recurrence",
+        caption="The same three over the core's layers, one line a recurrence: where lines lie on one "
+        "another, every recurrence repeats the same stages.",
+        seen=_recurrence_seen,
+    )
+
+
+def stages_by_layer(findings: Sequence[Findings]) -> Figure | None:
+    """The same three over recurrences, one line a layer (figures 7 and 8, grouped by layer)."""
+    return grouped_figure(
+        findings,
+        name="stages_by_layer",
+        title="Stages of attention of each layer across recurrences",
+        paper="figures 7 and 8, by layer",
+        measures=_ATTENTION,
+        x="recurrence",
+        group="layer",
+        caption="The same three over recurrences, one line a layer: a flat line is a layer that does the "
+        "same in every recurrence.",
+        seen=_layer_seen,
+    )
 
 
 def stages_repeat(findings: Sequence[Findings]) -> Figure | None:
@@ -63,9 +112,9 @@ def profiles_beside_the_reference(findings: Sequence[Findings]) -> Figure | None
     layers = group_domain([each for each, _ in drawn], "layer")
     panels = []
     for name in dict.fromkeys(str(name) for _, found in drawn for name in found["measure"].values):
-        about, log = MEASURES[name], is_log(name)
+        about = MEASURES[name]
         values = [table[name].to_numpy(float) for table in tables.values() if name in table]
-        options = y_axis(f"{about.title} ({about.unit})", value_domain(values, [], log), log)
+        options = y_axis(f"{about.title} ({about.unit})", value_domain(values, [], about.log), about.log)
         for (each, found), key in zip(drawn, tables, strict=True):
             if name in found["measure"]:
                 panels.append(_profiles_panel(each.label, key, name, layers, domain, options, len(drawn) > 1))
@@ -85,6 +134,68 @@ def profiles_beside_the_reference(findings: Sequence[Findings]) -> Figure | None
         caption=[caption, *(f"In {each.label} the dashed line is {found.attrs['reference']} "
                             f"({found.attrs['layers']})." for each, found in drawn)],
     )  # fmt: skip
+
+
+def _depth_seen(each: Findings) -> str:
+    parts = []
+    for name, what in (
+        ("mixing_score", "mixing runs from {low} to {high} nat"),
+        ("sink_rate", "{low} to {high} of the heads are sinks"),
+        ("colsum_concentration", "ColSum concentration runs from {low} to {high}"),
+    ):
+        if name in each.measures:
+            value_D = each.measures[name].sel(statistic="value").values
+            if np.isfinite(value_D).any():
+                ends = least_and_largest(value_D)
+                low, high = _apart(*value_D[list(ends)])
+                flat = f"{measure_in_words(name)} is {low} throughout"
+                low, high = (
+                    f"{low} ({place(each.depths, ends[0])})",
+                    f"{high} ({place(each.depths, ends[1])})",
+                )
+                parts.append(flat if np.ptp(value_D[list(ends)]) == 0 else what.format(low=low, high=high))
+    return f"In {each.label} {', '.join(parts)}." if parts else ""
+
+
+def _apart(low: float, high: float) -> tuple[str, str]:
+    """Two numbers with as many digits as it takes to tell them apart."""
+    if f"{low:.3g}" != f"{high:.3g}" or low == high:
+        return number(low), number(high)
+    digits = next((digits for digits in range(4, 9) if f"{low:.{digits}g}" != f"{high:.{digits}g}"), 9)
+    return f"{low:.{digits}g}", f"{high:.{digits}g}"
+
+
+def _recurrence_seen(each: Findings) -> str:
+    parts = []
+    for name in ("mixing_score", "colsum_concentration"):
+        value_RL = core_values(each, name, looped=False)
+        if (
+            value_RL is None
+            or value_RL.shape[0] < 2
+            or value_RL.shape[1] < 3
+            or np.ptp(value_RL, axis=1).min() == 0
+        ):
+            continue
+        agreement_R = [float(np.corrcoef(row, value_RL[-1])[0, 1]) for row in value_RL[:-1]]
+        later = f" and at least {min(agreement_R[1:]):.2f} after it" if len(agreement_R) > 1 else ""
+        parts.append(f"{measure_in_words(name)} {agreement_R[0]:.2f} at recurrence 0{later}")
+    if not parts:
+        return ""
+    text = f"In {each.label} the profile over layers correlates with the last recurrence's by "
+    return text + f"{'; '.join(parts)}."
+
+
+def _layer_seen(each: Findings) -> str:
+    value_RL = core_values(each, "mixing_score", looped=False)
+    if value_RL is None or len(value_RL) < 2:
+        return ""
+    range_L = np.ptp(value_RL, axis=0)
+    late_L = np.abs(value_RL[-1] - value_RL[1])
+    return (
+        f"In {each.label} the mixing score of layer {int(range_L.argmax())} moves most across recurrences, "
+        f"by {number(range_L.max())} nat; between recurrence 1 and the last no layer moves by more than "
+        f"{number(late_L.max())} nat, while layers differ by {number(np.ptp(value_RL[-1]))} nat."
+    )
 
 
 def _profiles_table(each: Findings, found: xr.Dataset) -> pd.DataFrame:
@@ -111,7 +222,7 @@ def _profiles_panel(
     tooltip += [alt.Tooltip(f"{each}:Q", format="d") for each in ("layer", "recurrence")]
     lines, hover = grouped_lines(
         x="layer", x_domain=layers, y=name, y_options=options, group="recurrence", domain=domain,
-        log=is_log(name), band=False, tooltip=tooltip,
+        log=about.log, band=False, tooltip=tooltip,
     )  # fmt: skip
     reference = alt.Chart().transform_filter("datum.recurrence == -1")
     reference = reference.mark_line(strokeDash=[5, 3], strokeWidth=1.8, color=REFERENCE_COLOR, clip=True)
@@ -127,14 +238,12 @@ def _profiles_panel(
 
 
 def _stages_table(found: xr.Dataset) -> pd.DataFrame:
-    correlation = found["correlation"]
-    table = xr.Dataset({key: correlation.sel(statistic=key, drop=True) for key in ("value", "low", "high")})
-    frame = table.to_dataframe().reset_index()
+    frame = with_band(found["correlation"])
     frame["measure"] = [str(name).replace("_", " ") for name in frame["measure"]]
     return frame.loc[:, ["measure", "recurrence", "value", "low", "high"]]
 
 
-def _stages_layers(tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
+def _stages_layers(table: pd.DataFrame, tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
     names = list(dict.fromkeys(str(name) for table in tables for name in table["measure"]))
     scale = alt.Scale(domain=names, range=list(MEASURE_COLORS[: len(names)]))
     color = alt.Color("measure:N", scale=scale, legend=alt.Legend(title=None, symbolOpacity=1))

@@ -8,7 +8,7 @@ from typing import Any
 import xarray as xr
 
 from ..figures import attention_maps
-from ..figures.captions import number
+from ..figures.words import number
 from ..findings import Findings, find
 from .page import model_facts, render_page, write_page
 
@@ -68,14 +68,11 @@ def _render(dataset: xr.Dataset, tokens: list[str], lens: Sequence[Lens], prompt
 
 
 def _figures(findings: Findings, last_token: str) -> list:
-    from ..figures import catalogue
+    from ..figures.convergence_figures import distance_to_the_fixed_point, steps
+    from ..figures.paths import trajectory
+    from ..figures.stage_figures import stages_by_depth
 
-    draws = (
-        catalogue.trajectory,
-        catalogue.steps,
-        catalogue.distance_to_the_fixed_point,
-        catalogue.stages_by_depth,
-    )
+    draws = (trajectory, steps, distance_to_the_fixed_point, stages_by_depth)
     drawn = [figure for draw in draws if (figure := draw([findings])) is not None]
     subtitle = f"the last token, “{last_token}”"
     return [replace(each, subtitle=subtitle) if each.name == "trajectory" else each for each in drawn]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..figures.captions import caption
+from ...errors import os_errors_named
 from ..findings import Findings
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def render_page(
             title=title,
             lead=lead,
             findings=findings,
-            figures=[_with_caption(figure, findings) for figure in figures],
+            figures=[_with_panels(figure) for figure in figures],
             choices=_choices(figures, findings),
             panel_height=axes.PANEL_HEIGHT,
             colors={group: ", ".join(colors) for group, colors in marks.GROUP_COLORS.items()},
@@ -65,8 +65,9 @@ def render_page(
 def write_page(page: str, out_path: str | Path) -> Path:
     """Write a page; directories above it are made."""
     out_path = Path(out_path)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    out_path.write_text(page, encoding="utf-8")
+    with os_errors_named(out_path, "written"):
+        out_path.parent.mkdir(parents=True, exist_ok=True)
+        out_path.write_text(page, encoding="utf-8")
     return out_path
 
 
@@ -102,7 +103,8 @@ def _environment() -> "Environment":
     return environment
 
 
-def _with_caption(figure: "Figure", findings: Sequence[Findings]) -> dict[str, Any]:
+def _with_panels(figure: "Figure") -> dict[str, Any]:
+    """A figure and its panels as templates take them."""
     panels = [
         {
             "id": f"{figure.name}-{index}",
@@ -113,11 +115,7 @@ def _with_caption(figure: "Figure", findings: Sequence[Findings]) -> dict[str, A
         }
         for index, panel in enumerate(figure.panels)
     ]
-    return {
-        "figure": figure,
-        "panels": panels,
-        "caption": list(figure.caption) or caption(figure.name, findings),
-    }
+    return {"figure": figure, "panels": panels}
 
 
 def _packed(panel: "Panel", figure: "Figure") -> dict[str, Any]:

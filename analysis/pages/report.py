@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ...errors import RequestError
 from ..answers.heads import ANALYSES as HEADS
 from ..answers.single_sequences import ANALYSES as SEQUENCES
-from ..figures.captions import number
+from ..figures.words import number
 from ..findings import Findings, find
 from ..measures import MEASURES
 from ..registry import ANALYSES
@@ -43,11 +44,11 @@ def write_report(
     Returns:
         the path written.
     Raises:
-        ValueError: no store was given.
+        RequestError: no store was given.
         NothingCapturedError: a store has no finished sequence yet.
     """
     if not stores:
-        raise ValueError("no store was given: name at least one to report on")
+        raise RequestError("no store was given: name at least one to report on")
     return write_page(render(find(stores), title), out_path)
 
 
@@ -108,17 +109,17 @@ def _facts(findings: Sequence[Findings]) -> list[tuple[str, list[str]]]:
 
 
 def _verdict_row(row: Sequence[Verdict]) -> dict[str, Any]:
-    first = row[0]
+    asked = row[0].question
     return {
-        "question": first.question,
-        "figure": first.figure,
-        "threshold": f"{first.relation} {number(first.threshold)} {first.unit}",
-        "reason": first.reason,
-        "source": first.source,
+        "question": asked.text,
+        "figure": asked.figure,
+        "threshold": f"{asked.relation} {number(asked.threshold)} {asked.unit}",
+        "reason": asked.reason,
+        "source": asked.source,
         "cells": [
             {
-                "answer": {True: "yes", False: "no", None: "cannot tell"}[verdict.answer],
-                "value": None if verdict.value is None else f"{_precise(verdict)} {verdict.unit}",
+                "answer": verdict.answer_in_words,
+                "value": None if verdict.value is None else f"{_precise(verdict)} {asked.unit}",
                 "since": verdict.recurrence,
                 "detail": verdict.detail,
             }
@@ -130,9 +131,8 @@ def _verdict_row(row: Sequence[Verdict]) -> dict[str, Any]:
 def _precise(verdict: Verdict) -> str:
     """A cosine near 1 needs the digits that tell it from the threshold."""
     assert verdict.value is not None
-    return (
-        f"{verdict.value:.6f}" if verdict.unit == "cosine" and verdict.value > 0.99 else number(verdict.value)
-    )
+    is_near_1 = verdict.question.unit == "cosine" and verdict.value > 0.99
+    return f"{verdict.value:.6f}" if is_near_1 else number(verdict.value)
 
 
 def _missing(findings: Sequence[Findings]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -145,10 +145,6 @@ def _missing(findings: Sequence[Findings]) -> list[tuple[str, list[tuple[str, st
         for name, value in each.answers.items():
             if isinstance(value, str) and name not in _OF_MEASURES:
                 reasons.setdefault(value, []).append(ANALYSES[name].title.lower())
-        for name in ("trajectory", "distinctness"):
-            value = getattr(each, name)
-            if isinstance(value, str):
-                reasons.setdefault(value, []).append(name)
         if reasons:
             result.append((each.label, [(", ".join(names), why) for why, names in reasons.items()]))
     return result

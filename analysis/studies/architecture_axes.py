@@ -7,17 +7,13 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from ...capture.store.cell import AXES, Cell
 from ..figures.marks import LAYER_COLORS, spread_colors
 
-WORDS = {
-    "layers": "layers",
-    "recurrences": "recurrences",
-    "width": "width",
-    "gain": "gain",
-    "embedding_std": "embedding std",
-}
-# the paper's, which a figure takes the nearest value to where it does not vary an axis
-_PAPER = {"layers": 12, "recurrences": 128, "width": 256, "gain": 0.32, "embedding_std": 1.0}
+# the axes that are numbers, in words
+WORDS = {name: name.replace("_", " ") for name in AXES if name not in ("norm", "injection")}
+# whose numbers a figure takes the nearest values to where it does not vary an axis
+_PAPER = Cell("pre", True)
 
 
 def label_of(norm: str, injection: bool) -> str:
@@ -46,7 +42,7 @@ def near_the_paper(table: pd.DataFrame, axes: Sequence[str]) -> tuple[pd.DataFra
     for name in varying(table):
         if name in axes:
             values = np.array(values_of(table, name))
-            value = values[np.abs(np.log(values / _PAPER[name])).argmin()]
+            value = values[np.abs(np.log(values / getattr(_PAPER, name))).argmin()]
             table = pd.DataFrame(table[column(table, name) == value])
             chosen.append(f"{WORDS[name]} {value:g}")
     return table, f"; at {', '.join(chosen)}" if chosen else ""

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ..figures.captions import number
+from ...errors import os_errors_named
 from ..figures.marks import Figure
+from ..figures.pictures import save_figures
+from ..figures.words import number
 from ..pages.page import render_page, write_page
-from ..verdicts import CONVERGED_STEP, DISTINCT_COSINE
+from ..thresholds import CONVERGED_STEP, DISTINCT_COSINE
 from .architecture_axes import WORDS, column, label_of, values_of, varying
 from .architecture_figures import figures_of
 from .architecture_study import DISTANCES_AFTER, ArchitectureStudy, architecture_study
 
-_PNG_SCALE = 2.0
 _MOST_ROWS = 24  # that stand open on the page
 # what a combination's row shows beside its verdicts: title and definition
 _COLUMNS = {
@@ -68,15 +69,14 @@ def write_architecture_study(stores: Sequence[str | Path | xr.Dataset], out_dir:
     """
     out_dir, paths = Path(out_dir), []
     study = architecture_study(stores)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with os_errors_named(out_dir, "written"):
+        out_dir.mkdir(parents=True, exist_ok=True)
     for name, table in study.tables.items():
         paths.append(out_dir / f"{name}.csv")
-        table.to_csv(paths[-1], index=False, float_format="%.7g")
+        with os_errors_named(paths[-1], "written"):
+            table.to_csv(paths[-1], index=False, float_format="%.7g")
     figures = figures_of(study)
-    for figure in figures:
-        for ending, scale in (("png", _PNG_SCALE), ("svg", 1.0)):
-            paths.append(out_dir / f"{figure.name}.{ending}")
-            figure.chart().save(paths[-1], scale_factor=scale)
+    paths += save_figures(figures, out_dir)
     return [*paths, write_page(_render(study, figures), out_dir / "report.html")]
 
 

@@ -15,16 +15,17 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ...errors import ArchitectureError, NothingCapturedError, StatesMissingError
-from ..answers.distinctness import distinctness
+from ...capture.store.cell import AXES, cell_of
+from ...errors import ArchitectureError
+from ..answers.rates import slowest_half_life
+from ..depths import depths_of
 from ..measures import as_analyses, assembled
 from ..registry import ANALYSES
-from ..streaming import as_dataset, depths_of
+from ..streaming import as_dataset
 from ..verdicts import verdicts, worst_over_layers
 from ..walk import walk
 from .boundary import boundary_table
 
-AXES = ["norm", "injection", "layers", "recurrences", "width", "gain", "embedding_std"]
 DISTANCES_AFTER = (1, 8, 32, 101)  # so many recurrences, and more must follow
 # what is said of a capture in one number, and of a combination by its median, least and largest over seeds
 NUMBERS = (
@@ -107,21 +108,16 @@ def architecture_study(stores: Sequence[str | Path | xr.Dataset]) -> Architectur
 
 def _ask(dataset: xr.Dataset) -> tuple[dict[str, object], np.ndarray]:
     """A capture's row, and its distance to the last state by recurrence, without the last [recurrence]."""
-    axes = _axes_of(dataset)
+    axes = vars(cell_of(dataset.attrs["plan"]["model"]))
     if missing := int((dataset["unit_done"].values == 0).sum()):
         raise ArchitectureError(f"{missing} units of a capture are missing: run the study again, it goes on")
     if lacking := [name for name in ("step_norm", "gap_norm") if name not in dataset]:
         raise ArchitectureError(f"a capture lacks {' and '.join(lacking)}: run the study itself")
-    found = walk(dataset, [*as_analyses(_ASKED), ANALYSES["rates"], ANALYSES["limits"]])
+    asked = [ANALYSES[name] for name in ("rates", "limits", "distinctness")]
+    found = walk(dataset, [*as_analyses(_ASKED), *asked])
     measures = assembled(dataset, found)
-    try:
-        apart = distinctness(dataset)
-    except (StatesMissingError, NothingCapturedError) as error:
-        apart = str(error)
-    said = {
-        each.name: each
-        for each in verdicts(measures, apart, {name: found[name] for name in ("rates", "limits")})
-    }
+    answers = {each.name: found[each.name] for each in asked}
+    said = {each.question.name: each for each in verdicts(measures, answers["distinctness"], answers)}
     depths = depths_of(measures)
     distance_R = worst_over_layers(_value(measures["relative_gap_median"]), depths)
     row = axes | {
@@ -134,7 +130,7 @@ def _ask(dataset: xr.Dataset) -> tuple[dict[str, object], np.ndarray]:
         },
         "last_step": _or_nan(said["converged"].value),
         "least_cosine": _or_nan(said["distinct"].value),
-        "half_life": _slowest(found["rates"]),
+        "half_life": slowest_half_life(found["rates"]),
         **_limits_of(found["limits"]),
     }
     sizes = {name: measures.attrs[name] for name in ("num_sequences", "num_tokens")}
@@ -149,14 +145,6 @@ def _or_nan(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-def _slowest(rates: xr.Dataset | str) -> float:
-    """Half-life of the slowest layer that has one, recurrences; infinite where its steps do not shrink."""
-    if isinstance(rates, str):
-        return np.nan
-    half_life_L = _value(rates["half_life"])
-    return float(half_life_L[~np.isnan(half_life_L)].max())
-
-
 def _limits_of(limits: xr.Dataset | str) -> dict[str, float]:
     """Shares of tokens whose last layer ends at a fixed point or on an orbit, by their direction."""
     names = ("fixed_point", "orbit")
@@ -164,25 +152,6 @@ def _limits_of(limits: xr.Dataset | str) -> dict[str, float]:
         return dict.fromkeys(names, np.nan)
     last = limits["share"].sel(statistic="value").isel(layer=-1)
     return {name: float(last.sel(limit=name)) for name in names}
-
-
-def _axes_of(dataset: xr.Dataset) -> dict[str, object]:
-    """The combination and seed of a capture: from its description, and what only the spec holds from that."""
-    model = dataset.attrs["plan"]["model"]
-    spec = str(model.get("spec"))
-    options = dict(each.split("=") for each in spec.rpartition(")")[2].split(",") if "=" in each)
-    if not spec.startswith("random:") or not {"gain", "embedding_std", "seed"} <= options.keys():
-        raise ArchitectureError(f"{spec} is no model of an architecture study")
-    return {
-        "norm": model["norm"],
-        "injection": model["injection"] is not None,
-        "layers": model["core"],
-        "recurrences": model["recurrences"],
-        "width": model["width"],
-        "gain": float(options["gain"]),
-        "embedding_std": float(options["embedding_std"]),
-        "seed": int(options["seed"]),
-    }
 
 
 def _in_words(row: pd.Series) -> str:

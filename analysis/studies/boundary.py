@@ -11,10 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..verdicts import CONVERGED_STEP
+from ...capture.store.cell import AXES
+from ...errors import UnfitError
+from ..thresholds import CONVERGED_STEP, EPSILON
 
-ROUNDING = 2.0**-23  # of float32: a last step below it, 0 included, says only that the loop stands still
-_AXES = ["norm", "injection", "layers", "recurrences", "width", "embedding_std"]
+ROUNDING = EPSILON["float32"]  # a last step below it, 0 included, says only that the loop stands still
+AXES_BUT_GAIN = [name for name in AXES if name != "gain"]
 
 
 class Crossing(NamedTuple):
@@ -39,11 +41,11 @@ def find_crossing(gain_G: np.ndarray, step_G: np.ndarray, threshold: float = CON
         gain_G: gains in rising order, positive [gain].
         step_G: last step over the norm at each, [gain]; those that are no numbers are left out.
     Raises:
-        ValueError: none is a number.
+        UnfitError: none is a number.
     """
     finite_G = np.isfinite(step_G)
     if not finite_G.any():
-        raise ValueError(f"no last step is a number at the gains {', '.join(f'{gain:g}' for gain in gain_G)}")
+        raise UnfitError(f"no last step is a number at the gains {', '.join(f'{gain:g}' for gain in gain_G)}")
     gain_G, step_G = gain_G[finite_G], np.maximum(step_G[finite_G], ROUNDING)
     above_G = step_G > threshold
     changes = int((above_G[1:] != above_G[:-1]).sum())
@@ -70,13 +72,13 @@ def boundary_table(captures: pd.DataFrame) -> pd.DataFrame:
         most of any seed.
     """
     rows = []
-    for _, group in captures.groupby(_AXES, sort=False):
+    for _, group in captures.groupby(AXES_BUT_GAIN, sort=False):
         if len(set(group["gain"])) > 1:
             seeds = [
                 find_crossing(np.asarray(each["gain"]), np.asarray(each["last_step"]))
                 for _, each in group.sort_values("gain").groupby("seed")
             ]
-            rows.append({name: group[name].iloc[0] for name in _AXES} | _over_seeds(seeds))
+            rows.append({name: group[name].iloc[0] for name in AXES_BUT_GAIN} | _over_seeds(seeds))
     return pd.DataFrame(rows)
 
 

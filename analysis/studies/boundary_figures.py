@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from ..figures.axes import SHORT_LABEL, y_axis
-from ..figures.captions import number
 from ..figures.marks import DEPTH_COLOR, Figure, Panel
-from ..verdicts import CONVERGED_STEP
+from ..figures.words import number
+from ..thresholds import CONVERGED_STEP
 from .architecture_axes import (
     WORDS,
     color_of,
@@ -23,7 +23,7 @@ from .architecture_axes import (
     varying,
 )
 from .architecture_study import ArchitectureStudy
-from .boundary import ROUNDING
+from .boundary import AXES_BUT_GAIN, ROUNDING
 
 # from a loop that stands still, over the threshold, to one whose every step is as long as its state
 _MAP_STOPS = [ROUNDING, 1e-5, CONVERGED_STEP, 3e-2, 1.0]
@@ -91,8 +91,8 @@ def _line_in(boundary: pd.DataFrame, part: pd.DataFrame) -> list[dict[str, Any]]
     """The critical gains inside a panel's grid, with their spread as far as it is in there."""
     if not len(boundary):
         return []
-    axes = ["norm", "injection", "layers", "recurrences", "width", "embedding_std"]
-    here = boundary.merge(part[axes].drop_duplicates(), on=axes).to_dict("records")
+    axes = part[AXES_BUT_GAIN].drop_duplicates()
+    here = boundary.merge(axes, on=AXES_BUT_GAIN).to_dict("records")
     ends = {"low": column(part, "gain_from").min(), "high": column(part, "gain_to").max()}
     return [
         {"embedding_std": row["embedding_std"], "critical_gain": row["critical_gain"], **_spread(row, ends)}

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..figures.axes import is_log, value_domain, y_axis
-from ..figures.captions import number
+from ..depths import stages_of
+from ..figures.axes import value_domain, y_axis
 from ..figures.marks import DEPTH_COLOR, RECURRENCE_COLORS, Figure, Panel, spread_colors
-from ..findings import STAGES
+from ..figures.words import number
+from ..measures import MEASURES
 from .depth_study import ENDS, PLACE_MEASURES
 
 _MOST_NAMES = 12  # of places below a panel
 _WIDEST_BAND = 3  # times what the lines run through, as for the report's figures
-_DECADES = ("last_step",)  # of what is read at the end, what spans decades
 
 
 def stages_by_count(study: xr.Dataset, tables: dict[str, pd.DataFrame]) -> Figure:
@@ -77,8 +77,9 @@ def _subtitle(study: xr.Dataset) -> str:
 
 
 def place_names(study: xr.Dataset) -> list[str]:
+    stages = stages_of(study)
     return [
-        f"{STAGES[stage]} {layer}"
+        f"{stages[stage]} {layer}"
         for stage, layer in zip(study["stage"].values, study["layer"].values, strict=True)
     ]
 
@@ -101,7 +102,7 @@ def _band_is_drawn(study: xr.Dataset, name: str) -> bool:
 
 
 def _place_panel(name: str, study: xr.Dataset, table: pd.DataFrame) -> Panel:
-    log, about, counts = is_log(name), study[name].attrs, study["count"].values.tolist()
+    log, about, counts = MEASURES[name].log, study[name].attrs, study["count"].values.tolist()
     banded = _band_is_drawn(study, name)
     value, low, high = (table[f"{name}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
     domain = value_domain([value], [low, high] if banded else [], log)
@@ -144,7 +145,7 @@ def _dash(own: int) -> alt.StrokeDashValue | dict[str, object]:
 
 
 def _end_panel(name: str, study: xr.Dataset, table: pd.DataFrame) -> Panel:
-    log, about, counts = name in _DECADES, study[name].attrs, study["count"].values.tolist()
+    log, about, counts = ENDS[name].log, study[name].attrs, study["count"].values.tolist()
     value, low, high = (table[f"{name}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
     y = y_axis(f"{about['long_name']} ({about['units']})", value_domain([value], [low, high], log), log)
     scale = alt.Scale(type="log", base=2, domain=[counts[0], max(counts[-1], counts[0] + 1)], padding=10)

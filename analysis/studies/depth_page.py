@@ -8,16 +8,15 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..figures.captions import number
+from ...errors import os_errors_named
 from ..figures.marks import Figure
+from ..figures.pictures import save_figures
+from ..figures.words import number
 from ..findings import Findings, find
 from ..pages.page import model_facts, render_page, unchecked_charts, write_page
 from ..streaming import as_dataset
 from .depth_figures import ends_by_count, stages_by_count
 from .depth_study import ENDS, depth_study, study_tables
-
-_OF_THE_LARGEST = ("steps", "distance_to_the_fixed_point", "stages_by_recurrence", "lens")
-_PNG_SCALE = 2.0
 
 
 def write_depth_study(stores: Sequence[str | Path | xr.Dataset], own: int, out_dir: str | Path) -> list[Path]:
@@ -31,18 +30,17 @@ def write_depth_study(stores: Sequence[str | Path | xr.Dataset], own: int, out_d
         StudyError: as `depth_study`.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with os_errors_named(out_dir, "written"):
+        out_dir.mkdir(parents=True, exist_ok=True)
     datasets = [as_dataset(store) for store in stores]
     study = depth_study(datasets, own)
     tables, paths = study_tables(study), []
     for name, table in tables.items():
         paths.append(out_dir / f"{name}.csv")
-        table.to_csv(paths[-1], index=False)
+        with os_errors_named(paths[-1], "written"):
+            table.to_csv(paths[-1], index=False)
     figures = [ends_by_count(study, tables), stages_by_count(study, tables)]
-    for figure in figures:
-        for ending, scale in (("png", _PNG_SCALE), ("svg", 1.0)):
-            paths.append(out_dir / f"{figure.name}.{ending}")
-            figure.chart().save(paths[-1], scale_factor=scale)
+    paths += save_figures(figures, out_dir)
     (largest,) = find([max(datasets, key=lambda dataset: dataset.sizes["depth"])])
     page = _render(study, tables["counts"], figures, largest)
     return [*paths, write_page(page, out_dir / "report.html")]
@@ -50,13 +48,12 @@ def write_depth_study(stores: Sequence[str | Path | xr.Dataset], own: int, out_d
 
 @unchecked_charts()
 def _render(study: xr.Dataset, counts: pd.DataFrame, figures: Sequence[Figure], largest: Findings) -> str:
-    from ..figures.catalogue import FIGURES
+    from ..figures.convergence_figures import distance_to_the_fixed_point, steps
+    from ..figures.loop_state_figures import lens
+    from ..figures.stage_figures import stages_by_recurrence
 
-    of_the_largest = [
-        figure
-        for draw in FIGURES
-        if draw.__name__ in _OF_THE_LARGEST and (figure := draw([largest])) is not None
-    ]
+    draws = (steps, distance_to_the_fixed_point, stages_by_recurrence, lens)
+    of_the_largest = [figure for draw in draws if (figure := draw([largest])) is not None]
     size, most, plan = study.attrs, int(study["count"][-1]), study.attrs["plan"]
     facts = model_facts(plan)
     del facts["Loop"], facts["Notation"]  # which differ from count to count
@@ -71,9 +68,9 @@ def _render(study: xr.Dataset, counts: pd.DataFrame, figures: Sequence[Figure], 
         num_study=len(figures),
         most=most,
         facts=[(name, [value]) for name, value in facts.items()],
-        head=[(title, unit) for title, unit, _ in ENDS.values()],
+        head=[(each.title, each.unit) for each in ENDS.values()],
         rows=[_row(row) for row in counts.to_dict("records")],
-        definitions=[(title, definition) for title, _, definition in ENDS.values()],
+        definitions=[(each.title, each.definition) for each in ENDS.values()],
     )
 
 

@@ -9,39 +9,53 @@ reading; so are the output's cosine and the share of equal answers.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from ...errors import StudyError
-from ..findings import STAGES
-from ..measures import MEASURES, STATISTICS, measure
-from ..streaming import Arrays, Depths, MeanFold, as_dataset, depths_of, finite_mean, iter_sequences
+from ..depths import Depths, depths_of, stages_of
+from ..folds import STATISTICS, MeanFold, finite_mean
+from ..measures import MEASURES, measure
+from ..streaming import Arrays, as_dataset, iter_sequences
 from ..verdicts import worst_over_layers
 
 PLACE_MEASURES = ("mixing_score", "sink_rate", "colsum_concentration", "residual_norm")
-# what is read at the end of every count: title, unit, definition
+
+
+class End(NamedTuple):
+    """What is read at the end of every count."""
+
+    title: str
+    unit: str
+    definition: str
+    log: bool = False
+    """it spans decades"""
+
+
 ENDS = {
-    "output_cosine": (
+    "output_cosine": End(
         "Output cosine",
         "cosine",
         "between what the last block leaves and what it leaves at the model's own count, mean over tokens",
     ),
-    "same_answer": (
+    "same_answer": End(
         "Same answer",
         "share of tokens",
         "tokens whose likeliest next one, read from the last loop state, is that at the model's own count",
     ),
-    "lens_entropy": (
+    "lens_entropy": End(
         "Lens entropy",
         "nat",
         "of the next-token distribution read from the last loop state, mean over tokens",
     ),
-    "last_step": (
+    "last_step": End(
         "Last step",
         "share of the norm",
         "median over tokens of the last recurrence's step over the residual's norm, in the slowest layer",
+        log=True,
     ),
 }
 _NEEDS = ("state", "lens_token", "lens_entropy")
@@ -78,9 +92,11 @@ def depth_study(stores: Sequence[str | Path | xr.Dataset], own: int) -> xr.Datas
         "last_step": np.stack([_last_step(each) for each in measured])
     }
     for name, values in ends.items():
-        variables[name] = (("count", "statistic"), values, _attributes(*ENDS[name]))
+        variables[name] = (("count", "statistic"), values, _attributes(*ENDS[name][:3]))
     largest = measured[-1]
-    coordinates = {name: ("place", largest[name].values[places[-1]]) for name in ("stage", "layer")}
+    coordinates = {
+        name: ("place", largest[name].values[places[-1]], largest[name].attrs) for name in ("stage", "layer")
+    }
     coordinates |= {"count": counts, "statistic": list(STATISTICS)}
     return xr.Dataset(variables, coordinates, dict(largest.attrs) | {"own": own})
 
@@ -90,11 +106,11 @@ def study_tables(study: xr.Dataset) -> dict[str, pd.DataFrame]:
     by_count = {"recurrences": study["count"].values, "is_own": study["count"].values == study.attrs["own"]}
     for name in ENDS:
         by_count |= _with_band(name, study[name].values)
-    C, P = study.sizes["count"], study.sizes["place"]
+    stages, C, P = stages_of(study), study.sizes["count"], study.sizes["place"]
     by_place = {
         "recurrences": np.repeat(study["count"].values, P),
         "place": np.tile(np.arange(P), C),
-        "stage": np.tile([STAGES[stage] for stage in study["stage"].values], C),
+        "stage": np.tile([stages[stage] for stage in study["stage"].values], C),
         "layer": np.tile(study["layer"].values, C),
     }
     for name in PLACE_MEASURES:
@@ -148,8 +164,10 @@ def _identity(dataset: xr.Dataset) -> dict[str, object]:
 
 def _places(depths: Depths) -> np.ndarray:
     """Depth of every block in its last invocation, in the order they run."""
-    core_RL = depths.core_RL
-    return np.array([*np.flatnonzero(depths.stage == 0), *core_RL[-1], *np.flatnonzero(depths.stage == 2)])
+    is_last_D = np.ones(len(depths), bool)
+    for loop_RL in depths.loops:
+        is_last_D[loop_RL[:-1]] = False
+    return np.flatnonzero(is_last_D)
 
 
 def _last_step(measured: xr.Dataset) -> np.ndarray:

@@ -33,7 +33,7 @@ def main(descriptor: int, parent: int) -> None:
             import torch
 
             torch.set_num_threads(num_threads)
-        run = recipe.make()
+        run = recipe()
     except Exception as error:
         driver.send(("not started", f"{type(error).__name__}: {error}"))
         return

@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from .events import Done, Event, Give, Kill, Report, Start, UnitDone, UnitFailed
+from .events import Done, Event, Give, Kill, Receipt, Report, Start, UnitDone, UnitFailed
 from .scheduler import Limits, Scheduler
-from .work import Receipt
 
 POLL_S = 1.0  # at least so often the run looks at its lock, its members, and whether it is to stop
 

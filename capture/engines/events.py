@@ -1,8 +1,35 @@
-"""What pools of workers report to the scheduler, what it answers, and what a run tells whoever watches it."""
+"""What pools of workers report to the scheduler, what it answers, and what a run tells whoever watches it.
 
-from dataclasses import dataclass
+What a run tells has a JSON form, for whoever watches from another process.
+"""
 
-from .work import Receipt
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from ...errors import RequestError
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a committed unit holds."""
+
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_non_finite: int = 0
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> Self:
+        """The receipt of a unit's ledger entry."""
+        from ..store.writing.commit import (
+            entry_bytes,
+        )  # zarr, which a worker loads after it says that it lives
+
+        return cls(
+            num_tokens=entry["num_tokens"],
+            num_bytes=entry_bytes(entry),
+            num_non_finite=sum(entry["non_finite"].values()),
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +133,41 @@ class Kill:
 
 
 @dataclass(frozen=True)
-class UnitDone:
+class Event:
+    """Something that a run tells; every kind of it holds numbers, text and receipts."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary for `json.dumps`: `kind`, such as unit_done, and the fields by name."""
+        return {"kind": _kind(type(self)), **asdict(self)}
+
+    @staticmethod
+    def from_json(document: dict[str, Any]) -> "Event":
+        """The event that `to_json` gave this dictionary for.
+
+        Raises:
+            RequestError: there is no event of that kind, or it has other fields.
+        """
+        kinds = {_kind(event): event for event in Event.__subclasses__()}
+        fields = {name: value for name, value in document.items() if name != "kind"}
+        try:
+            if "receipt" in fields:
+                fields["receipt"] = Receipt(**fields["receipt"])
+            return kinds[document["kind"]](**fields)
+        except (KeyError, TypeError) as error:
+            raise RequestError(f"{document} is no event of a run: {error}") from error
+
+
+@dataclass(frozen=True)
+class RunBegan(Event):
+    """The store is there, and so is what the engine needs."""
+
+    num_units: int
+    num_done: int
+    """Units that were there before this run."""
+
+
+@dataclass(frozen=True)
+class UnitDone(Event):
     """A unit was committed."""
 
     unit: int
@@ -114,7 +175,7 @@ class UnitDone:
 
 
 @dataclass(frozen=True)
-class UnitFailed:
+class UnitFailed(Event):
     """A unit could not be captured, and will not be tried again by this run."""
 
     unit: int
@@ -123,30 +184,30 @@ class UnitFailed:
 
 
 @dataclass(frozen=True)
-class WorkerJoined:
+class WorkerJoined(Event):
     """A worker is ready."""
 
     worker: int
     where: str
     num_workers: int
-    """That are ready now."""
+    """Workers that are ready now."""
 
 
 @dataclass(frozen=True)
-class WorkerLost:
+class WorkerLost(Event):
     """A worker is gone, or its units were taken from it because it does not answer."""
 
     worker: int
     where: str
     why: str
     unit: int | None
-    """What it was running."""
+    """The unit that it was running."""
     num_workers: int
-    """That are left."""
+    """Workers that are left."""
 
 
 @dataclass(frozen=True)
-class WorkerRefused:
+class WorkerRefused(Event):
     """A worker could not be started."""
 
     worker: int
@@ -154,7 +215,7 @@ class WorkerRefused:
 
 
 @dataclass(frozen=True)
-class SlowUnit:
+class SlowUnit(Event):
     """A unit takes many times what units take; said once."""
 
     unit: int
@@ -163,5 +224,8 @@ class SlowUnit:
     median_s: float
 
 
-Event = UnitDone | UnitFailed | WorkerJoined | WorkerLost | WorkerRefused | SlowUnit
 Command = Start | Give | Kill
+
+
+def _kind(event: type) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", event.__name__).lower()

@@ -30,7 +30,7 @@ class ThisProcess:
         return 1
 
     def start(self, worker: int) -> None:
-        self._run = self._recipe.make()
+        self._run = self._recipe()
         self._reports += [Placed(worker, f"{platform.node()}, process {os.getpid()}"), Ready(worker)]
 
     def give(self, worker: int, unit: int) -> None:

@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ...errors import StoreFullError
-from .events import Died, Done, NotStarted, Placed, Raised, Ready, Report, Returned
-from .work import Receipt, Recipe
+from .events import Died, Done, NotStarted, Placed, Raised, Ready, Receipt, Report, Returned
+from .work import Recipe
 
 
 class Processes:

@@ -19,8 +19,20 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import ClusterError, StoreFullError
-from .events import Available, Died, Done, NotStarted, Placed, Raised, Ready, Report, Returned, Unavailable
-from .work import Receipt, Recipe, RunUnit
+from .events import (
+    Available,
+    Died,
+    Done,
+    NotStarted,
+    Placed,
+    Raised,
+    Ready,
+    Receipt,
+    Report,
+    Returned,
+    Unavailable,
+)
+from .work import Recipe, RunUnit
 
 PING_S = 0.5
 CONNECT_S = 10.0
@@ -204,7 +216,7 @@ class Actor:
     def build(self, recipe: Recipe) -> str | None:
         """Why it cannot be built; None if it is."""
         try:
-            self._run = recipe.make()
+            self._run = recipe()
         except Exception as error:
             return f"{self.where()}: {type(error).__name__}: {error}"
         self._count = _counters()

@@ -116,15 +116,6 @@ class Scheduler:
     def num_in_flight(self) -> int:
         return sum(len(worker.units) for worker in self._workers.values())
 
-    @property
-    def num_open(self) -> int:
-        """Units that are neither done nor failed."""
-        return len(self._open)
-
-    def units_of(self, worker: int) -> list[int]:
-        """What a worker holds; the first is the one it runs."""
-        return list(self._workers[worker].units) if worker in self._workers else []
-
     def drain(self) -> None:
         """Let no unit and no worker begin any more."""
         self._is_draining = True

@@ -2,87 +2,67 @@
 disk.
 """
 
-import json
 import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
-from ...errors import RecipeError
+from ...errors import RecipeError, UnitTakenError
+from .events import Receipt
 
 if TYPE_CHECKING:
+    from ..models.load import ModelSource
     from ..models.starts import StatesFile
     from ..plan import Plan
+    from ..store.plan import StoredModel
     from ..store.writing.commit import Store
     from ..worker import Worker
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """What is said of a committed unit."""
-
-    num_tokens: int = 0
-    num_bytes: int = 0
-    num_non_finite: int = 0
-
-    @classmethod
-    def of(cls, entry: dict[str, Any]) -> "Receipt":
-        """From its ledger entry."""
-        return cls(
-            num_tokens=entry["num_tokens"],
-            num_bytes=sum(shard["bytes"] for shards in entry["shards"].values() for shard in shards),
-            num_non_finite=sum(entry["non_finite"].values()),
-        )
-
-
 RunUnit = Callable[[int], Receipt]
-
-
-class Recipe(Protocol):
-    """Builds what runs units, in the process where it will; small, and sent there by pickle."""
-
-    def make(self) -> RunUnit: ...
+Recipe = Callable[[], RunUnit]  # builds what runs units, in the process where it will
 
 
 @dataclass(frozen=True)
 class CaptureRecipe:
-    """A capture's worker, from names that mean the same everywhere and hashes that prove it."""
+    """Builds a capture's worker in another process, from names that mean the same everywhere and hashes that
+    prove it; small, and sent there by pickle.
+    """
 
     store: str
     """Place of the store, which holds the plan."""
     plan_hash: str
-    created: str
+    created: str | None
     """With the hash it tells this store from another at the same path of another machine."""
     model: str
     loop: str | None
     recurrences: int | None
     initial_states: "StatesFile | None"
 
-    def make(self) -> RunUnit:
+    def __call__(self) -> RunUnit:
         """Raises RecipeError, ModelError or StoreError where what is here is not what was planned with."""
         from ..models.load import find_model
+        from ..store.plan import StoredModel
         from ..store.writing.commit import Store
-        from ..worker import Worker
 
         store = Store.open(self.store)
-        if (store.plan["hash"], store.plan["created"]) != (self.plan_hash, self.created):
+        if (store.plan.hash, store.plan.created) != (self.plan_hash, self.created):
             raise RecipeError(
                 f"{self.store} is another store here than where the capture was started: "
                 "put it on a file system or object store that all machines share"
             )
         source = find_model(self.model, self.loop, self.recurrences)
-        self._check_model(source.identity(), store.plan["model"])
+        self._check_model(StoredModel.of(source.identity()), store.plan.model)
         self._check_initial_states()
-        worker = Worker(source, store, self.initial_states)
-        return lambda unit: run_unit(worker, store, unit)
+        return make_runner(source, store, self.initial_states)
 
-    def _check_model(self, here: dict[str, object], planned: dict[str, object]) -> None:
-        here = json.loads(json.dumps(here))
-        names = {**planned, **here}.keys() - {"neurons"}  # measured from the weights, which have a hash
-        if differing := sorted(name for name in names if planned.get(name) != here.get(name)):
-            what = ", ".join(f"{name} {here.get(name)} (planned: {planned.get(name)})" for name in differing)
+    def _check_model(self, here: "StoredModel", planned: "StoredModel") -> None:
+        pairs = [(f.name, getattr(here, f.name), getattr(planned, f.name)) for f in fields(here)]
+        # neurons are measured from the weights, which have a hash
+        if differing := [pair for pair in pairs if pair[1] != pair[2] and pair[0] != "neurons"]:
+            what = ", ".join(f"{name} {ours} (planned: {theirs})" for name, ours, theirs in differing)
             raise RecipeError(
                 f"{self.model} is not the model that the capture was planned with; it differs in {what}: "
                 "give every machine the same files"
@@ -101,18 +81,25 @@ class CaptureRecipe:
 
 def make_recipe(plan: "Plan", store: "Store") -> CaptureRecipe:
     """The recipe for a plan's workers; what it names by a path of this machine is named from the root."""
-    from dataclasses import replace
-
-    spec, states = plan.settings.model, plan.initial_states
+    model, states = plan.settings.model, plan.initial_states
     return CaptureRecipe(
         store=store.place.address,
-        plan_hash=store.plan["hash"],
-        created=store.plan["created"],
-        model=os.path.abspath(spec) if os.path.isdir(spec) else spec,
-        loop=plan.settings.loop,
-        recurrences=plan.settings.recurrences,
+        plan_hash=store.plan.hash,
+        created=store.plan.created,
+        model=os.path.abspath(model.model) if os.path.isdir(model.model) else model.model,
+        loop=model.loop,
+        recurrences=model.recurrences,
         initial_states=states and replace(states, path=states.path.absolute()),
     )
+
+
+def make_runner(source: "ModelSource", store: "Store", initial_states: "StatesFile | None") -> RunUnit:
+    """Loads a worker's model as the store's plan says; returns what runs units with it."""
+    from ..worker import Worker
+
+    settings = store.plan.settings
+    worker = Worker(source.load(settings.device, settings.dtype), store, initial_states)
+    return lambda unit: run_unit(worker, store, unit)
 
 
 def run_unit(worker: "Worker", store: "Store", unit: int) -> Receipt:
@@ -121,7 +108,6 @@ def run_unit(worker: "Worker", store: "Store", unit: int) -> Receipt:
     One that another has begun later, as a worker thought lost may, is waited for a while and then begun
     again: that is no fault of the unit's, and the later attempt of the two goes on.
     """
-    from ...errors import UnitTakenError
 
     for wait_s in (0.2, 0.5, 1.0, 2.0, None):
         try:
@@ -129,11 +115,16 @@ def run_unit(worker: "Worker", store: "Store", unit: int) -> Receipt:
         except UnitTakenError:
             if wait_s is not None:
                 time.sleep(wait_s * (0.5 + random.random()))  # two of them must not keep step
-            if (entry := store.entry(unit)) is not None:
-                return Receipt.of(entry)
+            if (receipt := committed(store, unit)) is not None:
+                return receipt
             if wait_s is None:
                 raise
     raise AssertionError
+
+
+def committed(store: "Store", unit: int) -> Receipt | None:
+    """Looks a unit up in the ledger; None while it is not committed."""
+    return None if (entry := store.entry(unit)) is None else Receipt.of(entry)
 
 
 def _sha256(path: Any) -> str:

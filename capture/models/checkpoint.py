@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import ModelError
+from ...errors import DescriptionError, ModelError
 from .config import Config
 from .description import Description
 from .families import find_family
@@ -128,9 +128,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = read_headers(path)
     try:
         description = family.describe(config, tensors.keys())
-    except ModelError:
-        raise
-    except ValueError as error:
+    except DescriptionError as error:
         raise ModelError(f"{config.path}: {error}") from error
     sources = family.sources(description)
     copies = [copy for copy in family.copies(description) if copy.tensor in tensors]

@@ -1,61 +1,15 @@
 """The loop, described: all that tells one looped language model from another, and nothing about weights.
 
-A model is an ordered list of steps over prelude, core and coda, a block kind, an injection, a rule for the
-initial state, a rule for the end of a recurrence, and two scales. Checkpoint loaders and `random:` specs make
-descriptions; the general model runs them.
+A model is a schedule of steps, a block kind, an injection, a rule for the initial state, a rule for the end
+of a recurrence, and two scales. Checkpoint loaders and `random:` specs make descriptions; the general model
+runs them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
-Stage = Literal["prelude", "core", "coda"]
-STAGES: tuple[Stage, ...] = ("prelude", "core", "coda")
-
-
-class Step(NamedTuple):
-    """The address of one block invocation."""
-
-    depth: int  # realised depth, from 0
-    stage: Stage
-    layer: int  # place of the block inside its stage
-    recurrence: int  # pass through the core, from 0; -1 outside the core
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loop:
-    """Blocks before, inside and after the loop, and how often it runs; without a loop all are prelude."""
-
-    prelude: int
-    core: int
-    recurrences: int
-    coda: int
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks with weights of their own."""
-        return self.prelude + self.core + self.coda
-
-    @property
-    def depth(self) -> int:
-        """Block invocations of one forward pass."""
-        return self.prelude + self.core * self.recurrences + self.coda
-
-    @property
-    def notation(self) -> str:
-        """The paper's: (prelude,core×recurrences,coda)."""
-        core = f"{self.core}x{self.recurrences}" if self.core else "0"
-        return f"({self.prelude},{core},{self.coda})"
-
-    def steps(self) -> Iterator[Step]:
-        """Every block invocation in the order they run."""
-        depth = 0
-        sizes = ((self.prelude, 1), (self.core, self.recurrences), (self.coda, 1))
-        for stage, (layers, recurrences) in zip(STAGES, sizes, strict=True):
-            for recurrence in range(recurrences):
-                for layer in range(layers):
-                    yield Step(depth, stage, layer, recurrence if stage == "core" else -1)
-                    depth += 1
+from ...errors import DescriptionError
+from .schedule import Schedule, prelude_core_coda
 
 
 class Placement(NamedTuple):
@@ -113,12 +67,16 @@ class Block:
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"norm {self.norm!r} is not known; choose one of {', '.join(NORMS)}")
+            raise DescriptionError(f"norm {self.norm!r} is not known; choose one of {', '.join(NORMS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description(Loop):
-    """One looped model; sizes in channels, heads, tokens."""
+class Description(Schedule):
+    """One looped model; sizes in channels, heads, tokens.
+
+    What enters and leaves a recurrence (injection, a drawn initial state, a norm, an exit gate) is told of
+    one loop: a schedule of several runs its phases one after the other on one residual stream.
+    """
 
     width: int
     num_heads: int
@@ -147,18 +105,24 @@ class Description(Loop):
     tied_head: bool = False
 
     def __post_init__(self) -> None:
-        if (self.core == 0) != (self.recurrences == 0):
-            raise ValueError(f"a core of {self.core} layers cannot run {self.recurrences} times")
-        if self.injection and not self.core:
-            raise ValueError(f"{self.notation} injects into a loop and has no core")
-        if self.exit_gate and not self.core:
-            raise ValueError(f"{self.notation} has an exit gate and no loop to leave")
-        if min(self.prelude, self.core, self.coda) < 0 or self.num_blocks == 0:
-            raise ValueError(f"{self.notation} has no layers")
+        super().__post_init__()
+        if self.injection and not self.loops:
+            raise DescriptionError(f"{self.notation} injects into a loop and has no core")
+        if self.exit_gate and not self.loops:
+            raise DescriptionError(f"{self.notation} has an exit gate and no loop to leave")
+        if len(self.loops) > 1 and self._has_rules:
+            raise DescriptionError(
+                f"{self.notation} has {len(self.loops)} loops, and what enters or leaves a recurrence can "
+                "only be told of one"
+            )
+        if self.num_blocks == 0:
+            raise DescriptionError(f"{self.notation} has no layers")
+        if {step.block for step in self.steps()} != set(range(self.num_blocks)):
+            raise DescriptionError(f"{self.notation} does not run blocks 0 to {self.num_blocks - 1}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads")
+            raise DescriptionError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads")
         if self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head width, got {self.head_width}")
+            raise DescriptionError(f"rotary positions need an even head width, got {self.head_width}")
 
     @property
     def notation(self) -> str:
@@ -168,33 +132,42 @@ class Description(Loop):
     @property
     def closes_with_norm(self) -> bool:
         """Whether a norm still stands between the last block and the head."""
-        return self.recurrence_end != "norm" or self.coda > 0
+        return self.recurrence_end != "norm" or self.visits[-1][0].recurrence < 0
+
+    @property
+    def _has_rules(self) -> bool:
+        """Whether a recurrence is more than its blocks."""
+        is_plain = self.initial_state == "prelude" and self.recurrence_end is None
+        return bool(self.injection or self.exit_gate or self.norm_before_coda or not is_plain)
+
+    def document(self) -> dict[str, Any]:
+        """What a plan records, as JSON: every field, the schedule as its counts where they say all of it."""
+        facts = asdict(self)
+        phases = facts.pop("phases")
+        return (self.counts._asdict() if self.counts else {"phases": phases}) | facts
 
     def with_recurrences(self, recurrences: int) -> "Description":
         """The same model run another number of times."""
-        if not self.core:
-            raise ValueError(
+        if not self.loops:
+            raise DescriptionError(
                 f"{self.notation} has no core to repeat; "
                 "give a window of its layers with --loop first-lastxtimes"
             )
+        if self.counts is None:
+            raise DescriptionError(f"{self.notation} has no one core; its recurrences are its own")
         if recurrences < 1:
-            raise ValueError(f"recurrences must be at least 1, got {recurrences}")
-        return replace(self, recurrences=recurrences)
+            raise DescriptionError(f"recurrences must be at least 1, got {recurrences}")
+        return replace(self, phases=prelude_core_coda(*self.counts._replace(recurrences=recurrences)))
 
     def with_loop(self, first: int, last: int, recurrences: int) -> "Description":
         """A feedforward model with layers first..last, both included, run as a core."""
-        if self.core:
-            raise ValueError(f"{self.notation} is looped already; --loop takes a feedforward model")
+        if self.loops:
+            raise DescriptionError(f"{self.notation} is looped already; --loop takes a feedforward model")
         if not 0 <= first <= last < self.num_blocks:
-            raise ValueError(
+            raise DescriptionError(
                 f"layers {first}-{last} are not in this model, which has 0 to {self.num_blocks - 1}"
             )
         if recurrences < 1:
-            raise ValueError(f"recurrences must be at least 1, got {recurrences}")
-        return replace(
-            self,
-            prelude=first,
-            core=last - first + 1,
-            recurrences=recurrences,
-            coda=self.num_blocks - last - 1,
-        )
+            raise DescriptionError(f"recurrences must be at least 1, got {recurrences}")
+        after = self.num_blocks - last - 1
+        return replace(self, phases=prelude_core_coda(first, last - first + 1, recurrences, after))

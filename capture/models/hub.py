@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import ModelError
+from ...errors import HubError, ModelError, ModelMissingError, ModelSpecError, UserError
 
 FORMS = (
     "a model is a directory with config.json and *.safetensors, a Hub id ORG/NAME or ORG/NAME@REVISION "
@@ -66,13 +66,19 @@ def fetch_model(spec: str) -> Snapshot:
     """
     id, at, revision = spec.partition("@")
     if _ID.fullmatch(id) is None or "--" in id or ".." in id:
-        raise ModelError(f"{id!r} is no Hub id, which reads ORG/NAME in letters, digits, - _ and .; {FORMS}")
+        raise ModelSpecError(
+            f"{id!r} is no Hub id, which reads ORG/NAME in letters, digits, - _ and .; {FORMS}"
+        )
     if at and (not re.fullmatch(r"[\w./-]+", revision, re.ASCII) or ".." in revision or revision[0] in "/-"):
-        raise ModelError(f"{spec!r} asks for revision {revision!r}, which no branch, tag or commit is called")
+        raise ModelSpecError(
+            f"{spec!r} asks for revision {revision!r}, which no branch, tag or commit is called"
+        )
     with one_message(spec):
         config_path = _fetch(id, CONFIG, revision or "main")
         if config_path is None:
-            raise ModelError(f"{spec} holds no {CONFIG}, so it is no model that looptap reads; {FORMS}")
+            raise ModelMissingError(
+                f"{spec} holds no {CONFIG}, so it is no model that looptap reads; {FORMS}"
+            )
         commit = config_path.parent.name
         _fetch(id, TOKENIZER, commit)
         index_path = _fetch(id, INDEX, commit)
@@ -90,7 +96,7 @@ def fetch_weights(snapshot: Snapshot, num_bytes: int) -> None:
     """
     missing, free = snapshot.missing, shutil.disk_usage(snapshot.path).free
     if missing and num_bytes > free:
-        raise ModelError(
+        raise HubError(
             f"{snapshot.id} takes {num_bytes / 2**20:,.1f} MiB more in {snapshot.path.parents[2]}, and its "
             f"disk has {free / 2**20:,.1f} MiB free; {_MORE_DISK}"
         )
@@ -144,7 +150,7 @@ def _check_content(id: str, path: Path) -> None:
             return
     path.resolve().unlink()
     path.unlink()
-    raise ModelError(
+    raise HubError(
         f"{id}: {path.name} came damaged, its SHA-256 is not {wanted}; it was removed, run the command again"
     )
 
@@ -160,8 +166,8 @@ def lacking(id: str, name: str, commit: str) -> ModelError:
             "looptap reads safetensors: choose a revision that has them, or convert it"
         )
     if name == SINGLE:
-        return ModelError(f"{id} holds neither {SINGLE} nor {INDEX}; its files are {', '.join(files)}")
-    return ModelError(f"{id} lacks {name}, which its {INDEX} names; tell its authors")
+        return ModelMissingError(f"{id} holds neither {SINGLE} nor {INDEX}; its files are {', '.join(files)}")
+    return ModelMissingError(f"{id} lacks {name}, which its {INDEX} names; tell its authors")
 
 
 @contextmanager
@@ -169,13 +175,13 @@ def one_message(spec: str) -> Iterator[None]:
     """Turns whatever the library raises into one message that says what to do."""
     try:
         yield
-    except ModelError:
+    except UserError:
         raise
     except Exception as error:  # its versions stand on three HTTP clients, each with errors of its own
-        raise ModelError(_explain(error, spec)) from error
+        raise _explain(error, spec) from error
 
 
-def _explain(error: Exception, spec: str) -> str:
+def _explain(error: Exception, spec: str) -> ModelError:
     from huggingface_hub import constants, errors
 
     id, _, revision = spec.partition("@")
@@ -186,38 +192,40 @@ def _explain(error: Exception, spec: str) -> str:
     reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
     code = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.GatedRepoError):
-        return f"{id} is gated: accept its terms at {constants.ENDPOINT}/{id}, then {login}"
+        return ModelError(f"{id} is gated: accept its terms at {constants.ENDPOINT}/{id}, then {login}")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return (
+        return ModelMissingError(
             f"the Hub has no model {id} that you may read, and there is no such directory here; check the "
             f"name, and if it is private, {login}"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return (
+        return ModelMissingError(
             f"{id} has no branch, tag or commit {revision or 'main'}; see {constants.ENDPOINT}/{id}/commits"
         )
     if code in (401, 403):
-        return (
+        return ModelError(
             f"the Hub refuses the token that it was sent for {id} ({code}); use one that may read it: {login}"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
+        return HubError(
             f"the disk of {constants.HF_HUB_CACHE} filled up while {id} was fetched; {_MORE_DISK}; the same "
             "command goes on with the files that are complete"
         )
     if isinstance(error, errors.SafetensorsParsingError):
-        return f"{spec} has weights that are not what their names say ({reason}); tell its authors"
+        return ModelError(
+            f"{spec} has weights that are not what their names say ({reason}); tell its authors"
+        )
     if constants.HF_HUB_OFFLINE:
-        return (
+        return HubError(
             f"HF_HUB_OFFLINE is set and the cache, {constants.HF_HUB_CACHE}, lacks files of {spec}; run the "
             "command once without it, or copy the cache of a machine that has them"
         )
     if is_unasked:
-        return (
+        return HubError(
             f"{constants.ENDPOINT} could not be asked for {spec} ({reason}), and the cache, "
             f"{constants.HF_HUB_CACHE}, lacks files of it; check the network and run the command again"
         )
-    return (
+    return HubError(
         f"{spec} could not be fetched from {constants.ENDPOINT} ({reason}); the same "
         "command goes on with the files that are complete"
     )

@@ -80,7 +80,7 @@ def open_hub(spec: str) -> HubCheckpoint:
         try:
             return HubCheckpoint(snapshot, open_checkpoint(Path(directory)), num_bytes)
         except ModelError as error:
-            raise ModelError(str(error).replace(directory, snapshot.id)) from error
+            raise type(error)(str(error).replace(directory, snapshot.id)) from error
 
 
 def _write_stand_ins(snapshot: Snapshot, directory: Path) -> int:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from ...errors import ModelError
 from .config import Config, read_rotary
 from .description import Block, Description
+from .schedule import prelude_core_coda
 from .sources import Copy, Source
 
 # by the block's kind of norms: each norm's name in the files and here
@@ -65,14 +66,8 @@ def read_ouro(config: Config, names: Collection[str]) -> Description:
         config.must_be(switch, False)
     config.integer("num_key_value_heads")
     d = _feedforward(config, Block(norm="ouro", eps=config.number("rms_norm_eps")))
-    return replace(
-        d,
-        prelude=0,
-        core=d.prelude,
-        recurrences=config.integer("total_ut_steps"),
-        recurrence_end="norm",
-        exit_gate=True,
-    )
+    phases = prelude_core_coda(0, d.num_blocks, config.integer("total_ut_steps"), 0)
+    return replace(d, phases=phases, recurrence_end="norm", exit_gate=True)
 
 
 def _feedforward(config: Config, block: Block, default_theta: float | None = None) -> Description:
@@ -83,10 +78,7 @@ def _feedforward(config: Config, block: Block, default_theta: float | None = Non
     if width % num_heads and config.fields.get("head_dim") is None:
         raise ModelError(f"{config.path}: hidden_size {width} is no multiple of {num_heads} attention heads")
     return Description(
-        prelude=config.integer("num_hidden_layers"),
-        core=0,
-        recurrences=0,
-        coda=0,
+        phases=prelude_core_coda(config.integer("num_hidden_layers"), 0, 0, 0),
         width=width,
         num_heads=num_heads,
         num_kv_heads=config.integer("num_key_value_heads", num_heads),

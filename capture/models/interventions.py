@@ -1,11 +1,12 @@
-"""What a forward pass is made to do otherwise, to see what depends on it."""
+"""A forward pass made to do otherwise, to see what depends on it: a tap around another tap."""
 
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ...kernels.residual_norm import row_norm
-from .tap import Half
+from ...kernels.residual_norm import Residual, row_norm
+from .schedule import Step
+from .tap import Half, HalfNorms, Packed, Plain
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,34 @@ class Interventions:
     prelude_direction_ND: Tensor | None = None
     """Every token's prelude output is turned this way and keeps its own norm."""
 
-    def on_branch(self, depth: int, half: Half, branch_ND: Tensor) -> Tensor:
-        """What the residual add gets of one half of a block."""
-        return branch_ND.new_zeros(branch_ND.shape) if (depth, half) in self.zeroed else branch_ND
-
-    def on_prelude(self, output_ND: Tensor) -> Tensor:
-        """What the loop gets of the prelude."""
-        if (direction_ND := self.prelude_direction_ND) is None:
-            return output_ND
-        scale_N = row_norm(output_ND) / row_norm(direction_ND)
-        return (direction_ND * scale_N.unsqueeze(-1)).to(output_ND.dtype)
+    def around(self, tap: Plain) -> Plain:
+        """A tap that changes what the model does and has another one listen to it as changed."""
+        is_changed = self.zeroed or self.prelude_direction_ND is not None
+        return _Intervening(self, tap) if is_changed else tap
 
 
-NONE = Interventions()
+class _Intervening(Plain):
+    """Hands on to the tap inside what the model would have done otherwise."""
+
+    def __init__(self, interventions: Interventions, inside: Plain) -> None:
+        self._zeroed, self._direction_ND = interventions.zeroed, interventions.prelude_direction_ND
+        self._inside = inside
+
+    def attention(
+        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
+    ) -> Tensor:
+        return self._inside.attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
+
+    def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
+        if (step.depth, half) in self._zeroed:
+            branch_ND = branch_ND.new_zeros(branch_ND.shape)
+        return self._inside.residual(step, half, x_ND, branch_ND, norms)
+
+    def prelude(self, output_ND: Tensor) -> Tensor:
+        if (direction_ND := self._direction_ND) is not None:
+            scale_N = row_norm(output_ND) / row_norm(direction_ND)
+            output_ND = (direction_ND * scale_N.unsqueeze(-1)).to(output_ND.dtype)
+        return self._inside.prelude(output_ND)
+
+    def loop_state(self, step: Step, state_ND: Tensor) -> None:
+        self._inside.loop_state(step, state_ND)

@@ -1,12 +1,13 @@
 """From what a user writes as MODEL to a model: a random: spec, a directory, or a Hub id."""
 
+import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ...errors import ModelError
+from ...errors import ModelMissingError, ModelSpecError
 from .checkpoint import Checkpoint, open_checkpoint
 from .description import Description
 from .hub import FORMS
@@ -47,7 +48,7 @@ class ModelSource:
             "spec": self._lasting_spec,
             "notation": self.description.notation,
             "norm": self.description.block.norm,
-            **asdict(self.description),
+            **self.description.document(),
             "num_parameters": self.num_parameters,
             "weights_sha256": self.origin.weights_sha256,
         }
@@ -82,28 +83,27 @@ def find_model(spec: str, loop: str | None = None, recurrences: int | None = Non
     """
     if spec.startswith("random:"):
         origin = parse_random(spec)
-    elif Path(spec).is_dir():
+    elif os.path.isdir(spec):  # also False where it cannot be looked at
         origin = open_checkpoint(Path(spec))
-    elif Path(spec).exists():
-        raise ModelError(f"{spec!r} is a file; {FORMS}")
+    elif os.path.exists(spec):
+        raise ModelSpecError(f"{spec!r} is a file; {FORMS}")
     elif spec.startswith((".", "/", "~")) or spec.endswith("/") or spec.partition("@")[0].count("/") > 1:
-        raise ModelError(f"there is no directory {spec!r}; {FORMS}")
+        raise ModelMissingError(f"there is no directory {spec!r}; {FORMS}")
     elif "/" not in spec.partition("@")[0]:
-        raise ModelError(f"{spec!r} is no directory here, and a Hub id has an ORG/ before its NAME; {FORMS}")
+        raise ModelMissingError(
+            f"{spec!r} is no directory here, and a Hub id has an ORG/ before its NAME; {FORMS}"
+        )
     else:
         origin = open_hub(spec)
     description = origin.description
-    try:
-        if loop is not None and recurrences is not None:
-            raise ValueError(f"--loop {loop} says how often already; leave --recurrences {recurrences} out")
-        if loop is not None:
-            if (match := _WINDOW.fullmatch(loop)) is None:
-                raise ValueError(f"--loop {loop!r} must read first-lastxtimes, for example 10-19x8")
-            description = description.with_loop(*map(int, match.groups()))
-        if recurrences is not None:
-            description = description.with_recurrences(recurrences)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    if loop is not None and recurrences is not None:
+        raise ModelSpecError(f"--loop {loop} says how often already; leave --recurrences {recurrences} out")
+    if loop is not None:
+        if (match := _WINDOW.fullmatch(loop)) is None:
+            raise ModelSpecError(f"--loop {loop!r} must read first-lastxtimes, for example 10-19x8")
+        description = description.with_loop(*map(int, match.groups()))
+    if recurrences is not None:
+        description = description.with_recurrences(recurrences)
     return ModelSource(spec, origin, replace(description))
 
 

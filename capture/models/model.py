@@ -5,18 +5,28 @@ residual add run through a tap; the norm before a branch is applied by the add b
 kernel does both in one pass; queries, keys and values are one matrix, gate and up another.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.residual_norm import rms_norm
-from .description import NORMS, Block, Description, Rotary, Stage, Step
-from .interventions import NONE, Interventions
+from .description import NORMS, Block, Description, Rotary
+from .schedule import Step
 from .tap import HalfNorms, Packed, Plain
 
 PLAIN = Plain()
+
+
+class ForwardPass(NamedTuple):
+    """What stays the same from the first block of a forward pass to the last."""
+
+    batch: Packed
+    rotation: tuple[Tensor, Tensor]  # `rotary_table` of the batch's positions
+    tap: Plain
 
 
 class TransformerBlock(nn.Module):
@@ -52,24 +62,19 @@ class TransformerBlock(nn.Module):
         x_ND: Tensor,
         y_ND: Tensor,
         next_weight_D: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
-        batch: Packed,
-        tap: Plain,
-        interventions: Interventions,
+        run: ForwardPass,
     ) -> tuple[Tensor, Tensor]:
         """x: the stream; y: the same with this block's input norm. Returns both for the next block."""
-        eps = self.kind.eps
-        q_NHC, k_NKC, v_NKC = self._queries_keys_values(y_ND, rotation)
-        o_NHC = tap.attention(step, q_NHC, k_NKC, v_NKC, batch, self.head_width**-0.5)
+        eps, tap = self.kind.eps, run.tap
+        q_NHC, k_NKC, v_NKC = self._queries_keys_values(y_ND, run.rotation)
+        o_NHC = tap.attention(step, q_NHC, k_NKC, v_NKC, run.batch, self.head_width**-0.5)
         norms = HalfNorms(
             eps, self.attention_branch_output_norm, self.attention_stream_norm, self.mlp_branch_input_norm
         )
         attended_ND = F.linear(o_NHC.flatten(1), self.attention_out)
-        attended_ND = interventions.on_branch(step.depth, "attention", attended_ND)
         x_ND, y_ND = tap.residual(step, "attention", x_ND, attended_ND, norms)
         gate_NI, up_NI = F.linear(y_ND, self.gate_up).chunk(2, dim=-1)
         branch_ND = F.linear(F.silu(gate_NI) * up_NI, self.mlp_out)
-        branch_ND = interventions.on_branch(step.depth, "mlp", branch_ND)
         norms = HalfNorms(eps, self.mlp_branch_output_norm, self.mlp_stream_norm, next_weight_D)
         return tap.residual(step, "mlp", x_ND, branch_ND, norms)
 
@@ -102,6 +107,10 @@ class LoopedModel(nn.Module):
         self.description = d = description
         self.embedding = _matrix(d.vocab_size, d.width)
         self.blocks = nn.ModuleList(TransformerBlock(d) for _ in range(d.num_blocks))
+        is_looped = [visit[0].recurrence >= 0 for visit in d.visits]
+        first = is_looped.index(True) if d.loops else len(is_looped)
+        end = len(is_looped) - is_looped[::-1].index(True) if d.loops else first
+        self._before, self._looped, self._after = d.visits[:first], d.visits[first:end], d.visits[end:]
         self.adapter = _matrix(d.width, 2 * d.width) if d.injection == "linear" else None
         self.final_norm = nn.Parameter(torch.empty(d.width), requires_grad=False)
         self.head = None if d.tied_head else _matrix(d.vocab_size, d.width)
@@ -121,13 +130,7 @@ class LoopedModel(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def forward(
-        self,
-        batch: Packed,
-        tap: Plain = PLAIN,
-        initial_state_ND: Tensor | None = None,
-        interventions: Interventions = NONE,
-    ) -> Tensor:
+    def forward(self, batch: Packed, tap: Plain = PLAIN, initial_state_ND: Tensor | None = None) -> Tensor:
         """Runs every step; returns what the head reads, [N, D].
 
         Args:
@@ -135,53 +138,47 @@ class LoopedModel(nn.Module):
             tap: where attention and residual adds are run.
             initial_state_ND: state entering the first recurrence; models that draw one need it, others start
                 from the prelude's output without it.
-            interventions: what is done otherwise than the model says.
         """
-        d = self.description
-        rotation = rotary_table(d.block.rotary, d.head_width, batch.position_N)
-        x_ND = self.run_prelude(rotation, batch, tap, interventions)
+        d, run = self.description, self.begin(batch, tap)
+        x_ND = self.run_prelude(run)
         assert d.initial_state == "prelude" or initial_state_ND is not None, (
             "this model's loop starts from a drawn state"
         )
         state_ND = x_ND if initial_state_ND is None else initial_state_ND.to(x_ND)
-        for recurrence in range(d.recurrences):
-            state_ND = self.recur(recurrence, state_ND, x_ND, rotation, batch, tap, interventions)
-            tap.loop_state(recurrence, state_ND)
+        for steps in self._looped:
+            state_ND = self.recur(steps, state_ND, x_ND, run)
+            if steps[-1].recurrence >= 0:  # a phase between two loops leaves no loop state
+                tap.loop_state(steps[-1], state_ND)
         if d.norm_before_coda:
             state_ND = rms_norm(state_ND, self.final_norm, d.block.eps)
-        state_ND = self._run(self._steps("coda"), state_ND, rotation, batch, tap, interventions)
+        for steps in self._after:
+            state_ND = self._run(steps, state_ND, run)
         return rms_norm(state_ND, self.final_norm, d.block.eps) if d.closes_with_norm else state_ND
 
-    def run_prelude(
-        self, rotation: tuple[Tensor, Tensor], batch: Packed, tap: Plain, interventions: Interventions
-    ) -> Tensor:
-        """What the loop gets of everything before it, [N, D]; arguments as for `recur`."""
-        x_ND = F.embedding(batch.token_id_N, self.embedding)
+    def begin(self, batch: Packed, tap: Plain) -> ForwardPass:
+        """What `run_prelude` and `recur` are given."""
+        d = self.description
+        return ForwardPass(batch, rotary_table(d.block.rotary, d.head_width, batch.position_N), tap)
+
+    def run_prelude(self, run: ForwardPass) -> Tensor:
+        """What the loop gets of everything before it, [N, D]."""
+        x_ND = F.embedding(run.batch.token_id_N, self.embedding)
         if self.description.embedding_scale != 1:
             x_ND = x_ND * self.description.embedding_scale
-        x_ND = self._run(self._steps("prelude"), x_ND, rotation, batch, tap, interventions)
-        return interventions.on_prelude(x_ND)
+        for steps in self._before:
+            x_ND = self._run(steps, x_ND, run)
+        return run.tap.prelude(x_ND)
 
-    def recur(
-        self,
-        recurrence: int,
-        state_ND: Tensor,
-        prelude_ND: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        batch: Packed,
-        tap: Plain,
-        interventions: Interventions,
-    ) -> Tensor:
+    def recur(self, steps: Sequence[Step], state_ND: Tensor, prelude_ND: Tensor, run: ForwardPass) -> Tensor:
         """One recurrence: from the state that enters it to the one that enters the next, [N, D].
 
         Args:
+            steps: its address, one of the description's visits.
             prelude_ND: what the prelude left, for models with injection.
-            rotation: `rotary_table` of the batch's positions.
         """
         if self.adapter is not None:
             state_ND = F.linear(torch.cat([state_ND, prelude_ND], dim=-1), self.adapter)
-        steps = self._steps("core", recurrence)
-        state_ND = self._run(steps, state_ND, rotation, batch, tap, interventions)
+        state_ND = self._run(steps, state_ND, run)
         if self.description.recurrence_end == "norm":
             state_ND = rms_norm(state_ND, self.final_norm, self.description.block.eps)
         return state_ND
@@ -202,36 +199,15 @@ class LoopedModel(nn.Module):
         assert self.exit_gate_weight is not None, "this model has no exit gate"
         return F.linear(loop_state_ND, self.exit_gate_weight, self.exit_gate_bias).squeeze(-1)
 
-    def _steps(self, stage: Stage, recurrence: int = 0) -> list[Step]:
-        """Block invocations of a stage; of the core in one recurrence."""
-        d = self.description
-        if stage == "core":
-            start = d.prelude + recurrence * d.core
-            return [Step(start + layer, stage, layer, recurrence) for layer in range(d.core)]
-        start, size = (0, d.prelude) if stage == "prelude" else (d.depth - d.coda, d.coda)
-        return [Step(start + layer, stage, layer, -1) for layer in range(size)]
-
-    def _run(
-        self,
-        steps: list[Step],
-        x_ND: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        batch: Packed,
-        tap: Plain,
-        interventions: Interventions,
-    ) -> Tensor:
-        """One pass over neighbouring blocks, each leaving the next one's normed input behind."""
-        if not steps:
-            return x_ND
-        d = self.description
-        first = {"prelude": 0, "core": d.prelude, "coda": d.prelude + d.core}[steps[0].stage]
+    def _run(self, steps: Sequence[Step], x_ND: Tensor, run: ForwardPass) -> Tensor:
+        """One pass over a phase's blocks, each leaving the next one's normed input behind."""
         every: list[TransformerBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
-        blocks = every[first : first + len(steps)]
+        blocks = [every[step.block] for step in steps]
         weights = [block.attention_branch_input_norm for block in blocks]
-        y_ND = x_ND if weights[0] is None else rms_norm(x_ND, weights[0], d.block.eps)
+        y_ND = x_ND if weights[0] is None else rms_norm(x_ND, weights[0], self.description.block.eps)
         following = [after for _, after in pairwise(weights)] + [None]
         for step, block, next_weight_D in zip(steps, blocks, following, strict=True):
-            x_ND, y_ND = block(step, x_ND, y_ND, next_weight_D, rotation, batch, tap, interventions)
+            x_ND, y_ND = block(step, x_ND, y_ND, next_weight_D, run)
         return x_ND
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from ...errors import ModelError
+from ...errors import DescriptionError, ModelSpecError
 from .description import NORMS, Block, Description
 from .model import LoopedModel
+from .schedule import prelude_core_coda
 
 _LOOP = re.compile(r"random:\((\d+),(\d+)(?:x(\d+))?,(\d+)\)(I?)(?:,(.*))?", re.DOTALL)
 
@@ -75,26 +76,23 @@ def parse_random(spec: str) -> RandomModel:
     """Reads a `random:` spec.
 
     Raises:
-        ModelError: not of the form above; says what is wrong and shows a right one.
+        ModelSpecError: not of the form above; says what is wrong and shows a right one.
     """
     match = _LOOP.fullmatch(spec)
     if match is None:
-        raise ModelError(
+        raise ModelSpecError(
             f"{spec!r} is not a random model; write for example random:(0,12x32,0)I,norm=pre,width=256"
         )
     prelude, core, recurrences, coda, injection, rest = match.groups()
     options = _read_options(rest or "")
     if options.norm not in NORMS:
-        raise ModelError(f"norm={options.norm} is not known; choose one of {', '.join(NORMS)}")
+        raise ModelSpecError(f"norm={options.norm} is not known; choose one of {', '.join(NORMS)}")
     if options.width % options.heads:
-        raise ModelError(f"width={options.width} is no multiple of heads={options.heads}")
+        raise ModelSpecError(f"width={options.width} is no multiple of heads={options.heads}")
     times = int(recurrences) if recurrences else int(int(core) > 0)
     try:
         description = Description(
-            prelude=int(prelude),
-            core=int(core),
-            recurrences=times,
-            coda=int(coda),
+            phases=prelude_core_coda(int(prelude), int(core), times, int(coda)),
             width=options.width,
             num_heads=options.heads,
             num_kv_heads=options.heads,
@@ -108,8 +106,8 @@ def parse_random(spec: str) -> RandomModel:
             recurrence_end="norm" if options.norm == "ouro" and int(core) else None,
             norm_before_coda=options.norm == "huginn" and int(core) > 0,
         )
-    except ValueError as error:
-        raise ModelError(f"{spec!r}: {error}") from error
+    except DescriptionError as error:
+        raise ModelSpecError(f"{spec!r}: {error}") from error
     return RandomModel(spec.removeprefix("random:"), description, options)
 
 
@@ -119,17 +117,17 @@ def _read_options(text: str) -> RandomOptions:
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
         if name not in types or not equals:
-            raise ModelError(
+            raise ModelSpecError(
                 f"{item!r} is no option of a random model; they are {', '.join(types)}, each as name=value"
             )
         if name in given:
-            raise ModelError(f"{name} is given twice")
+            raise ModelSpecError(f"{name} is given twice")
         try:
             given[name] = types[name](value)
         except ValueError:
-            raise ModelError(f"{name}={value} is no {types[name].__name__}") from None
+            raise ModelSpecError(f"{name}={value} is no {types[name].__name__}") from None
         if name == "seed" and not 0 <= given[name] < 2**64:
-            raise ModelError(f"seed={value} must be a whole number from 0 to 2**64 - 1")
+            raise ModelSpecError(f"seed={value} must be a whole number from 0 to 2**64 - 1")
         if types[name] is not str and name != "seed" and not 0 < given[name] < float("inf"):
-            raise ModelError(f"{name}={value} must be positive and finite")
+            raise ModelSpecError(f"{name}={value} must be positive and finite")
     return RandomOptions(**given)

@@ -19,6 +19,7 @@ from collections.abc import Collection
 from ...errors import ModelError
 from .config import Config, read_rotary
 from .description import Block, Description, Rotary
+from .schedule import prelude_core_coda
 from .sources import Copy, Source
 
 # by the block's kind of norms: each norm's name in the files and here
@@ -123,10 +124,7 @@ def _describe(
     )
     width, num_heads = config.integer("n_embd"), config.integer("n_heads")
     return Description(
-        prelude=prelude,
-        core=core,
-        recurrences=config.integer("mean_recurrence"),
-        coda=coda,
+        phases=prelude_core_coda(prelude, core, config.integer("mean_recurrence"), coda),
         width=width,
         num_heads=num_heads,
         num_kv_heads=config.integer("num_key_value_heads", num_heads),

@@ -5,6 +5,7 @@ or order of units changes it.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import InitialStateError
+from ...errors import InitialStateError, InitialStateMissingError
 from .description import Description
 from .draws import draw_initial_state
 
@@ -53,8 +54,8 @@ def open_states(path: Path, lengths: Sequence[int], width: int) -> StatesFile:
     Raises:
         InitialStateError: no such file, damaged, of another shape, or not finite where it is used.
     """
-    if not path.is_file():
-        raise InitialStateError(
+    if not os.path.isfile(path):  # also False where it cannot be looked at
+        raise InitialStateMissingError(
             f"--initial-state {path} is no file; give {', '.join(WORDS)} or a .safetensors file with {TENSOR}"
         )
     try:
@@ -96,7 +97,7 @@ def check_start(wanted: str | None, description: Description) -> None:
     d = description
     if wanted is None:
         return
-    if not d.core:
+    if not d.loops:
         raise InitialStateError(f"--initial-state: {d.notation} has no loop that could start from anything")
     if wanted in WORDS and d.initial_state == "prelude":
         raise InitialStateError(

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import ModelError
+from ...errors import ModelError, ModelMissingError, os_errors_named
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PIECE_BYTES = 2**21
@@ -46,7 +46,7 @@ class StoredTensor:
         step = _PIECE_BYTES // dtype.itemsize
         buffer = torch.empty(min(step, size), dtype=dtype)
         raw = buffer.view(torch.uint8).numpy().data
-        with self.path.open("rb") as file:
+        with os_errors_named(self.path, "read"), self.path.open("rb") as file:
             file.seek(self.first_byte)
             for start in range(0, size, step):
                 piece = buffer[: min(step, size - start)]
@@ -89,13 +89,13 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
     elif single_path.is_file():
         weight_map, files = None, [single_path.name]
     else:
-        raise ModelError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
+        raise ModelMissingError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
     found: dict[str, StoredTensor] = {}
     for name in files:
         try:
             tensors = _read_header(path / name)
         except FileNotFoundError:
-            raise ModelError(f"{path / name} is missing, and {index_path.name} names it") from None
+            raise ModelMissingError(f"{path / name} is missing, and {index_path.name} names it") from None
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{path / name} is damaged or cut short ({path.joinpath(name).stat().st_size} bytes): {error}"
@@ -129,7 +129,7 @@ def hash_and_check(path: Path, tensors: list[StoredTensor]) -> bytes:
     """SHA-256 of a file, whose tensors, all of them, are checked for finite numbers on the way."""
     tensors = sorted(tensors, key=lambda tensor: tensor.first_byte)
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with os_errors_named(path, "read"), path.open("rb") as file:
         digest.update(file.read(tensors[0].first_byte))
     for tensor in tensors:  # they follow on one another, to the end of the file
         for _, piece in tensor.pieces():
@@ -145,9 +145,10 @@ def read_json(path: Path) -> dict[str, object]:
         ModelError: no such file, or something else in it.
     """
     try:
-        fields = json.loads(path.read_text())
+        with os_errors_named(path, "read"):
+            fields = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ModelError(
+        raise ModelMissingError(
             f"{path} is missing; a model directory holds config.json and *.safetensors"
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

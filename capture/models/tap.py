@@ -1,8 +1,9 @@
-"""The two places where a running model can be listened to: attention, and the residual add.
+"""The places where a running model can be listened to, and changed: attention, the residual add, and what
+enters and leaves the loop.
 
-A model runs both through the tap it is handed. `Plain` is the tap that measures nothing and costs nothing;
-whoever wants to see more derives from it. Every call carries the step (stage, layer, recurrence) that the
-loop itself is at, so nothing counts calls.
+A model runs them through the tap it is handed. `Plain` is the tap that measures nothing and costs nothing;
+whoever wants to see more derives from it. Every call carries the step that the model itself is at (block,
+stage, layer, recurrence), so nothing counts calls.
 """
 
 from dataclasses import InitVar, dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...kernels.attention import attention, make_cu_seqlens
 from ...kernels.residual_norm import Residual, residual_norm
-from .description import Step
+from .schedule import Step
 
 Half = Literal["attention", "mlp"]
 
@@ -67,5 +68,13 @@ class Plain:
         """
         return residual_norm(x_ND, branch_ND, **vars(norms))
 
-    def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
-        """Called with what enters the next recurrence, after the rule that ends this one."""
+    def prelude(self, output_ND: Tensor) -> Tensor:
+        """Called with what the prelude leaves, [N, D]; returns what the loop gets of it."""
+        return output_ND
+
+    def loop_state(self, step: Step, state_ND: Tensor) -> None:
+        """Called with what enters the next recurrence, after the rule that ends this one.
+
+        Args:
+            step: the last of the recurrence that has ended.
+        """

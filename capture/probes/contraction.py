@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from ...kernels.residual_norm import Residual, rms_norm
-from ..models.description import Step
-from ..models.interventions import NONE
-from ..models.model import PLAIN, LoopedModel, rotary_table
-from ..models.tap import Half, HalfNorms, Packed, Plain
+from ...errors import RequestError, UnfitError
+from ..models.model import PLAIN, LoopedModel
+from ..models.tap import Packed, Plain
+from ..taps.frozen import KeysValues, OthersFrozen
 
 RECURRENCES = 128  # where the paper takes the fixed point (arXiv 2604.11791, section 4.1)
 ITERATIONS = 100  # within 1.2 % of the dense radius on random loops of width 256 (pre, Huginn; 3 tokens each)
@@ -66,27 +65,29 @@ def contraction(
         recurrences: how often to run the loop first, whatever the model's own number.
         iterations: of the power iteration. seed: of the differences that it starts from.
     Raises:
-        ValueError: the model has no loop.
+        UnfitError: the model has no loop, or several.
     """
-    if not model.description.core:
-        raise ValueError(f"{model.description.notation} has no loop and so no contraction factor")
-    is_drawn = model.description.initial_state != "prelude"
+    d = model.description
+    if d.only_loop is None:
+        number = f"{len(d.loops)} loops" if d.loops else "no loop"
+        raise UnfitError(f"{d.notation} has {number} and so no contraction factor")
+    is_drawn = d.initial_state != "prelude"
     assert initial_state_ND is not None or not is_drawn, "this model's loop starts from a drawn state"
-    rotation = rotary_table(model.description.block.rotary, model.description.head_width, batch.position_N)
-    tap = _Kept(batch)
+    steps = next(visit for visit in d.visits if visit[0].recurrence == 0)
+    kept, run = KeysValues(batch), model.begin(batch, PLAIN)
 
     def recur(state_ND: Tensor, tap: Plain) -> Tensor:
-        return model.recur(0, state_ND, prelude_ND, rotation, batch, tap, NONE)
+        return model.recur(steps, state_ND, prelude_ND, run._replace(tap=tap))
 
     with torch.no_grad():
-        prelude_ND = model.run_prelude(rotation, batch, PLAIN, NONE)
+        prelude_ND = model.run_prelude(run)
         state_ND = prelude_ND if initial_state_ND is None else initial_state_ND.to(prelude_ND)
         before_ND = state_ND
         for _ in range(recurrences):
             before_ND, state_ND = state_ND, recur(state_ND, PLAIN)
-        recur(state_ND, tap)
-        own = _OwnToken(tap)
-        factor_N, spread_N = power_iteration(lambda x_ND: recur(x_ND, own), state_ND, iterations, seed)
+        recur(state_ND, kept)
+        frozen = OthersFrozen(kept)
+        factor_N, spread_N = power_iteration(lambda x_ND: recur(x_ND, frozen), state_ND, iterations, seed)
     step_N = (state_ND - before_ND).double().norm(dim=-1) / state_ND.double().norm(dim=-1)
     return Contraction(factor_N, spread_N, step_N, recurrences, torch.finfo(model.dtype).eps)
 
@@ -104,7 +105,7 @@ def power_iteration(
         the radius and how far its third and last quarter are apart, float64 [N].
     """
     if iterations < _QUARTERS:
-        raise ValueError(f"iterations must be at least {_QUARTERS}, got {iterations}")
+        raise RequestError(f"iterations must be at least {_QUARTERS}, got {iterations}")
     generator = torch.Generator().manual_seed(seed)
     v_ND = torch.randn(x_ND.shape, generator=generator).to(x_ND)
     v_ND = v_ND / v_ND.norm(dim=-1, keepdim=True)
@@ -119,53 +120,3 @@ def power_iteration(
     third_N, last_N = log_growth_IN[-2 * quarter : -quarter].mean(0), log_growth_IN[-quarter:].mean(0)
     spread_N = (third_N.exp() - last_N.exp()).abs()
     return ((third_N + last_N) / 2).exp(), spread_N
-
-
-class _Kept(Plain):
-    """Keeps keys and values of one recurrence, by layer, and which of them a query sees besides its own."""
-
-    def __init__(self, batch: Packed) -> None:
-        sequence_N = torch.repeat_interleave(torch.tensor(batch.lengths)).to(batch.token_id_N.device)
-        place_N = torch.arange(len(sequence_N), device=sequence_N.device)
-        earlier_NN = place_N.unsqueeze(1) > place_N
-        self.seen_NN = earlier_NN & (sequence_N.unsqueeze(1) == sequence_N)
-        self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attention(
-        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
-    ) -> Tensor:
-        self.keys_values[step.layer] = (k_NKC, v_NKC)
-        return super().attention(step, q_NHC, k_NKC, v_NKC, batch, scale)
-
-
-class _OwnToken(Plain):
-    """The same recurrence, where a token sees itself as it is now and all others as they were kept; in
-    operations that can be differentiated forwards.
-    """
-
-    def __init__(self, kept: _Kept) -> None:
-        self.kept = kept
-
-    def attention(
-        self, step: Step, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: Packed, scale: float
-    ) -> Tensor:
-        H, K = q_NHC.shape[1], k_NKC.shape[1]
-        wide = torch.promote_types(q_NHC.dtype, torch.float32)
-        kept = (each.to(wide) for each in self.kept.keys_values[step.layer])
-        k_NHC, v_NHC, others_k_NHC, others_v_NHC = (
-            each.to(wide).repeat_interleave(H // K, dim=1) for each in (k_NKC, v_NKC, *kept)
-        )
-        q_NHC_wide = q_NHC.to(wide) * scale
-        others_HNN = torch.einsum("thc,shc->hts", q_NHC_wide, others_k_NHC)
-        others_HNN = others_HNN.masked_fill(~self.kept.seen_NN, float("-inf"))
-        own_HN1 = (q_NHC_wide * k_NHC).sum(-1).T.unsqueeze(-1)
-        weight_HNX = torch.cat([others_HNN, own_HN1], dim=-1).softmax(-1)
-        o_NHC = torch.einsum("hts,shc->thc", weight_HNX[..., :-1], others_v_NHC)
-        return (o_NHC + weight_HNX[..., -1].T.unsqueeze(-1) * v_NHC).to(q_NHC.dtype)
-
-    def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
-        def normed(x_ND: Tensor, weight_D: Tensor | None) -> Tensor:
-            return x_ND if weight_D is None else rms_norm(x_ND, weight_D, norms.eps)
-
-        sum_ND = normed(x_ND + normed(branch_ND, norms.branch_weight_D), norms.stream_weight_D)
-        return Residual(sum_ND, normed(sum_ND, norms.next_weight_D))

@@ -27,16 +27,12 @@ U w too is our choice. Cosines put more neurons past it (in SmolLM2-135M's last 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.description import STAGES, Stage
 from ..models.model import LoopedModel, TransformerBlock
-
-if TYPE_CHECKING:
-    from ..plan import Plan
 
 KURTOSIS = 10.0
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -48,7 +44,7 @@ _TILES = {"cpu": (1024, 256), "cuda": (8192, 8192)}
 class Moments:
     """Of the logit effects of one block's neurons; float64 [I] each, NaN where an effect is constant."""
 
-    stage: Stage
+    stage: str
     layer: int
     """Place of the block inside its stage."""
     skewness_I: Tensor
@@ -117,13 +113,6 @@ def summarise(moments: Sequence[Moments], threshold: float = KURTOSIS) -> dict[s
     return {"threshold": threshold, "quantiles": list(QUANTILES), "blocks": blocks}
 
 
-def neurons_of(plan: "Plan") -> dict[str, Any]:
-    """What a plan records of its model's neurons: `summarise` of the weights in the type that they run in."""
-    settings = plan.settings
-    is_run_here = settings.engine == "local" and settings.workers is None
-    return summarise(logit_moments(plan.source.load(plan.device if is_run_here else "cpu", plan.dtype)))
-
-
 def _unembedding(model: LoopedModel, cosines: bool) -> Iterator[Tensor]:
     """Rows of the head with the final norm's gain, some tokens at a time, float64 [B, D]."""
     num_tokens, _ = _TILES[model.device.type]
@@ -157,8 +146,7 @@ def _power_sums(y_IB: Tensor) -> Tensor:
     return torch.stack([square_IB.sum(1), (square_IB * y_IB).sum(1), square_IB.square_().sum(1)])
 
 
-def _places(model: LoopedModel) -> list[tuple[Stage, int]]:
+def _places(model: LoopedModel) -> list[tuple[str, int]]:
     """Stage and layer of every block, in the order of `model.blocks`."""
-    d = model.description
-    sizes = zip(STAGES, (d.prelude, d.core, d.coda), strict=True)
-    return [(stage, layer) for stage, size in sizes for layer in range(size)]
+    places = {step.block: (step.stage, step.layer) for step in model.description.steps()}
+    return [places[block] for block in range(len(model.blocks))]

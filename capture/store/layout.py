@@ -24,11 +24,12 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 
-from ...errors import StoreError, StoreExistsError, StoreMissingError
+from ...errors import StoreError, StoreExistsError, StoreMissingError, os_errors_named
 from .keys import FILES, PLAN
 from .places.disk import checksum, write_new
 from .places.open import open_place
 from .places.place import Place
+from .plan import StoredPlan
 
 FORMAT = 2
 BFLOAT16_NAN = 0x7FC0
@@ -92,14 +93,14 @@ class ArraySpec:
 def create_store(
     path: str | Path,
     *,
-    plan: dict[str, Any],
+    plan: StoredPlan,
     coordinates: Mapping[str, Coordinate],
     arrays: Mapping[str, ArraySpec],
 ) -> None:
     """Make the store of a plan; it appears under its name complete and synced, or not at all.
 
     Args:
-        plan: what is captured, as JSON, kept as the group's attribute `plan`; `num_units` is read here.
+        plan: what is captured, kept as the group's attribute `plan`.
         coordinates: name -> (dimensions, values, attributes), known from the plan. `unit_done` is added.
         arrays: name -> the array to be filled by units.
     Raises:
@@ -110,13 +111,14 @@ def create_store(
     if store_exists(path):
         raise StoreExistsError(f"{place} holds a store: open it to go on with it, or choose another path")
     for name, spec in arrays.items():
-        if spec.shape[0] != plan["num_units"] * spec.unit_rows:
+        if spec.shape[0] != plan.num_units * spec.unit_rows:
             raise ValueError(
-                f"{name} has {spec.shape[0]} rows, but {plan['num_units']} units of {spec.unit_rows} rows "
-                f"make {plan['num_units'] * spec.unit_rows}"
+                f"{name} has {spec.shape[0]} rows, but {plan.num_units} units of {spec.unit_rows} rows "
+                f"make {plan.num_units * spec.unit_rows}"
             )
     num_bytes = sum(values.nbytes for _, values, _ in coordinates.values())
-    with place.full_disk_named("the coordinates of a new store", num_bytes):
+    task = "the coordinates of a new store"
+    with os_errors_named(str(path), "written"), place.full_disk_named(task, num_bytes):
         place.make(lambda root: _fill(root, plan, coordinates, arrays))
 
 
@@ -174,22 +176,6 @@ def unit_arrays(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: array for name, array in metadata.items() if name not in written_by_planner}
 
 
-def plan_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Where two plans differ, as lines "settings.seed: 0 -> 1" (stored -> wanted).
-
-    `versions` and `created` may differ between runs of one plan; `hash` follows from the rest, and so does
-    what the plan tells of the model's neurons, which is taken when the store is made.
-    """
-    old, new = _flatten(stored), _flatten(json.loads(json.dumps(wanted)))
-    return [
-        f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
-        for field in dict.fromkeys([*old, *new])
-        if field.split(".")[0] not in ("versions", "created", "hash")
-        and not field.startswith("model.neurons.")
-        and (field not in old or field not in new or old[field] != new[field])
-    ]
-
-
 def inner_rows(unit_rows: int) -> int:
     """Rows of a shard's inner chunk: the most, up to 512, that divide a unit.
 
@@ -200,12 +186,12 @@ def inner_rows(unit_rows: int) -> int:
 
 
 def _fill(
-    root: Path, plan: dict[str, Any], coordinates: Mapping[str, Coordinate], arrays: Mapping[str, ArraySpec]
+    root: Path, plan: StoredPlan, coordinates: Mapping[str, Coordinate], arrays: Mapping[str, ArraySpec]
 ) -> None:
     coordinates = dict(coordinates)
     coordinates["unit_done"] = (
         ("unit",),
-        np.zeros(plan["num_units"], np.uint8),
+        np.zeros(plan.num_units, np.uint8),
         {"long_name": "whether the unit was captured", "note": "written when the capture is complete"},
     )
     for name, (dimensions, values, attributes) in coordinates.items():
@@ -218,16 +204,17 @@ def _fill(
         _make_array(root, name, spec, {"coordinates": described} if described else {})
     names = [*coordinates, *arrays]
     metadata = {name: json.loads((root / name / "zarr.json").read_bytes()) for name in names}
+    document = plan.to_json()
     group = {
         "zarr_format": 3,
         "node_type": "group",
-        "attributes": {"looptap_format": FORMAT, "plan": plan, "coordinates": " ".join(coordinates)},
+        "attributes": {"looptap_format": FORMAT, "plan": document, "coordinates": " ".join(coordinates)},
         "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": metadata},
     }
     (root / "zarr.json").unlink(missing_ok=True)
     write_new(root / "zarr.json", json.dumps(group).encode())
     (root / ".looptap").mkdir()
-    write_new(root / PLAN, json.dumps(plan, indent=1).encode())
+    write_new(root / PLAN, json.dumps(document, indent=1).encode())
     planned = [p for p in root.rglob("*") if p.is_file() and not p.match("unit_done/c.*")]
     files = {str(p.relative_to(root)): {"bytes": p.stat().st_size, "crc32c": checksum(p)} for p in planned}
     write_new(root / FILES, json.dumps(files).encode())
@@ -276,12 +263,3 @@ def _fill_value(dtype: np.dtype, attributes: dict[str, Any]) -> int | float:
     if attributes.get("bits_of") == "bfloat16":
         return BFLOAT16_NAN
     return {"f": float("nan"), "i": -1, "u": 0}[dtype.kind]
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat = {}
-    for name, part in value.items():
-        flat |= _flatten(part, f"{prefix}.{name}".strip("."))
-    return flat

@@ -6,6 +6,8 @@ Names select what is captured, name the arrays of the store, and label plots, so
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ...errors import QuantityError
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -193,8 +195,8 @@ def resolve_quantities(names: Iterable[str], absent: Mapping[str, str] | None = 
     Args:
         absent: quantities that the model does not have, with the reason; groups leave them out.
     Raises:
-        ValueError: a name is neither a quantity nor a group, the model does not have it, or there is none at
-            all.
+        QuantityError: a name is neither a quantity nor a group, the model does not have it, or there is none
+            at all.
     """
     names, absent = list(names), absent or {}
     wanted: set[str] = set()
@@ -202,11 +204,11 @@ def resolve_quantities(names: Iterable[str], absent: Mapping[str, str] | None = 
         if name in GROUPS:
             wanted.update(member for member in GROUPS[name] if member not in absent)
         elif name in absent:
-            raise ValueError(f"{name} cannot be captured: {absent[name]}")
+            raise QuantityError(f"{name} cannot be captured: {absent[name]}")
         elif name in QUANTITIES:
             wanted.add(name)
         else:
-            raise ValueError(
+            raise QuantityError(
                 f"{name!r} is not a quantity: choose from {', '.join(QUANTITIES)}, "
                 f"or the groups {', '.join(GROUPS)} (all is everything but state)"
             )
@@ -218,5 +220,5 @@ def resolve_quantities(names: Iterable[str], absent: Mapping[str, str] | None = 
             else ""
         )
         there = ", ".join(name for name in QUANTITIES if name not in absent)
-        raise ValueError(f"no quantity was chosen: {why}name at least one of {there}")
+        raise QuantityError(f"no quantity was chosen: {why}name at least one of {there}")
     return tuple(name for name in QUANTITIES if name in wanted)

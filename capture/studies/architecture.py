@@ -7,55 +7,34 @@ that studies in one directory share what they have in common.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import as_file, files
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-from ...errors import PlanError
-from ..data import open_tokenizer, read_dataset
+from ...errors import NoRoomError, OtherPlanError, PlanError
+from ..data import Dataset, open_tokenizer, read_dataset
 from ..plan import Plan, make_plan
+from ..plan_cost import disk_bytes
 from ..run import Outcome
-from ..settings import ArchitectureStudySettings, CaptureSettings
-from ..store.layout import plan_differences, store_exists
+from ..settings import (
+    ArchitectureStudySettings,
+    CaptureSettings,
+    DataSettings,
+    MeasureSettings,
+    ModelSettings,
+    RunSettings,
+)
+from ..store.cell import Cell
+from ..store.layout import store_exists
 from ..store.places.open import open_place
+from ..store.plan import plan_differences
 from ..store.writing.commit import Store
 from ..units import DEFAULT_UNIT_TOKENS
 
 QUANTITIES = ("residual", "steps", "gaps")
 STATES = "core[all]@last"  # whether layers have points of their own
-AXES = ("norms", "injection", "layers", "recurrences", "widths", "gains", "embedding_stds", "seeds")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One combination with its seed."""
-
-    norm: str
-    injection: bool
-    layers: int
-    recurrences: int
-    width: int
-    gain: float
-    embedding_std: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its store."""
-        injection = "injection" if self.injection else "no-injection"
-        return (
-            f"{self.norm}-{injection}-{self.layers}x{self.recurrences}"
-            f"-width{self.width}-gain{_short(self.gain)}-embedding{_short(self.embedding_std)}-seed{self.seed}"
-        )
-
-    def spec(self, head_width: int) -> str:
-        """The model, as `looptap capture` takes it."""
-        return (
-            f"random:(0,{self.layers}x{self.recurrences},0){'I' if self.injection else ''},norm={self.norm},"
-            f"width={self.width},heads={max(1, self.width // head_width)},gain={_short(self.gain)},"
-            f"embedding_std={_short(self.embedding_std)},seed={self.seed}"
-        )
 
 
 @dataclass(frozen=True)
@@ -82,52 +61,57 @@ def run_architecture_study(
     plans = architecture_plans(settings)
     _check_stores(plans, settings.out)
     outcomes = run_all(plans)
-    stores = tuple(Path(plan.settings.store) for plan in plans)
+    stores = tuple(Path(plan.store) for plan in plans)
     return ArchitectureStudy(stores, all(outcome.complete for outcome in outcomes))
 
 
 def cells_of(settings: ArchitectureStudySettings) -> Iterator[Cell]:
     """The product of the axes, the last one first to change."""
-    s = settings
-    is_injected = [each == "yes" for each in s.injection]
-    axes = (s.norms, is_injected, s.layers, s.recurrences, s.widths, s.gains, s.embedding_stds, s.seeds)
-    return (Cell(*values) for values in product(*axes))
+    axes = _axes(settings) | {"injection": [each == "yes" for each in settings.injection]}
+    return (Cell(*values) for values in product(*axes.values()))
+
+
+def _axes(settings: ArchitectureStudySettings) -> dict[str, Sequence[Any]]:
+    """The values of every field of a cell, by the setting's name: the field's or its plural."""
+    names = [name for field in fields(Cell) for name in (field.name, f"{field.name}s")]
+    return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
 
 
 def architecture_plans(settings: ArchitectureStudySettings) -> list[Plan]:
     """The plan of every cell; raises as `run_architecture_study`."""
     _check_axes(settings)
     with ExitStack() as stack:
-        data = settings.data
-        if data is None:
-            data = stack.enter_context(as_file(files("looptap.capture.studies") / "demo_prompts.jsonl"))
-        unit_tokens = _unit_tokens(settings, data)
-        return [make_plan(_capture(settings, cell, data, unit_tokens)) for cell in cells_of(settings)]
+        path = settings.data
+        if path is None:
+            path = stack.enter_context(as_file(files("looptap.capture.studies") / "demo_prompts.jsonl"))
+        data = DataSettings(data=path, field=settings.field, limit=settings.limit)
+        dataset = read_dataset(path, open_tokenizer(None), field=data.field, limit=data.limit)
+        cells = cells_of(settings)
+        return [make_plan(_capture(settings, cell, data, dataset), dataset=dataset) for cell in cells]
 
 
 def _capture(
-    settings: ArchitectureStudySettings, cell: Cell, data: Path, unit_tokens: int
+    settings: ArchitectureStudySettings, cell: Cell, data: DataSettings, dataset: Dataset
 ) -> CaptureSettings:
     """What a user would give `looptap capture` for one cell."""
     return CaptureSettings(
-        model=cell.spec(settings.head_width),
+        model=ModelSettings(model=cell.spec(settings.head_width), device=settings.device),
         data=data,
-        store=settings.out / f"{cell.name}.zarr",
-        field=settings.field,
-        limit=settings.limit,
-        quantities=QUANTITIES,
-        states=(STATES,),
-        tokens="last",
-        device=settings.device,
-        seed=cell.seed,
-        unit_tokens=unit_tokens,
-        batch_tokens=settings.batch_tokens,
+        measure=MeasureSettings(
+            quantities=QUANTITIES,
+            states=(STATES,),
+            tokens="last",
+            seed=cell.seed,
+            # slots for all tokens where they are few, so that hundreds of stores are read without padding
+            unit_tokens=max(dataset.longest, min(dataset.num_tokens, DEFAULT_UNIT_TOKENS)),
+            batch_tokens=settings.batch_tokens,
+        ),
+        run=RunSettings(store=settings.out / f"{cell.name}.zarr"),
     )
 
 
 def _check_axes(settings: ArchitectureStudySettings) -> None:
-    for name in AXES:
-        values = getattr(settings, name)
+    for name, values in _axes(settings).items():
         option = f"--{name.replace('_', '-')}"
         if not values:
             raise PlanError(f"{option} has no value; give at least one, or leave it out for the paper's")
@@ -156,29 +140,17 @@ def _check_stores(plans: Sequence[Plan], out: Path) -> None:
     """Refuses before anything runs what `prepare_store` would refuse at one capture after another."""
     needed = 0
     for plan in plans:
-        if not store_exists(plan.settings.store):
-            needed += plan.disk_bytes
-        elif differences := plan_differences(Store.open(plan.settings.store).plan, plan.document()):
-            raise PlanError(
-                f"{plan.settings.store} was begun with another plan; it differs in\n  "
+        if not store_exists(plan.store):
+            needed += disk_bytes(plan)
+        elif differences := plan_differences(Store.open(plan.store).document, plan.stored().to_json()):
+            raise OtherPlanError(
+                f"{plan.store} was begun with another plan; it differs in\n  "
                 + "\n  ".join(differences)
                 + "\ngo on with the old settings, or choose another --out"
             )
     free = open_place(out).free_bytes()
     if free is not None and needed > free:
-        raise PlanError(
+        raise NoRoomError(
             f"the stores in {out} need up to {needed / 2**20:,.1f} MiB more and its disk has "
             f"{free / 2**20:,.1f} MiB free; choose fewer values or rows, or another disk"
         )
-
-
-def _unit_tokens(settings: ArchitectureStudySettings, data: Path) -> int:
-    """Slots for all tokens where they are few, so that hundreds of stores are read without their padding."""
-    dataset = read_dataset(data, open_tokenizer(None), field=settings.field, limit=settings.limit)
-    longest = max(map(len, dataset.rows))
-    return max(longest, min(dataset.num_tokens, DEFAULT_UNIT_TOKENS))
-
-
-def _short(number: float) -> str:
-    """The shortest text that reads back as the number."""
-    return repr(float(number)).removesuffix(".0")

@@ -19,7 +19,13 @@ from ...errors import PlanError
 from ..models.load import ModelSource, find_model
 from ..plan import Plan, make_plan
 from ..run import Outcome
-from ..settings import CaptureSettings, DepthStudySettings
+from ..settings import (
+    CaptureSettings,
+    DepthStudySettings,
+    MeasureSettings,
+    ModelSettings,
+    RunSettings,
+)
 
 QUANTITIES = ("residual", "steps", "gaps", "attention", "lens", "exit")
 _BEYOND = 4  # times the model's own count, by default
@@ -47,20 +53,20 @@ def run_depth_study(settings: DepthStudySettings, run: Callable[[Plan], Outcome]
     """
     own, plans = depth_plans(settings)
     outcomes = [run(plan) for plan in plans]
-    stores = tuple(Path(plan.settings.store) for plan in plans)
+    stores = tuple(Path(plan.store) for plan in plans)
     return DepthStudy(stores, own, all(outcome.complete for outcome in outcomes))
 
 
 def depth_plans(settings: DepthStudySettings) -> tuple[int, list[Plan]]:
     """The model's own count, and the plan of every count of the study."""
-    source = find_model(settings.model, settings.loop)
+    source = find_model(settings.model.model, settings.model.loop)
     if not source.description.core:
         raise PlanError(
             f"{source.description.notation} has no loop to run more often; "
             "give a window of its layers with --loop first-lastxtimes"
         )
     own = source.description.recurrences
-    return own, [make_plan(*_capture(settings, source, count)) for count in counts_of(settings.counts, own)]
+    return own, [_plan(settings, source, count) for count in counts_of(settings.counts, own)]
 
 
 def counts_of(wanted: tuple[int, ...], own: int) -> list[int]:
@@ -77,26 +83,26 @@ def counts_of(wanted: tuple[int, ...], own: int) -> list[int]:
     return sorted({*(wanted or (each for each in doubled if each <= _BEYOND * own)), own})
 
 
-def _capture(
-    settings: DepthStudySettings, source: ModelSource, count: int
-) -> tuple[CaptureSettings, ModelSource]:
-    """What a user would give `looptap capture` for one count."""
-    d = source.description
+def _plan(settings: DepthStudySettings, source: ModelSource, count: int) -> Plan:
+    """The plan of what a user would give `looptap capture` for one count."""
+    d, model = source.description, settings.model
     last = "coda[-1]" if d.coda else "core[-1]@last"
-    loop = None if settings.loop is None else re.sub(r"x\d+$", f"x{count}", settings.loop)
+    loop = None if model.loop is None else re.sub(r"x\d+$", f"x{count}", model.loop)
     wanted = CaptureSettings(
-        model=settings.model,
+        model=ModelSettings(
+            model=model.model,
+            dtype=model.dtype,
+            device=model.device,
+            loop=loop,
+            recurrences=count if loop is None else None,
+        ),
         data=settings.data,
-        store=settings.out / f"recurrences-{count}.zarr",
-        field=settings.field,
-        limit=settings.limit,
-        loop=loop,
-        recurrences=count if loop is None else None,
-        quantities=QUANTITIES,
-        states=(last,),
-        dtype=settings.dtype,
-        device=settings.device,
-        seed=settings.seed,
-        batch_tokens=settings.batch_tokens,
+        measure=MeasureSettings(
+            quantities=QUANTITIES,
+            states=(last,),
+            seed=settings.seed,
+            batch_tokens=settings.batch_tokens,
+        ),
+        run=RunSettings(store=settings.out / f"recurrences-{count}.zarr"),
     )
-    return wanted, ModelSource(source.spec, source.origin, d.with_recurrences(count))
+    return make_plan(wanted, ModelSource(source.spec, source.origin, d.with_recurrences(count)))

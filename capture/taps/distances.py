@@ -1,7 +1,7 @@
 """What compares whole sequences: one attention pattern with another, one block's residuals with another's.
 
 A pattern is known by its queries, keys and the logarithm of each row's sum; no attention matrix is ever
-formed. Distances to the recurrence before need one earlier pattern per layer, those to the last recurrence
+formed. Distances to the recurrence before need one earlier pattern per block, those to the last recurrence
 all of them (or a first run that left the last ones behind), and the maps over all pairs of block invocations
 need everything until the last block has run.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.attention_pairs import attention_chain, attention_gram, distance_from_gram
 from ...kernels.residual_pairs import residual_entropy, residual_similarity
-from ..models.description import Description, Step
+from ..models.schedule import Schedule, Step
 from ..models.tap import Packed
 
 PATTERNS_AT_ONCE = 4  # what the GPU's kernel compares in one pass
@@ -32,15 +32,16 @@ class AttentionDistances:
 
     Args:
         values: buffers by quantity, [depth, S, H] or [depth, S, depth], written in place.
-        last: the last recurrence's patterns by layer, from a first run of the same tokens.
+        last: patterns of the last recurrence by block, from a first run of the same tokens.
     """
 
     def __init__(
-        self, description: Description, values: Mapping[str, Tensor], last: Mapping[int, Pattern] | None
+        self, schedule: Schedule, values: Mapping[str, Tensor], last: Mapping[int, Pattern] | None
     ) -> None:
-        self._description, self._values, self._last = description, values, last
-        self._before: dict[int, Pattern] = {}  # by layer: the recurrence before
-        self._waiting: dict[int, list[tuple[Step, Pattern]]] = {}  # by layer: for the last recurrence
+        self._depth, self._last_depths = schedule.depth, schedule.last_depths
+        self._values, self._last = values, last
+        self._before: dict[int, Pattern] = {}  # by block: the recurrence before
+        self._waiting: dict[int, list[tuple[Step, Pattern]]] = {}  # by block: for the last recurrence
         self._all: list[Tensor] = []  # q, k and lse of every depth, stacked
         self._scale = 1.0
 
@@ -55,15 +56,15 @@ class AttentionDistances:
         names, received_NH = self._names(step), None
         if names:
             has_step, has_gap = "attention_step" in names, "attention_gap" in names
-            before = [self._before[step.layer]] if has_step else []
-            chain = [*before, pattern, *([self._last[step.layer]] if has_gap and self._last else [])]
+            before = [self._before[step.block]] if has_step else []
+            chain = [*before, pattern, *([self._last[step.block]] if has_gap and self._last else [])]
             pairs = [(index, index + 1) for index in range(len(names))]
             received_RNH, distance_PSH = _compare(chain, pairs, batch, scale)
             for name, distance_SH in zip(names, distance_PSH, strict=True):
                 self._values[name][step.depth] = distance_SH
             received_NH = received_RNH[len(before)]
         if step.recurrence >= 0 and "attention_step" in self._values:
-            self._before[step.layer] = pattern
+            self._before[step.block] = pattern
         if step.recurrence >= 0 and "attention_gap" in self._values and self._last is None:
             self._wait(step, pattern, batch, scale)
         return received_NH
@@ -86,10 +87,10 @@ class AttentionDistances:
 
     def _wait(self, step: Step, pattern: Pattern, batch: Packed, scale: float) -> None:
         """Keeps patterns until the last recurrence's is there, and compares them a few at a time."""
-        self._waiting.setdefault(step.layer, []).append((step, pattern))
-        if step.recurrence < self._description.recurrences - 1:
+        self._waiting.setdefault(step.block, []).append((step, pattern))
+        if step.depth not in self._last_depths:
             return
-        waiting = self._waiting.pop(step.layer)
+        waiting = self._waiting.pop(step.block)
         for start in range(0, len(waiting), PATTERNS_AT_ONCE - 1):
             group = waiting[start : start + PATTERNS_AT_ONCE - 1]
             chain = [kept for _, kept in group] + [pattern]
@@ -100,8 +101,7 @@ class AttentionDistances:
 
     def _keep(self, step: Step, pattern: Pattern, scale: float) -> None:
         if not self._all:
-            depth = self._description.depth
-            self._all = [part.new_empty(depth, *part.shape) for part in pattern]
+            self._all = [part.new_empty(self._depth, *part.shape) for part in pattern]
             self._scale = scale
         for kept, part in zip(self._all, pattern, strict=True):
             kept[step.depth] = part
@@ -110,8 +110,8 @@ class AttentionDistances:
 class ResidualDistances:
     """residual_similarity and residual_entropy of one batch; nothing where neither is wanted."""
 
-    def __init__(self, description: Description, values: Mapping[str, Tensor]) -> None:
-        self._description, self._values = description, values
+    def __init__(self, depth: int, values: Mapping[str, Tensor]) -> None:
+        self._depth, self._values = depth, values
         self._all: Tensor | None = None  # residuals of every depth
 
     def add(self, step: Step, state_ND: Tensor, batch: Packed) -> None:
@@ -120,7 +120,7 @@ class ResidualDistances:
             self._values["residual_entropy"][step.depth] = residual_entropy(state_ND, batch.lengths)
         if "residual_similarity" in self._values:
             if self._all is None:
-                self._all = state_ND.new_empty(self._description.depth, *state_ND.shape)
+                self._all = state_ND.new_empty(self._depth, *state_ND.shape)
             self._all[step.depth] = state_ND
 
     def finish(self, batch: Packed) -> None:

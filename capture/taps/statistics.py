@@ -1,7 +1,7 @@
 """The tap that measures: everything a capture keeps is computed here, while the model runs.
 
 Statistics are float32 of the stored residual and never share memory with the model's own tensors. The gaps
-need each layer's state after the last recurrence, and the lens needs the loop's. Either the states of all
+need each block's state after the last recurrence, and the lens needs the loop's. Either the states of all
 recurrences are kept until then, or the loop is run twice and the first time (`LastStates`) leaves them
 behind; both give the same numbers, and the plan says which the memory allows. What compares whole sequences
 is in `distances.py`.
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ...kernels.attention import attention_with_statistics
 from ...kernels.lens import lens
-from ...kernels.residual_norm import STATISTICS, Residual, distance, residual_norm_statistics
-from ..models.description import Description, Step
+from ...kernels.residual_norm import STATISTICS, Residual, residual_norm_statistics
 from ..models.exit_gate import exit_probability
 from ..models.model import LoopedModel
+from ..models.schedule import Schedule, Step
 from ..models.tap import Half, HalfNorms, Packed, Plain
 from ..store.quantities import QUANTITIES
 from .distances import AttentionDistances, Pattern, ResidualDistances
+from .history import BlockHistory
 
 
 class StateSink(Protocol):
@@ -34,19 +35,6 @@ class StateSink(Protocol):
         They may be the model's own tensor: to be copied before this returns, or on a GPU in stream order.
         """
         ...
-
-
-class StatesInMemory:
-    """Fills [depth_state, kept tokens, D], whose rows come in order."""
-
-    def __init__(self, state_LKD: Tensor) -> None:
-        self.state_LKD = state_LKD
-        self._num_rows = [0] * len(state_LKD)
-
-    def add(self, index: int, kept_KD: Tensor) -> None:
-        first = self._num_rows[index]
-        self._num_rows[index] += len(kept_KD)
-        self.state_LKD[index, first : self._num_rows[index]] = kept_KD
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class Buffers:
 
 
 class LastStates(Plain):
-    """Keeps what each core layer and the loop leave at the last recurrence, and nothing else.
+    """Keeps what each block of a loop, and the loop, leave at the last recurrence, and nothing else.
 
     Args:
         measures_attention: whether the run that follows takes attention statistics. They come with an
@@ -71,13 +59,11 @@ class LastStates(Plain):
         keeps_patterns: whether attention patterns are kept too, for their gaps.
     """
 
-    def __init__(
-        self, description: Description, *, measures_attention: bool, keeps_patterns: bool = False
-    ) -> None:
-        self.states: dict[int, Tensor] = {}  # by layer
-        self.patterns: dict[int, Pattern] = {}  # by layer
+    def __init__(self, schedule: Schedule, *, measures_attention: bool, keeps_patterns: bool = False) -> None:
+        self.states: dict[int, Tensor] = {}  # by block
+        self.patterns: dict[int, Pattern] = {}  # by block
         self.end: Tensor | None = None  # the loop state after the last recurrence
-        self._last = description.recurrences - 1
+        self._last_depths = schedule.last_depths
         self._measures_attention, self._keeps_patterns = measures_attention, keeps_patterns
 
     def attention(
@@ -88,18 +74,18 @@ class LastStates(Plain):
         o_NHC, statistics = attention_with_statistics(
             q_NHC, k_NKC, v_NKC, batch.cu_seqlens_S, batch.max_length, scale, columns=False
         )
-        if step.recurrence == self._last and self._keeps_patterns:
-            self.patterns[step.layer] = Pattern(q_NHC, k_NKC, statistics.lse_NH)
+        if step.depth in self._last_depths and self._keeps_patterns:
+            self.patterns[step.block] = Pattern(q_NHC, k_NKC, statistics.lse_NH)
         return o_NHC
 
     def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
         result = super().residual(step, half, x_ND, branch_ND, norms)
-        if half == "mlp" and step.recurrence == self._last:
-            self.states[step.layer] = result.residual_ND
+        if half == "mlp" and step.depth in self._last_depths:
+            self.states[step.block] = result.residual_ND
         return result
 
-    def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
-        if recurrence == self._last:
+    def loop_state(self, step: Step, state_ND: Tensor) -> None:
+        if step.depth in self._last_depths:
             self.end = state_ND
 
 
@@ -108,7 +94,7 @@ class Statistics(Plain):
 
     Args:
         buffers: written in place, some of it when the last block has run; what is not computed (steps at the
-            first recurrence, gaps outside the core) is left as it is.
+            first recurrence, gaps outside of loops) is left as it is.
         state_depths: depths whose residual is kept.
         last: a first run of the same tokens; without it, states of all recurrences are kept if gaps or the
             lens are wanted.
@@ -117,7 +103,7 @@ class Statistics(Plain):
 
     def __init__(
         self,
-        description: Description,
+        schedule: Schedule,
         buffers: Buffers,
         *,
         sink_tokens: int = 1,
@@ -125,8 +111,8 @@ class Statistics(Plain):
         last: LastStates | None = None,
         model: LoopedModel | None = None,
     ) -> None:
-        self._last = description.recurrences - 1
-        self._last_depth = description.depth - 1
+        self._last_depths = schedule.last_depths
+        self._end_depth = schedule.depth - 1
         self._out = buffers
         self._wanted: Collection[str] = buffers.values.keys()
         self._sink_tokens = sink_tokens
@@ -138,13 +124,12 @@ class Statistics(Plain):
         self._lens = any(name.startswith("lens_") for name in self._wanted)
         self._first_run, self._model = last, model
         last_patterns = None if last is None else last.patterns
-        self._attention_distances = AttentionDistances(description, buffers.values, last_patterns)
-        self._residual_distances = ResidualDistances(description, buffers.values)
+        self._attention_distances = AttentionDistances(schedule, buffers.values, last_patterns)
+        self._residual_distances = ResidualDistances(schedule.depth, buffers.values)
         self._head_inputs: list[tuple[int, Tensor]] = []  # recurrence and what the head would read
         self._gate_logits: list[Tensor] = []
         self._measured: list[tuple[Step, Tensor]] = []  # rows of STATISTICS, [7, N]
-        self._before: dict[int, Tensor] = {}  # by layer: the previous recurrence's state
-        self._kept: dict[int, list[tuple[Step, Tensor, Tensor]]] = {}  # by layer: states waiting for the last
+        self._history = BlockHistory(steps=self._steps, gaps=self._gaps and last is None)
         self._block_input: Tensor | None = None
         self._batch: Packed | None = None
 
@@ -168,13 +153,13 @@ class Statistics(Plain):
             columns=wants_columns and not from_distances,
         )
         for name in ("entropy", "peak", "sink"):
-            self._put(step, f"attention_{name}", getattr(measured, f"{name}_NH"))
+            self._put(step.depth, f"attention_{name}", getattr(measured, f"{name}_NH"))
         received_NH = distances.add(step, Pattern(q_NHC, k_NKC, measured.lse_NH), batch, scale)
         if from_distances:
             assert received_NH is not None
         else:
             received_NH = measured.received_NH
-        self._put(step, "attention_received", received_NH)
+        self._put(step.depth, "attention_received", received_NH)
         return o_NHC
 
     def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
@@ -193,29 +178,29 @@ class Statistics(Plain):
             self._out.states.add(self._state_index[step.depth], kept_KD)
         assert self._batch is not None, "a block attends before it leaves its residual"
         self._residual_distances.add(step, state_ND, self._batch)
-        if step.depth == self._last_depth:
+        if step.depth == self._end_depth:
             self._finish(self._batch)
         return result
 
-    def loop_state(self, recurrence: int, state_ND: Tensor) -> None:
+    def loop_state(self, step: Step, state_ND: Tensor) -> None:
         if "exit_probability" in self._wanted:
             assert self._model is not None
             self._gate_logits.append(self._model.exit_gate_logits(state_ND))
-            if recurrence == self._last:
+            if step.depth in self._last_depths:
                 self._out.values["exit_probability"][:] = exit_probability(torch.stack(self._gate_logits))
         if self._lens:
-            self._measure_lens(recurrence, state_ND)
+            self._measure_lens(step, state_ND)
 
-    def _measure_lens(self, recurrence: int, state_ND: Tensor) -> None:
+    def _measure_lens(self, step: Step, state_ND: Tensor) -> None:
         assert self._model is not None
         model, first = self._model, self._first_run
-        self._head_inputs.append((recurrence, model.read_out(state_ND)))
+        self._head_inputs.append((step.recurrence, model.read_out(state_ND)))
         if "lens_kl" not in self._wanted:
             last_ND = self._head_inputs[-1][1]  # no distance to it is kept
         elif first is not None:
             assert first.end is not None
             last_ND = model.read_out(first.end)
-        elif recurrence == self._last:
+        elif step.depth in self._last_depths:
             last_ND = self._head_inputs[-1][1]
         else:
             return
@@ -228,31 +213,23 @@ class Statistics(Plain):
                 self._out.values[name][[index for index, _ in waiting]] = values_RN
 
     def _measure_residual(self, step: Step, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
-        in_core, first_run = step.recurrence >= 0, self._first_run
+        in_loop, first_run, history = step.recurrence >= 0, self._first_run, self._history
         result, measured_SN = residual_norm_statistics(
             x_ND,
             branch_ND,
             **vars(norms),
             block_input_ND=self._block_input if "update_norm" in self._wanted else None,
-            previous_ND=self._before.get(step.layer) if in_core and self._steps else None,
-            last_ND=first_run.states[step.layer] if in_core and self._gaps and first_run else None,
+            previous_ND=history.previous(step.block) if in_loop else None,
+            last_ND=first_run.states[step.block] if in_loop and self._gaps and first_run else None,
         )
         self._measured.append((step, measured_SN))
-        if in_core and self._steps:
-            self._before[step.layer] = result.residual_ND
-        if in_core and self._gaps and first_run is None:
-            self._measure_gaps(step, result.residual_ND, measured_SN[0])
+        if in_loop:
+            history.add(step.block, step.depth, result.residual_ND, measured_SN[0])
+        if step.depth in self._last_depths:
+            for depth, gap in history.gaps(step.block):
+                self._put(depth, "gap_norm", gap.norm_N)
+                self._put(depth, "gap_cosine", gap.cosine_N)
         return result
-
-    def _measure_gaps(self, step: Step, state_ND: Tensor, norm_N: Tensor) -> None:
-        """Keeps states until the last recurrence's is there."""
-        self._kept.setdefault(step.layer, []).append((step, state_ND, norm_N))
-        if step.recurrence < self._last:
-            return
-        for kept_step, kept_ND, kept_norm_N in self._kept.pop(step.layer):
-            measured = distance(kept_ND, state_ND, kept_norm_N, norm_N)
-            self._put(kept_step, "gap_norm", measured.norm_N)
-            self._put(kept_step, "gap_cosine", measured.cosine_N)
 
     def _finish(self, batch: Packed) -> None:
         """After the last block: what was set aside goes into the buffers, all depths in one move."""
@@ -268,6 +245,6 @@ class Statistics(Plain):
                 depths = [s.depth for s in steps if s.recurrence >= QUANTITIES[name].first_recurrence]
                 self._out.values[name][depths] = measured_LSN[depths, row]
 
-    def _put(self, step: Step, name: str, value: Tensor) -> None:
+    def _put(self, depth: int, name: str, value: Tensor) -> None:
         if name in self._wanted:
-            self._out.values[name][step.depth] = value
+            self._out.values[name][depth] = value

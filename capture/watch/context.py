@@ -9,7 +9,7 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ...errors import StoreExistsError, WatchError
+from ...errors import QuantityError, SelectionError, StoreExistsError, WatchError
 from ..selection import select_tokens
 from ..store.layout import store_exists
 from ..store.quantities import GROUPS, resolve_quantities
@@ -64,7 +64,7 @@ class Watched:
             raise _occupied(path)
         if self._weights[0] != self._recorder.num_passes:
             self._weights = self._recorder.num_passes, hash_weights(self._module)
-        write_store(Path(path), self._recorder, self._module, self._name, self._weights[1])
+        write_store(path, self._recorder, self._module, self._name, self._weights[1])
 
     def dataset(self) -> xr.Dataset:
         """The store as `looptap.open` gives it, in memory."""
@@ -172,7 +172,7 @@ def _make_settings(
     try:
         wanted = resolve_quantities([*names, "state"] if states else names, absent)
         select_tokens(tokens, seed, 0, 1)  # their form
-    except ValueError as error:
+    except (QuantityError, SelectionError) as error:
         raise WatchError(str(error)) from None
     if "state" in wanted and not states:
         raise WatchError('the quantity state needs states=, for example states=("core[all]@last",)')

@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import WatchError
+from ...errors import SelectionError, WatchError
+from ..models.schedule import Schedule
 from ..selection import select_depths, select_tokens
 from ..store.quantities import QUANTITIES
 from .arguments import read_arguments
 from .attention_calls import read_call
 from .cache import OpenRows, refer_to
-from .passes import DTYPES, Pass, Sizes, WatchSettings
+from .passes import DTYPES, Begun, Pass, Sizes, WatchSettings
 from .refusals import remembered
-from .structure import Structure, find_structure, show_order
+from .structure import find_structure, show_order
 from .watched_sequence import WatchedSequence
 
 _NO_ATTENTION = 'leave attention out with quantities=("residual", "steps", "gaps")'
@@ -33,7 +34,7 @@ class Recorder:
         self.settings = settings
         self.names = list(blocks)
         self.sequences: list[WatchedSequence] = []
-        self.structure: Structure | None = None
+        self.structure: Schedule | None = None
         self.state_depths: tuple[int, ...] = ()
         self.sizes: Sizes | None = None
         self.seconds = 0.0
@@ -42,7 +43,9 @@ class Recorder:
         self._title = type(module).__name__
         self._sequence_first = [_is_sequence_first(block) for block in blocks.values()]
         self._thread = threading.get_ident()
-        self._pass: Pass | None = None
+        self._begun: Begun | None = None  # the forward pass that runs
+        self._pass: Pass | None = None  # the same, from its first block on
+        self._is_empty = False  # it has no rows or no tokens: nothing is recorded
         self._handled: BaseException | None = None  # what was being handled when the pass began
         self._started_s = 0.0
         self._running: int | None = None  # the block that is at work
@@ -54,19 +57,23 @@ class Recorder:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass of the module."""
         self._check_thread()
-        self._pass = self._running = self._refusal = None  # an interrupt may have left them
+        # an interrupt may have left them
+        self._begun = self._pass = self._running = self._refusal = None
+        self._is_empty = False
         self._handled, self._started_s = sys.exc_info()[1], time.perf_counter()
         arguments = read_arguments(module, args, kwargs)
         if self.next_mask is not None:
             arguments, self.next_mask = arguments._replace(mask_BT=self.next_mask), None
-        self._pass = Pass(self.settings, arguments, self._open, self.structure, self.state_depths, self.sizes)
+        self._begun = Begun(
+            self.settings, arguments, self._open, self.structure, self.state_depths, self.sizes
+        )
 
     @remembered
     def enter(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a block."""
         self._check_thread()
-        name, run = self.names[block], self._pass
-        if run is None:
+        name, begun, run = self.names[block], self._begun, self._pass
+        if begun is None:
             raise WatchError(
                 f"block {name} was called, but not by a forward pass of {self._title}: watch the module that "
                 "is called; gradient checkpointing, which calls blocks again, cannot be watched"
@@ -78,17 +85,18 @@ class Recorder:
             )
         given = [kwargs.get("hidden_states"), *args, *kwargs.values()]
         first = next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
-        x_BTD = self._residual(run, name, first, "is given")
-        if run.is_empty or not (run.order or x_BTD.shape[0] * x_BTD.shape[1]):
-            run.is_empty = True
-            return
-        if not run.order:
+        x_BTD, sizes = self._residual(name, first, "is given", run.sizes if run else begun.sizes)
+        B, T = x_BTD.shape[:2]
+        if run is None or not run.order:
+            self._is_empty = self._is_empty or not B * T
+            if self._is_empty:
+                return
             if self._sequence_first[block] and first is not None and first.ndim == 3:
                 raise WatchError(
                     f"block {name} has batch_first=False, and its residual [tokens, rows, "
                     "width]: make the module with batch_first=True, or run one row as [tokens, width]"
                 )
-            run.place_rows(x_BTD)
+            run = self._pass = Pass(begun, sizes, B, T)
         self._check_rows(run, name, x_BTD, "is given")
         self._running, self._has_attended, self._before = block, False, sys.exc_info()[1]
         with torch.no_grad():
@@ -109,7 +117,7 @@ class Recorder:
         self._has_attended = True
         try:
             with torch.no_grad():
-                call = read_call(run.B, run.T, *args, **kwargs)
+                call = read_call(run.new.B, run.new.T, *args, **kwargs)
                 # else the products of our own operation would be rounded
                 with torch.autocast(call.q_BHTC.device.type, enabled=False):
                     run.measure_attention(call)
@@ -133,7 +141,7 @@ class Recorder:
                 f'attn_implementation="sdpa" in transformers, or {_NO_ATTENTION}'
             )
         first = output[0] if isinstance(output, (tuple, list)) and output else output
-        x_BTD = self._residual(run, name, first, "returns")
+        x_BTD, _ = self._residual(name, first, "returns", run.sizes)
         self._check_rows(run, name, x_BTD, "returns")
         with torch.no_grad(), torch.autocast(x_BTD.device.type, enabled=False):
             run.measure_residual(x_BTD)
@@ -142,13 +150,13 @@ class Recorder:
         """After a forward pass, whether it returned or raised."""
         if self._is_foreign():
             return
-        handled, run = self._handled, self._pass
-        self._pass = self._running = self._handled = self._before = None
-        if run is None or sys.exc_info()[1] is not handled or run.is_empty:
+        handled, begun, run = self._handled, self._begun, self._pass
+        self._begun = self._pass = self._running = self._handled = self._before = None
+        if begun is None or sys.exc_info()[1] is not handled or self._is_empty:
             return
         if self._refusal is not None:
             raise self._refusal
-        if not run.order:
+        if run is None or not run.order:
             raise WatchError(
                 f"a forward pass of {self._title} called none of the blocks {', '.join(self.names[:3])}"
                 f"{', …' if len(self.names) > 3 else ''}: name blocks that it calls as modules"
@@ -156,7 +164,7 @@ class Recorder:
         structure = self._checked_structure(run)
         try:
             state_depths = select_depths(self.settings.states, structure)
-        except ValueError as error:
+        except SelectionError as error:
             raise WatchError(str(error)) from None
         with torch.no_grad():
             run.measure_gaps(structure)
@@ -180,8 +188,8 @@ class Recorder:
                 "thread that calls it (nn.DataParallel calls replicas in threads: watch the module alone)"
             )
 
-    def _residual(self, run: Pass, name: str, x: Any, verb: str) -> Tensor:
-        """A block's input or output as [B, T, D], checked against all before it."""
+    def _residual(self, name: str, x: Any, verb: str, known: Sizes | None) -> tuple[Tensor, Sizes]:
+        """A block's input or output as [B, T, D], checked against all before it, and what they share."""
         if not isinstance(x, Tensor) or x.is_nested or x.ndim not in (2, 3):
             what = f"a {type(x).__name__}"
             if isinstance(x, Tensor):
@@ -196,23 +204,23 @@ class Recorder:
                 f"block {name} {verb} {x.dtype}, and what is measured is float32: run the module in "
                 f"{', '.join(DTYPES.values())}"
             )
-        if run.sizes is None:
-            run.sizes = Sizes(x.shape[-1], DTYPES[x.dtype], str(x.device))
-        if (x.shape[-1], DTYPES[x.dtype]) != (run.sizes.width, run.sizes.dtype):
+        sizes = known or Sizes(x.shape[-1], DTYPES[x.dtype], str(x.device))
+        if (x.shape[-1], DTYPES[x.dtype]) != (sizes.width, sizes.dtype):
             raise WatchError(
                 f"block {name} {verb} {list(x.shape)} in {DTYPES[x.dtype]} where other residuals are "
-                f"{run.sizes.width} wide and {run.sizes.dtype}: watch blocks of one residual stream"
+                f"{sizes.width} wide and {sizes.dtype}: watch blocks of one residual stream"
             )
-        return x.detach() if x.ndim == 3 else x.detach().unsqueeze(0)
+        return x.detach() if x.ndim == 3 else x.detach().unsqueeze(0), sizes
 
     def _check_rows(self, run: Pass, name: str, x_BTD: Tensor, verb: str) -> None:
-        if tuple(x_BTD.shape[:2]) != (run.B, run.T):
+        B, T = run.new.B, run.new.T
+        if tuple(x_BTD.shape[:2]) != (B, T):
             raise WatchError(
-                f"block {name} {verb} {list(x_BTD.shape)} where the first block was given {run.B} rows of "
-                f"{run.T} tokens: watch blocks that see the same tokens"
+                f"block {name} {verb} {list(x_BTD.shape)} where the first block was given {B} rows of "
+                f"{T} tokens: watch blocks that see the same tokens"
             )
 
-    def _checked_structure(self, run: Pass) -> Structure:
+    def _checked_structure(self, run: Pass) -> Schedule:
         known = self.structure
         if known is None or known.order == tuple(run.order):
             return known or find_structure(run.order, self.names)
@@ -222,15 +230,16 @@ class Recorder:
             "watch passes of another one apart"
         )
 
-    def _add(self, run: Pass, structure: Structure, state_depths: tuple[int, ...]) -> None:
+    def _add(self, run: Pass, structure: Schedule, state_depths: tuple[int, ...]) -> None:
         """Everything as arrays, then row by row."""
-        assert run.sizes is not None and run.past is not None
+        assert run.all is not None
+        new, past = run.new, run.all.past
         arrays = _to_arrays(run, structure.depth)
         states = [_to_stored(run.states[depth]) for depth in state_depths]
-        first_id = self._open.first_id if self._open and run.past else len(self.sequences)
-        rows = self._open.sequences if self._open and run.past else [WatchedSequence() for _ in run.windows]
+        first_id = self._open.first_id if self._open and past else len(self.sequences)
+        rows = self._open.sequences if self._open and past else [WatchedSequence() for _ in new.windows]
         start = 0
-        for row, (sequence, window) in enumerate(zip(rows, run.windows, strict=True)):
+        for row, (sequence, window) in enumerate(zip(rows, new.windows, strict=True)):
             here, before = slice(start, start + window.size), sequence.length
             received = None
             if "attention_received" in self.settings.quantities and window.size:
@@ -243,10 +252,10 @@ class Recorder:
                 kept = np.stack([state[start + chosen - before] for state in states], 1)
                 sequence.keep_states(chosen, kept, only=tokens == "last")
             start += window.size
-        if not run.past:
+        if not past:
             self.sequences += rows
-        cache = refer_to(run.arguments.cache)
-        self._open = OpenRows(first_id, rows, run.keys, run.past + run.T, run.marks, cache)
+        cache = refer_to(run.begun.arguments.cache)
+        self._open = OpenRows(first_id, rows, run.all.windows, past + new.T, run.marks, cache)
 
 
 def _is_sequence_first(block: nn.Module) -> bool:
@@ -256,14 +265,13 @@ def _is_sequence_first(block: nn.Module) -> bool:
 
 def _to_arrays(run: Pass, depth: int) -> dict[str, np.ndarray]:
     """Token ids, and every quantity of the pass's own tokens as [N, depth] or [N, depth, H]."""
-    assert run.sizes is not None
-    ids, N = run.arguments.token_id_BT, sum(window.size for window in run.windows)
+    ids, N = run.begun.arguments.token_id_BT, run.new.num_tokens
     token_id_N = np.full(N, -1, np.int32)
-    if ids is not None and tuple(ids.shape) == (run.B, run.T):
-        parts = [row_T[slice(*window)] for row_T, window in zip(_to_numpy(ids), run.windows, strict=True)]
+    if ids is not None and tuple(ids.shape) == (run.new.B, run.new.T):
+        parts = [row_T[slice(*window)] for row_T, window in zip(_to_numpy(ids), run.new.windows, strict=True)]
         token_id_N = np.concatenate(parts).astype(np.int32)
     arrays: dict[str, np.ndarray] = {"token_id": token_id_N}
-    for name in run.settings.quantities:
+    for name in run.begun.settings.quantities:
         if name in ("state", "attention_received"):
             continue
         heads = (run.sizes.num_heads or 0,) if "head" in QUANTITIES[name].axes else ()

@@ -2,35 +2,29 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 from ...errors import WatchError
-from ..models.description import Loop
+from ..models.schedule import Schedule, prelude_core_coda
 
 _SHOWN = 12  # how many runs of calls an error lists
 
 
-@dataclass(frozen=True, kw_only=True)
-class Structure(Loop):
-    """The loop as it was seen; injection cannot be, from outside."""
+def find_structure(order: Sequence[int], names: Sequence[str]) -> Schedule:
+    """The loop as it was seen; injection cannot be, from outside.
 
-    order: tuple[int, ...]
-    """Which block each invocation called, by its place among the watched ones."""
-
-
-def find_structure(order: Sequence[int], names: Sequence[str]) -> Structure:
-    """Prelude: the blocks called once before the first that is called again. Core: the cycle that repeats.
+    The prelude are the blocks called once before the first that is called again, the core is the cycle that
+    repeats, the coda what follows it.
 
     Args:
-        order: which block each invocation called.
+        order: which block each invocation called, by its place among the watched ones.
         names: of the blocks, for the error.
     Raises:
         WatchError: the repeated calls are not one cycle in the same order each time.
     """
     calls = Counter(order)
     if max(calls.values()) == 1:
-        return Structure(prelude=len(order), core=0, recurrences=0, coda=0, order=tuple(order))
+        return Schedule(phases=prelude_core_coda(len(order), 0, 0, 0, order))
     prelude = next(index for index, block in enumerate(order) if calls[block] > 1)
     first = order[prelude]
     core, recurrences = order.index(first, prelude + 1) - prelude, calls[first]
@@ -42,7 +36,8 @@ def find_structure(order: Sequence[int], names: Sequence[str]) -> Structure:
             f"{show_order(order, names)}; name the blocks of one loop only, without those inside or around "
             "it that run at another rhythm"
         )
-    return Structure(prelude=prelude, core=core, recurrences=recurrences, coda=len(tail), order=tuple(order))
+    blocks = (*order[: prelude + core], *tail)
+    return Schedule(phases=prelude_core_coda(prelude, core, recurrences, len(tail), blocks))
 
 
 def show_order(order: Sequence[int], names: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
 """What was recorded as a store: the layout, plan and commits of a capture, written at once."""
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import WatchError
+from ..models.schedule import Schedule
 from ..store.layout import create_store
 from ..store.places.lock import driver_lock
-from ..store.quantities import QUANTITIES
+from ..store.plan import StoredData, StoredModel, StoredPlan, StoredSettings
 from ..store.writing.attempt import Attempt, begin_attempt
 from ..store.writing.commit import Store
+from ..taps.non_finite import count_non_finite
 from ..units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from ..versions import versions
 from .passes import Sizes
 from .record import Recorder
-from .structure import Structure
 from .watched_sequence import WatchedSequence
 
 
-def write_store(path: Path, recorder: Recorder, module: nn.Module, name: str, weights: str) -> None:
+def write_store(path: str | Path, recorder: Recorder, module: nn.Module, name: str, weights: str) -> None:
     """Makes the store and commits every unit.
 
     Args:
@@ -79,19 +79,18 @@ def _make_slots(recorder: Recorder) -> Slots:
 
 
 def _write_unit(
-    attempt: Attempt, sequences: Sequence[WatchedSequence], quantities: Sequence[str], structure: Structure
+    attempt: Attempt, sequences: Sequence[WatchedSequence], quantities: Sequence[str], structure: Schedule
 ) -> dict[str, Any]:
     non_finite = {}
     for name in quantities:
         if name == "state":
             values = np.concatenate([part for sequence in sequences for part in sequence.states])
-            due = values.view(np.uint16) if values.dtype == np.uint16 else values
-            non_finite[name] = _count_non_finite(due)
+            filled = torch.from_numpy(values)
+            filled = filled.view(torch.bfloat16) if values.dtype == np.uint16 else filled  # its bits
         else:
             values = np.concatenate([sequence[name] for sequence in sequences])
-            first = QUANTITIES[name].first_recurrence
-            depths = [step.depth for step in structure.steps() if step.recurrence >= first]
-            non_finite[name] = _count_non_finite(values[:, depths])
+            filled = torch.from_numpy(values)
+        non_finite[name] = count_non_finite(name, filled, structure.steps())
         attempt.write(name, values)
     return {
         "num_sequences": len(sequences),
@@ -101,63 +100,57 @@ def _write_unit(
     }
 
 
-def _count_non_finite(values: np.ndarray) -> int:
-    if values.dtype == np.uint16:  # bfloat16: all bits of the exponent are set
-        return int(((values & 0x7F80) == 0x7F80).sum())
-    return int((~np.isfinite(values)).sum())
-
-
 def _make_plan(
-    recorder: Recorder, structure: Structure, sizes: Sizes, slots: Slots, identity: dict[str, Any]
-) -> dict[str, Any]:
+    recorder: Recorder, structure: Schedule, sizes: Sizes, slots: Slots, identity: dict[str, Any]
+) -> StoredPlan:
     settings = recorder.settings
     digest = hashlib.sha256()
     for row in slots.rows:
         digest.update(len(row).to_bytes(8, "little") + row.tobytes())
-    plan: dict[str, Any] = {
-        "model": {
-            "name": identity["name"],
-            "spec": identity["name"],
-            "notation": structure.notation,
-            **{name: getattr(structure, name) for name in ("prelude", "core", "recurrences", "coda")},
-            "injection": None,  # it cannot be seen from outside, nor can norms
-            "norm": "unknown",
-            "width": sizes.width,
-            "num_heads": sizes.num_heads,
-            "num_kv_heads": sizes.num_key_heads,
-            "num_parameters": identity["num_parameters"],
-            "weights_sha256": identity["weights_sha256"],
-            "blocks": [recorder.names[block] for block in structure.order],
-        },
-        "data": {"name": "watched", "num_rows": len(slots.rows), "sha256": digest.hexdigest()},
-        "tokenizer": {},
-        "settings": {
-            "quantities": list(settings.quantities),
-            "sink_tokens": settings.sink_tokens,
-            "states": list(settings.states),
-            "tokens": settings.tokens,
-            "seed": settings.seed,
-            "dtype": sizes.dtype,
-            "device": sizes.device,
-            "unit_tokens": slots.unit_tokens,
-            # a watched module runs as it is
-            "initial_state": None,
-            "prelude_output": "model",
-            "zero": [],
-        },
+    return StoredPlan(
+        model=StoredModel(
+            **identity,
+            notation=structure.notation,
+            prelude=structure.prelude,
+            core=structure.core,
+            recurrences=structure.recurrences,
+            coda=structure.coda,
+            norm="unknown",  # it cannot be seen from outside, nor can an injection
+            width=sizes.width,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_key_heads,
+            blocks=tuple(recorder.names[block] for block in structure.order),
+        ),
+        data=StoredData(
+            name="watched",
+            sha256=digest.hexdigest(),
+            num_rows=len(slots.rows),
+            num_empty_rows=sum(not len(row) for row in slots.rows),
+        ),
+        settings=StoredSettings(
+            quantities=settings.quantities,
+            sink_tokens=settings.sink_tokens,
+            states=settings.states,
+            tokens=settings.tokens,
+            seed=settings.seed,
+            dtype=sizes.dtype,
+            device=sizes.device,
+            unit_tokens=slots.unit_tokens,
+        ),
         **slots.facts(),
-        "gap_method": "keep states" if structure.core and settings.has_gaps else None,
-        "dtype": sizes.dtype,
-        "backend": "pytorch",
-    }
-    plan["hash"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    return plan | {"versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+        gap_method="keep states" if structure.loops and settings.has_gaps else None,
+        dtype=sizes.dtype,
+        backend="pytorch",
+        versions=versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _identity(module: nn.Module, name: str, weights: str) -> dict[str, Any]:
     """Which module this is."""
     return {
         "name": name,
+        "spec": name,
         "num_parameters": sum(parameter.numel() for parameter in module.parameters()),
         "weights_sha256": weights,
     }

@@ -28,11 +28,8 @@ from torch import Tensor
 
 from . import tiles
 from .attention_columns import attention_columns
-from .compiled import Variant
 from .tiles import LOG2_E, MASKED, addresses, fetch, fetch_described, matmul, scores
-from .tuned import Entry, Settings
-
-KERNELS = ("attention", "attention_with_statistics")
+from .tuned import Settings
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _SINK_KEYS = tl.constexpr(16)  # of one product
@@ -180,11 +177,6 @@ def attention_with_statistics(
     return o_NHC, lse_NH, entropy_NH, peak_NH, sink_NH, received_NH
 
 
-def variants(entry: Entry, target: str) -> list[Variant]:
-    """How a row of the table is compiled: both half types, heads as wide as the tile and narrower ones."""
-    return [_variant(entry, *case) for case in tiles.variant_cases(entry)]
-
-
 def _launch(
     kernel: str,
     qkv: tuple[Tensor, Tensor, Tensor],
@@ -225,27 +217,3 @@ def _constants(
         "DESCRIPTORS": settings.descriptors,
         "UPCAST": tiles.must_upcast(dtype),
     }
-
-
-def _variant(entry: Entry, dtype: torch.dtype, width: int, unit: int) -> Variant:
-    settings, element = entry.settings, tiles.type_name(dtype)
-    has_statistics = entry.kernel == "attention_with_statistics"
-    constants = _constants(settings, dtype, width, unit, has_statistics)
-    types = dict.fromkeys(_kernel.arg_names, "i32") | {"scale": "fp32", "cu_seqlens_ptr": "*i32"}
-    types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), f"*{element}")
-    for name in ("lse_ptr", "entropy_ptr", "peak_ptr", "sink_ptr"):
-        types[name] = "*fp32"
-        if not has_statistics:
-            constants[name] = None
-    for name in ("k_descriptor", "v_descriptor"):
-        types[name] = f"tensordesc<{element}[{settings.keys},1,{constants['BLOCK_C']}]>"
-        if not settings.descriptors:
-            constants[name] = None
-    return Variant(
-        f"{entry.kernel}-{element}-{width}",
-        _kernel,
-        types,
-        constants,
-        settings.num_warps,
-        settings.num_stages,
-    )

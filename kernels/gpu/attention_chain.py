@@ -20,11 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .compiled import Variant
-from .tuned import Entry, Settings, find_settings
+from .tuned import Settings, find_settings
 
 MOST_RECURRENCES = 4
-KERNELS = tuple(f"attention_chain_{R}" for R in range(2, MOST_RECURRENCES + 1))
 CHUNK = 32  # channels at a time in float32
 
 UNIT = tl.constexpr(8)  # strides count so many elements: 16 bytes at once, and the compiler knows it
@@ -218,7 +216,7 @@ def attention_chain(
     for q_NHC, k_NKC in zip(q_RNHC, k_RNKC, strict=True):
         tiles.check(q_NHC, k_NKC, scale=scale)
     (N, H, C), S, P = q.shape, len(cu_seqlens_S) - 1, len(pairs) // 2
-    settings = find_settings(KERNELS[R - 2], table_width(C, q.dtype), q.dtype, q.device)
+    settings = find_settings(f"attention_chain_{R}", table_width(C, q.dtype), q.dtype, q.device)
     num_blocks = triton.cdiv(max_length, settings.keys)
     received_RNH = tiles.make_empty((R, N, H), torch.float32, q)
     partials_PSHB = tiles.make_empty((P, S, H, num_blocks), torch.float32, q)
@@ -258,30 +256,6 @@ def tile_constants(C: int, dtype: torch.dtype) -> dict[str, Any]:
         "CHUNKED": in_chunks,
         "UPCAST": tiles.must_upcast(dtype),
     }
-
-
-def variants(entry: Entry, target: str) -> list[Variant]:
-    """The ways in which `attention_chain` compiles a row of the table: neighbours or all pairs compared."""
-    R = int(entry.kernel[-1])
-    neighbours = [r for a in range(R - 1) for r in (a, a + 1)]
-    every = [r for a in range(R) for b in range(a) for r in (a, b)]
-    cases = zip(reversed(tiles.variant_cases(entry)), (every, neighbours), strict=False)
-    return [_variant(entry, R, pairs, dtype, C) for (dtype, C, *_), pairs in cases]
-
-
-def _variant(entry: Entry, R: int, pairs: Sequence[int], dtype: torch.dtype, C: int) -> Variant:
-    constants = _constants(entry.settings, R, pairs, 16, C, dtype)
-    absent = [f"{r}_" for r in range(R, MOST_RECURRENCES)]
-    constants |= {name: None for name in _kernel.arg_names if any(r in name for r in absent)}
-    types = {name: "i32" for name in _kernel.arg_names if name not in constants}
-    element = tiles.type_name(dtype)
-    types |= {name: "*" + element for name in types if name[0] in "qk" and name.endswith("_ptr")}
-    types |= {name: "*fp32" for name in (*(f"lse{r}_ptr" for r in range(R)), "received_ptr", "partials_ptr")}
-    types |= {"cu_seqlens_ptr": "*i32", "scale_log2": "fp32"}
-    name = f"{element} C={C} pairs " + " ".join(
-        f"{a}-{b}" for a, b in zip(pairs[::2], pairs[1::2], strict=True)
-    )
-    return Variant(name, _kernel, types, constants, entry.settings.num_warps, entry.settings.num_stages)
 
 
 def _constants(

@@ -17,11 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .compiled import Variant
 from .tiles import LOG2_E, MASKED, addresses, fetch, fetch_described, scores
-from .tuned import Entry, Settings
-
-KERNELS = ("attention_columns",)
+from .tuned import Settings
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -96,7 +93,14 @@ def _kernel(
 def attention_columns(
     q_NHC: Tensor, k_NKC: Tensor, lse_NH: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
 ) -> Tensor:
-    """As `looptap.kernels.attention.attention_columns`."""
+    """Σ_i A_ij of every key, float32 [N, H]; `attention_with_statistics` calls it where columns are wanted.
+
+    Args:
+        q_NHC, k_NKC, cu_seqlens_S, max_length, scale: as for `kernels/attention.py`.
+        lse_NH: ln Σ_j exp(score_ij) in float32, of the same queries, keys and scale.
+    Raises:
+        ValueError: heads that the attention kernels do not take.
+    """
     tiles.check(q_NHC, k_NKC, scale=scale)
     N, H, C = q_NHC.shape
     received_NH = tiles.make_empty((N, H), torch.float32, q_NHC)
@@ -114,11 +118,6 @@ def attention_columns(
     return received_NH
 
 
-def variants(entry: Entry, target: str) -> list[Variant]:
-    """How a row of the table is compiled: both half types, heads as wide as the tile and narrower ones."""
-    return [_variant(entry, *case) for case in tiles.variant_cases(entry)]
-
-
 def _constants(settings: Settings, dtype: torch.dtype, heads: int, width: int, unit: int) -> dict[str, Any]:
     return {
         "H": heads,
@@ -130,22 +129,3 @@ def _constants(settings: Settings, dtype: torch.dtype, heads: int, width: int, u
         "DESCRIPTORS": settings.descriptors,
         "UPCAST": tiles.must_upcast(dtype),
     }
-
-
-def _variant(entry: Entry, dtype: torch.dtype, width: int, unit: int) -> Variant:
-    settings, element = entry.settings, tiles.type_name(dtype)
-    constants = _constants(settings, dtype, 16, width, unit)
-    types = dict.fromkeys(_kernel.arg_names, "i32") | {"scale": "fp32", "cu_seqlens_ptr": "*i32"}
-    types |= dict.fromkeys(("q_ptr", "k_ptr"), f"*{element}")
-    types |= dict.fromkeys(("lse_ptr", "received_ptr"), "*fp32")
-    types["q_descriptor"] = f"tensordesc<{element}[{settings.rows},1,{constants['BLOCK_C']}]>"
-    if not settings.descriptors:
-        constants["q_descriptor"] = None
-    return Variant(
-        f"{entry.kernel}-{element}-{width}",
-        _kernel,
-        types,
-        constants,
-        settings.num_warps,
-        settings.num_stages,
-    )

@@ -21,10 +21,8 @@ from torch import Tensor
 
 from . import tiles
 from .attention_chain import UNIT, aligned, load_rows, multiply_in_chunks, table_width, tile_constants
-from .compiled import Variant
-from .tuned import Entry, Settings, find_settings
+from .tuned import Settings, find_settings
 
-KERNELS = ("attention_gram", "attention_gram_product")
 TILES_BYTES = 32 * 2**20
 PRODUCTS_BYTES = 16 * 2**20
 PROGRAMS = 512  # of a product, where its tiles can be shared out so far: some for every unit of a large GPU
@@ -183,33 +181,6 @@ def _cut(
     most_splits = edge * edge // by_product.keys
     splits = max(1, min(most_splits, PROGRAMS // (maps * num_blocks), most_products // maps))
     return maps, tiles_at_once, 1 << (splits.bit_length() - 1)
-
-
-def variants(entry: Entry, target: str) -> list[Variant]:
-    """The ways in which `attention_gram` compiles a row of the table."""
-    if entry.kernel == "attention_gram":
-        return [_tile_variant(entry.settings, dtype, C) for dtype, C, *_ in tiles.variant_cases(entry)]
-    # more than one block only where one does not hold the most that a block may
-    squares = (True, False) if entry.width == LARGEST_BLOCK else (True,)
-    return [_product_variant(entry.settings, square) for square in squares]
-
-
-def _tile_variant(settings: Settings, dtype: torch.dtype, C: int) -> Variant:
-    constants = _tile_constants(settings, C, dtype)
-    types = {name: "i32" for name in _tile_kernel.arg_names if name not in constants}
-    element = tiles.type_name(dtype)
-    types |= {"q_ptr": f"*{element}", "k_ptr": f"*{element}", "lse_ptr": "*fp32", "cu_seqlens_ptr": "*i32"}
-    types |= {"tiles_ptr": "*fp16", "scale_log2": "fp32"}
-    name = f"{element} C={C}"
-    return Variant(name, _tile_kernel, types, constants, settings.num_warps, settings.num_stages)
-
-
-def _product_variant(settings: Settings, square: bool) -> Variant:
-    constants = _product_constants(settings, 64, square)
-    types = {name: "i32" for name in _product_kernel.arg_names if name not in constants}
-    types |= {"tiles_ptr": "*fp16", "products_ptr": "*fp32", "cu_seqlens_ptr": "*i32"}
-    name = "one block" if square else "two blocks"
-    return Variant(name, _product_kernel, types, constants, settings.num_warps, settings.num_stages)
 
 
 def _tile_constants(settings: Settings, C: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -7,18 +7,13 @@ the same on its way (`residual_norm.py`).
 # pyright takes a kernel for a plain function
 # pyright: reportCallIssue=false
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compiled import Variant
-from .residual_norm import LEAST_WIDTH, cosine
-from .tuned import Entry, Settings, find_settings
-
-KERNELS = ()  # cut up as the residual add is, by its settings
+from .residual_norm import LEAST_WIDTH, cosine, tile_constants
+from .tuned import find_settings
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -63,38 +58,14 @@ def residual_distance(
     if D > 1 and (x_ND.stride(1) != 1 or reference_ND.stride(1) != 1):
         raise ValueError("rows of x and of its reference must be contiguous")
     difference_N, cosine_N = (torch.empty(N, dtype=torch.float32, device=x_ND.device) for _ in range(2))
+    # cut up as the residual add is
     settings = find_settings("residual_norm", max(D, LEAST_WIDTH), x_ND.dtype, x_ND.device)
     _kernel[(triton.cdiv(N, settings.rows),)](
         *(x_ND, reference_ND, norm_N.contiguous(), reference_norm_N.contiguous(), difference_N, cosine_N),
         *(N, D, x_ND.stride(0), reference_ND.stride(0)),
-        **_constants(settings, D),
+        **tile_constants(settings, D),
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
         enable_fp_fusion=True,
     )
     return difference_N, cosine_N
-
-
-def _constants(settings: Settings, D: int) -> dict[str, Any]:
-    block_D = max(triton.next_power_of_2(D), LEAST_WIDTH)
-    return {"ROWS": settings.rows, "BLOCK_D": block_D, "MASKED": block_D > D}
-
-
-def variants(entry: Entry, target: str) -> list[Variant]:
-    """The launch with a row's settings of residual_norm, masked."""
-    del target  # the same everywhere
-    element = "*fp32" if entry.dtype == "float32" else "*bf16"
-    types = {"x_ptr": element, "reference_ptr": element}
-    types |= dict.fromkeys(("norm_ptr", "reference_norm_ptr", "difference_ptr", "cosine_ptr"), "*fp32")
-    types |= dict.fromkeys(("N", "D", "x_stride", "reference_stride"), "i32")
-    return [
-        Variant(
-            name=f"{entry.dtype} distance",
-            kernel=_kernel,
-            types=types,
-            constants=_constants(entry.settings, entry.width - 16),
-            num_warps=entry.settings.num_warps,
-            num_stages=entry.settings.num_stages,
-            divisible=("D", "x_stride", "reference_stride"),
-        )
-    ]

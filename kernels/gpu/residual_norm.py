@@ -1,8 +1,8 @@
-"""The residual add with its norms, the statistics of what it leaves and a copy of that, in one pass.
+"""The residual add with its norms and the statistics of what it leaves, in one pass.
 
 A program holds whole rows in registers, so every byte moves once. Of a row of D elements: x and branch in,
-residual out; y out where a norm follows; block_input, previous and last in, copy out, each where given; 28
-bytes of statistics. In bfloat16 that is 6D bytes without a following norm, 8D with one, 10D with `previous`.
+residual out; y out where a norm follows; block_input, previous and last in, each where given; 28 bytes of
+statistics. In bfloat16 that is 6D bytes without a following norm, 8D with one, 10D with `previous`.
 Weights are read once a program and stay in the caches.
 
 Every rounding stands where PyTorch's CPU code has one (`kernels/residual_norm.py`), so a capture on a GPU and
@@ -10,9 +10,8 @@ one on a CPU differ by the order of sums alone. Statistics are those of the roun
 """
 
 # pyright takes a kernel for a plain function and its None arguments for values
-# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compiled import Variant
-from .tuned import Entry, Settings, find_settings
+from ..residual_norm import STATISTICS
+from .tuned import Settings, find_settings
 
-KERNELS = ("residual_norm",)
-NUM_STATISTICS = 7  # norm, peak, update_norm, step_norm, step_cosine, gap_norm, gap_cosine
 LEAST_WIDTH = 512  # narrower rows are padded to it, which costs lanes and no bytes
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -69,17 +66,16 @@ def _distance(x, norm, reference):
     return difference, cosine(tl.sum(x * reference, 1), difference, norm, reference_norm)
 
 
-# BRANCH_DTYPE is the branch's once normed, SUM_DTYPE that of x + branch; MASKED: BLOCK_D is larger than D;
-# IN_PLACE: outputs may be the memory of inputs
+# BRANCH_DTYPE is the branch's once normed, SUM_DTYPE that of x + branch; MASKED: BLOCK_D is larger than D
 @triton.jit(do_not_specialize=["N"])
 def _kernel(
     x_ptr, branch_ptr, branch_weight_ptr, stream_weight_ptr, next_weight_ptr,
     block_input_ptr, previous_ptr, last_ptr,
-    residual_ptr, copy_ptr, y_ptr, statistics_ptr,
+    residual_ptr, y_ptr, statistics_ptr,
     N, D, eps,
-    x_stride, branch_stride, block_input_stride, previous_stride, last_stride, residual_stride, copy_stride,
+    x_stride, branch_stride, block_input_stride, previous_stride, last_stride, residual_stride,
     BRANCH_DTYPE: tl.constexpr, SUM_DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, IN_PLACE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # row · stride overflows int32
     rows, columns = row[:, None], tl.arange(0, BLOCK_D)[None, :]
@@ -111,12 +107,7 @@ def _kernel(
 
     RESIDUAL_DTYPE: tl.constexpr = residual_ptr.dtype.element_ty
     rounded = total.to(RESIDUAL_DTYPE)
-    if IN_PLACE:
-        # one thread's store may hit what another loads: tensors of two dtypes are laid out apart
-        tl.debug_barrier()
     tl.store(residual_ptr + rows * residual_stride + columns, rounded, mask=mask)
-    if copy_ptr is not None:
-        tl.store(copy_ptr + rows * copy_stride + columns, rounded, mask=mask)
     residual = rounded.to(tl.float32)
 
     squares = tl.sum(residual * residual, 1)
@@ -134,13 +125,10 @@ def _kernel(
             gap_norm, gap_cosine = _distance(residual, norm, last.to(tl.float32))
         there = row < N
         size = N.to(tl.int64)
-        tl.store(statistics_ptr + row, norm, mask=there)
-        tl.store(statistics_ptr + size + row, peak, mask=there)
-        tl.store(statistics_ptr + 2 * size + row, update_norm, mask=there)
-        tl.store(statistics_ptr + 3 * size + row, step_norm, mask=there)
-        tl.store(statistics_ptr + 4 * size + row, step_cosine, mask=there)
-        tl.store(statistics_ptr + 5 * size + row, gap_norm, mask=there)
-        tl.store(statistics_ptr + 6 * size + row, gap_cosine, mask=there)
+        # in the order of STATISTICS
+        values = (norm, peak, update_norm, step_norm, step_cosine, gap_norm, gap_cosine)
+        for s in tl.static_range(len(values)):
+            tl.store(statistics_ptr + s * size + row, values[s], mask=there)
 
     if next_weight_ptr is not None:
         y = _normed(residual, squares, next_weight_ptr, columns, D, eps, MASKED, RESIDUAL_DTYPE)
@@ -192,36 +180,9 @@ def residual_norm_statistics(
     (to last). Rows whose reference is not given are NaN, and so are cosines of a row of zeros.
     """
     weights = Weights(branch_weight_D, stream_weight_D, next_weight_D)
-    statistics = _empty((NUM_STATISTICS, len(x_ND)), torch.float32, x_ND.device)
+    statistics = _empty((len(STATISTICS), len(x_ND)), torch.float32, x_ND.device)
     references = (block_input_ND, previous_ND, last_ND)
     return *_launch(x_ND, branch_ND, weights, eps, references, statistics), statistics
-
-
-def residual_norm_statistics_out(
-    x_ND: Tensor,
-    branch_ND: Tensor,
-    branch_weight_D: Tensor | None,
-    stream_weight_D: Tensor | None,
-    next_weight_D: Tensor | None,
-    eps: float,
-    block_input_ND: Tensor | None,
-    previous_ND: Tensor | None,
-    last_ND: Tensor | None,
-    residual_ND: Tensor,
-    copy_ND: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As `residual_norm_statistics`, with the residual written into a given tensor, and into a second one if
-    that is given; returns y and the statistics.
-
-    Args:
-        residual_ND, copy_ND: [N, D] in the residual's dtype. Either may be the very memory of an input, such
-            as previous, but not overlap one at an offset.
-    """
-    weights = Weights(branch_weight_D, stream_weight_D, next_weight_D)
-    statistics = _empty((NUM_STATISTICS, len(x_ND)), torch.float32, x_ND.device)
-    references = (block_input_ND, previous_ND, last_ND)
-    _, y_ND = _launch(x_ND, branch_ND, weights, eps, references, statistics, residual_ND, copy_ND)
-    return y_ND, statistics
 
 
 def _launch(
@@ -231,8 +192,6 @@ def _launch(
     eps: float,
     references: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     statistics: Tensor | None = None,
-    residual_ND: Tensor | None = None,
-    copy_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Residual and y."""
     N, D = x_ND.shape
@@ -240,18 +199,18 @@ def _launch(
     branch_dtype = _wider(branch_ND.dtype, weights.branch_D)
     sum_dtype = torch.promote_types(x_ND.dtype, branch_dtype)
     dtype = _wider(sum_dtype, weights.stream_D)
-    in_place = residual_ND is not None
-    if residual_ND is None:
-        residual_ND = _empty((N, D), dtype, x_ND.device)
+    residual_ND = _empty((N, D), dtype, x_ND.device)
     y_ND = _empty((0,) if weights.next_D is None else (N, D), _wider(dtype, weights.next_D), x_ND.device)
-    tensors_ND = (x_ND, branch_ND, *references, residual_ND, copy_ND)
-    _check(tensors_ND, weights, dtype)
-    settings = find_settings(KERNELS[0], max(D, LEAST_WIDTH), dtype, x_ND.device)
+    tensors_ND = (x_ND, branch_ND, *references, residual_ND)
+    _check(tensors_ND, weights)
+    settings = find_settings("residual_norm", max(D, LEAST_WIDTH), dtype, x_ND.device)
     _kernel[(triton.cdiv(N, settings.rows),)](
-        *(x_ND, branch_ND, *weights, *references, residual_ND, copy_ND),
+        *(x_ND, branch_ND, *weights, *references, residual_ND),
         *(None if weights.next_D is None else y_ND, statistics),
         *(N, D, eps, *(0 if tensor is None else tensor.stride(0) for tensor in tensors_ND)),
-        **_constants(settings, D, branch_dtype, sum_dtype, in_place=in_place),
+        BRANCH_DTYPE=_TYPES[branch_dtype],
+        SUM_DTYPE=_TYPES[sum_dtype],
+        **tile_constants(settings, D),
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
         enable_fp_fusion=True,
@@ -267,71 +226,22 @@ def _wider(dtype: torch.dtype, weight_D: Tensor | None) -> torch.dtype:
     return dtype if weight_D is None else torch.promote_types(dtype, weight_D.dtype)
 
 
-def _check(tensors_ND: tuple[Tensor | None, ...], weights: Weights, dtype: torch.dtype) -> None:
-    """Refuses what would be read or written beside its memory. x is the first, the outputs the last two."""
-    x_ND, outputs = tensors_ND[0], tensors_ND[-2:]
+def _check(tensors_ND: tuple[Tensor | None, ...], weights: Weights) -> None:
+    """Refuses what would be read or written beside its memory; x is the first."""
+    x_ND = tensors_ND[0]
     assert x_ND is not None
     N, D = x_ND.shape
-    for name, tensor in zip(_TENSORS, tensors_ND, strict=True):
+    names = ("x", "branch", "block_input", "previous", "last", "residual")
+    for name, tensor in zip(names, tensors_ND, strict=True):
         if tensor is not None and (tensor.shape != x_ND.shape or (D > 1 and tensor.stride(1) != 1)):
             size, strides = tuple(tensor.shape), tensor.stride()
             raise ValueError(f"{name} is {size} with strides {strides}, not rows of {D} as x, {N} of them")
-    for name, weight_D in zip(_WEIGHTS, weights, strict=True):
+    for name, weight_D in zip(("branch_weight", "stream_weight", "next_weight"), weights, strict=True):
         if weight_D is not None and (weight_D.shape != (D,) or not weight_D.is_contiguous()):
             raise ValueError(f"{name} is {tuple(weight_D.shape)}, not contiguous ({D},) as rows of x")
-    for name, tensor in zip(_TENSORS[-2:], outputs, strict=True):
-        if tensor is not None and tensor.dtype != dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, but this residual is {dtype}")
 
 
-def _constants(
-    settings: Settings, D: int, branch_dtype: torch.dtype, sum_dtype: torch.dtype, *, in_place: bool
-) -> dict[str, Any]:
-    """What a launch and a variant compile in."""
+def tile_constants(settings: Settings, D: int) -> dict[str, Any]:
+    """How whole rows are cut into tiles, in the words of the kernels that hold them."""
     block_D = max(triton.next_power_of_2(D), LEAST_WIDTH)
-    return {
-        "BRANCH_DTYPE": _TYPES[branch_dtype],
-        "SUM_DTYPE": _TYPES[sum_dtype],
-        "ROWS": settings.rows,
-        "BLOCK_D": block_D,
-        "MASKED": block_D > D,
-        "IN_PLACE": in_place,
-    }
-
-
-# as the kernel names them, in its order
-_TENSORS = ("x", "branch", "block_input", "previous", "last", "residual", "copy")
-_WEIGHTS = ("branch_weight", "stream_weight", "next_weight")
-
-
-def variants(entry: Entry, target: str) -> list[Variant]:
-    """The plainest launch of a table row, as a pre-norm block makes it, and the one that takes most."""
-    del target  # the same everywhere
-    everything = (*_TENSORS, *_WEIGHTS, "y", "statistics")
-    masked = entry.width - 16
-    if entry.dtype == "float32":
-        return [make_variant(entry, torch.float32, "everything", everything, D=masked)]
-    plain = ("x", "branch", "next_weight", "residual", "y")
-    return [
-        make_variant(entry, torch.bfloat16, "plain", plain, D=entry.width),
-        make_variant(entry, torch.bfloat16, "everything", everything, D=masked),
-        make_variant(entry, torch.float16, "everything", everything, D=masked),
-    ]
-
-
-def make_variant(entry: Entry, dtype: torch.dtype, name: str, tensors: Sequence[str], *, D: int) -> Variant:
-    """A launch with these tensors (`x`, `next_weight`, ...), all of one dtype; with a copy, in place."""
-    strides = [f"{tensor}_stride" for tensor in _TENSORS]
-    element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    types = {f"{tensor}_ptr": element for tensor in tensors} | {"statistics_ptr": "*fp32", "eps": "fp32"}
-    types |= dict.fromkeys(("N", "D", *strides), "i32")
-    absent = {arg: None for arg in _kernel.arg_names if arg.endswith("_ptr") and arg[:-4] not in tensors}
-    return Variant(
-        name=f"{str(dtype).removeprefix('torch.')} {name}",
-        kernel=_kernel,
-        types=types,
-        constants=absent | _constants(entry.settings, D, dtype, dtype, in_place="copy" in tensors),
-        num_warps=entry.settings.num_warps,
-        num_stages=entry.settings.num_stages,
-        divisible=("D", *strides),
-    )
+    return {"ROWS": settings.rows, "BLOCK_D": block_D, "MASKED": block_D > D}

@@ -12,14 +12,14 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuned import Entry, Settings, find_settings
+from .tuned import Settings, find_settings
 
 MASKED = tl.constexpr(-1e30)  # finite: 0 · ∞ is NaN
 LOG2_E = 1.4426950408889634
 LEAST_WIDTH = 64  # narrower heads take this one's tiles, whose exponentials take longer than their products
 WIDTHS = range(16, 257, 8)
 
-_TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def check(q_NHC: Tensor, *keys: Tensor, scale: float) -> None:
         raise ValueError(f"heads of width {C}: attention kernels take multiples of 8 from 16 to 256")
     if not scale > 0:
         raise ValueError(f"scale {scale}: attention kernels take one above 0")
-    if q_NHC.dtype not in _TYPE_NAMES:
+    if q_NHC.dtype not in _DTYPES:
         raise ValueError(f"{q_NHC.dtype}: attention kernels take bfloat16, float16 and float32")
     for x_NKC in keys:
         if x_NKC.shape[0] != q_NHC.shape[0] or x_NKC.shape[2] != C or H % x_NKC.shape[1]:
@@ -129,28 +129,13 @@ def check(q_NHC: Tensor, *keys: Tensor, scale: float) -> None:
         )
 
 
-def variant_cases(entry: Entry) -> list[tuple[torch.dtype, int, int]]:
-    """Dtypes, head widths and units of strides that between them meet all that the compiler tells apart in
-    launches of a row. Rows for any target take strides that are multiples of nothing, too."""
-    narrow = entry.width * 5 // 8
-    unit = 1 if entry.target == "any" else 8
-    if entry.dtype == "float32":
-        return [(torch.float32, narrow, unit)]
-    return [(torch.bfloat16, entry.width, 8), (torch.float16, narrow, unit)]
-
-
-def type_name(dtype: torch.dtype) -> str:
-    """As Triton's signatures write it."""
-    return _TYPE_NAMES[dtype]
-
-
 def must_upcast(dtype: torch.dtype) -> bool:
     """Whether products of this dtype must be taken in float32: of 16 bits in Triton's interpreter."""
     return bool(knobs.runtime.interpret) and dtype != torch.float32
 
 
 def launch_options(settings: Settings) -> dict[str, Any]:
-    """What every launch and every compilation passes besides arguments."""
+    """What every launch passes besides arguments."""
     return {
         "num_warps": settings.num_warps,
         "num_stages": settings.num_stages,

@@ -156,7 +156,7 @@ def _restore(store: Store, key: str) -> bool:
     except (ValueError, KeyError, TypeError, OSError):
         return False
     if key == PLAN:
-        data = json.dumps(store.plan, indent=1).encode()
+        data = json.dumps(store.document, indent=1).encode()
     elif key.partition("/")[2] == "zarr.json" and key.partition("/")[0] in store.metadata:
         data = json.dumps(store.metadata[key.partition("/")[0]], indent=2).encode()
     else:

@@ -12,11 +12,10 @@ import google_crc32c
 import numpy as np
 import zarr
 
-from ..keys import ATTEMPTS, COMPLETE, FILES, LEDGER, SUMMARY, entry_key
-from ..places.lock import lock_holder
+from ..keys import COMPLETE, FILES, LEDGER, SUMMARY, entry_key
 from ..places.place import Place
 from ..writing.attempt import entry_checksum
-from ..writing.commit import Store, entry_bytes
+from ..writing.commit import Store
 from ..writing.encode import file_shape
 
 _READ_BYTES = 8 << 20
@@ -100,42 +99,6 @@ def verify_store(path: str | Path) -> Report:
     )
 
 
-def store_status(path: str | Path) -> dict[str, Any]:
-    """How far a capture is, from its ledger.
-
-    Returns:
-        units_done, units_total, num_tokens, num_sequences, num_bytes, num_non_finite, seconds (of all
-        workers), last_commit (ISO time or None), attempts, failures (what failed attempts noted: unit,
-        attempt, error, host, time; and `done`, whether the unit is by now), driver (host, pid, silent_s of
-        who is at work, or None), complete.
-    """
-    store = Store.open(path)
-    totals = dict.fromkeys(("num_tokens", "num_sequences", "num_bytes", "num_non_finite"), 0)
-    done, seconds, last_commit = set[int](), 0.0, None
-    for entry in store.entries():
-        done.add(entry["unit"])
-        seconds += entry["seconds"]
-        last_commit = max(last_commit or "", entry["committed"])
-        totals["num_tokens"] += entry["num_tokens"]
-        totals["num_sequences"] += entry["num_sequences"]
-        totals["num_bytes"] += entry_bytes(entry)
-        totals["num_non_finite"] += sum(entry["non_finite"].values())
-    attempts = {name: size for name, size in store.place.sizes(ATTEMPTS).items() if name[0] != "."}
-    failed = [json.loads(store.place.read(f"{ATTEMPTS}/{name}")) for name, size in attempts.items() if size]
-    failed = [note | {"done": note["unit"] in done} for note in failed]
-    return {
-        "units_done": len(done),
-        "units_total": store.num_units,
-        **totals,
-        "seconds": seconds,
-        "last_commit": last_commit,
-        "attempts": len(attempts),
-        "failures": sorted(failed, key=lambda note: (note["unit"], note["attempt"])),
-        "driver": lock_holder(path),
-        "complete": store.place.exists(COMPLETE),
-    }
-
-
 def check_units(store: Store, units: list[int]) -> list[Problem]:
     """What is wrong with these committed units."""
     written, problems = _read_entries(store, units)
@@ -176,7 +139,7 @@ def _unit_files(store: Store, unit: int) -> list[_Written]:
         raise ValueError("it is not what was written")
     if entry["unit"] != unit or set(entry["shards"]) != set(store.arrays):
         raise ValueError(f"it is for unit {entry['unit']} and arrays {', '.join(entry['shards'])}")
-    if entry["plan"] != store.plan.get("hash"):
+    if entry["plan"] != store.plan.hash:
         raise ValueError("it is of another plan")
     files = []
     for name, shards in entry["shards"].items():

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ....errors import StoreError
+from ....errors import BucketMissingError, StoreAddressError, StoreError, StoreUnreachableError
 from .place import Bytes
 
 if TYPE_CHECKING:
@@ -45,11 +45,13 @@ class Bucket:
     def __init__(self, url: str):
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not bucket:
-            raise StoreError(f"{url} names no bucket: give s3://bucket/prefix")
+            raise StoreAddressError(f"{url} names no bucket: give s3://bucket/prefix")
         try:
             import obstore  # noqa: F401
         except ImportError as error:
-            raise StoreError(f"{url} is reached through obstore: pip install 'looptap[s3]'") from error
+            raise StoreUnreachableError(
+                f"{url} is reached through obstore: pip install 'looptap[s3]'"
+            ) from error
         self.url, self._bucket, self._prefix = url.rstrip("/"), bucket, prefix.strip("/")
         self._endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
@@ -212,7 +214,7 @@ class Bucket:
             where = f"{self.url} ({self._endpoint or 'AWS'})"
             said = str(error).partition("\n\nDebug source")[0]
             if "NoSuchBucket" in said:
-                raise StoreError(
+                raise BucketMissingError(
                     f"{where}: there is no bucket {self._bucket}: make it, or mend the URL"
                 ) from None
             if isinstance(error, FileNotFoundError):
@@ -225,7 +227,7 @@ class Bucket:
                     f"{where} does not let this account {task}: check AWS_ACCESS_KEY_ID, "
                     f"AWS_SECRET_ACCESS_KEY and what they may do ({said})"
                 ) from None
-            raise StoreError(
+            raise StoreUnreachableError(
                 f"{where}: could not {task}: check AWS_ENDPOINT_URL and AWS_REGION, and that the server "
                 f"answers ({said})"
             ) from None

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from ....errors import StoreExistsError
+from ....errors import StoreError, StoreExistsError
 from ..keys import ATTEMPTS, LEDGER, STAGING
 from . import disk
 from .disk import Identity, identity, write_new
@@ -43,6 +43,8 @@ class LocalPlace:
             return []
         except NotADirectoryError:
             raise StoreExistsError(f"{self.path} is a file, not a store: choose another path") from None
+        except OSError as error:
+            raise _unreadable(self.path / folder, error) from error
 
     def sizes(self, folder: str) -> dict[str, int]:
         try:
@@ -63,6 +65,8 @@ class LocalPlace:
             descriptor = os.open(path.parent, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            raise _unreadable(path, error) from error
         try:
             os.stat(path.name, dir_fd=descriptor)
         except (FileNotFoundError, NotADirectoryError):
@@ -72,7 +76,12 @@ class LocalPlace:
         return True
 
     def read(self, key: str) -> bytes:
-        return (self.path / key).read_bytes()
+        try:
+            return (self.path / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise _unreadable(self.path / key, error) from error
 
     def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
         descriptor = os.open(self.path / key, os.O_RDONLY)
@@ -228,6 +237,10 @@ class LocalDraft:
 
 class _NotOursError(Exception):
     """Another attempt's file has the name by now."""
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"{path} cannot be read: {error.strerror}")
 
 
 def _new_path(path: Path) -> Path:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import google_crc32c
 
-from ....errors import StoreFullError
+from ....errors import FULL, StoreFullError
 
 Identity = tuple[int, int, int]
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # EFBIG: a file size limit of the shell or the file system
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without hard links answer
 
 
@@ -110,7 +109,7 @@ def full_disk_named(path: Path, task: str, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         free_bytes = shutil.disk_usage(path).free
         raise StoreFullError(

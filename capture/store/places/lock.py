@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ....errors import os_errors_named
 from ..keys import DRIVER_LOCK
 from .directory import LocalPlace
 from .local_lock import DriverLock, acquire, holder_of
@@ -22,7 +23,8 @@ def driver_lock(path: str | Path) -> Iterator[DriverLock | ObjectLock]:
     """
     place = open_place(path)
     is_local = isinstance(place, LocalPlace)
-    lock = acquire(place.path / DRIVER_LOCK) if is_local else ObjectLock.acquire(place)
+    with os_errors_named(place.address, "written"):
+        lock = acquire(place.path / DRIVER_LOCK) if is_local else ObjectLock.acquire(place)
     try:
         yield lock
     finally:
@@ -33,5 +35,6 @@ def lock_holder(path: str | Path) -> dict[str, Any] | None:
     """Who drives the store now (host, pid, silent_s), or None if nobody alive does."""
     place = open_place(path)
     if isinstance(place, LocalPlace):
-        return holder_of(place.path / DRIVER_LOCK)
+        with os_errors_named(place.path, "read"):
+            return holder_of(place.path / DRIVER_LOCK)
     return object_lock_holder(place)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from ....errors import StoreError
+from ....errors import StoreError, StoreLockedError
 from ..keys import DRIVER_LOCK
 from . import lease
 from .bucket import Bucket, make_token
@@ -59,10 +59,10 @@ class ObjectLock:
         return self._e_tag is not None and time.monotonic() - self._beat_s < lease.STALE_S
 
     def check(self) -> None:
-        """Raises StoreError unless the lock is held, by what the server says now."""
+        """Raises StoreLockedError unless the lock is held, by what the server says now."""
         found = self._bucket.find(DRIVER_LOCK)
         if found is None or found.writer != self._writer:
-            raise StoreError(f"another process took {self._bucket} over while this one was silent")
+            raise StoreLockedError(f"another process took {self._bucket} over while this one was silent")
 
     def release(self) -> None:
         self._stop.set()

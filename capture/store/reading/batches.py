@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from ....errors import NothingCapturedError, RequestError, UnfitError
 from ..writing.commit import Store
 from .reader import open_array, to_float32
 from .windows import Chunk, Gather, Window, iter_gathers
@@ -44,9 +45,9 @@ class Order:
         least = {"batch_rows": 1, "seed": 0, "epoch": 0, "buffer_chunks": 1, "num_ranks": 1, "start": 0}
         for name, number in least.items():
             if getattr(self, name) < number:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least {number}")
+                raise RequestError(f"{name} is {getattr(self, name)}: give at least {number}")
         if not 0 <= self.rank < self.num_ranks:
-            raise ValueError(f"rank is {self.rank}: {self.num_ranks} ranks are counted from 0")
+            raise RequestError(f"rank is {self.rank}: {self.num_ranks} ranks are counted from 0")
 
 
 def make_batches(
@@ -65,22 +66,23 @@ def make_batches(
         an iterable of arrays [rows, hidden], each the caller's own; `len` is their number. Workers of a torch
         DataLoader (`batch_size=None`) take a rank each.
     Raises:
-        ValueError: no such depth is kept, no states are, or none is committed.
+        UnfitError, UnfitError, NothingCapturedError: no such depth is kept, no states are, or none is
+            committed.
         StoreError, StoreMissingError: as `looptap.open`; while reading: a file is missing or damaged.
     """
     opened = Store.open(store)
     if "state" not in opened.arrays:
-        raise ValueError(f"{store} keeps no states: capture again with --quantities all,state --states core")
+        raise UnfitError(f"{store} keeps no states: capture again with --quantities all,state --states core")
     kept = _coordinate(opened, "state_depth")[...].tolist()
     wanted = kept if depths is None else list(depths)
     if absent := [depth for depth in wanted if depth not in kept]:
-        raise ValueError(
+        raise UnfitError(
             f"no state of depth {', '.join(map(str, absent))} is kept in {store}: "
             f"choose from {', '.join(map(str, kept))}"
         )
     batches = Batches(opened, [kept.index(depth) for depth in dict.fromkeys(wanted)], decode, Order(**order))
     if not batches.has_rows:
-        raise ValueError(f"{store} holds no state of a committed unit yet: go on with its capture")
+        raise NothingCapturedError(f"{store} holds no state of a committed unit yet: go on with its capture")
     return batches
 
 

@@ -14,8 +14,9 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from ....errors import MissingUnitsError
+from ....errors import MissingUnitsError, RequestError, UnfitError, os_errors_named
 from ..places.directory import LocalPlace
+from ..plan import plan_of
 from ..writing.commit import Store
 from .decoded_arrays import LibraryArray
 from .mapped_states import Key, MappedArray, can_map
@@ -43,9 +44,10 @@ def open_store(
         MissingUnitsError: later, where values are read.
     """
     if missing not in ("mask", "raise"):
-        raise ValueError(f"missing is {missing!r}: give 'mask' or 'raise'")
+        raise RequestError(f"missing is {missing!r}: give 'mask' or 'raise'")
     store = Store.open(path)
-    dataset = xr.open_zarr(store.zarr_store(), chunks=None, consolidated=True)
+    with os_errors_named(path, "read"):
+        dataset = xr.open_zarr(store.zarr_store(), chunks=None, consolidated=True)
     is_done_U = np.zeros(store.num_units, bool)
     is_done_U[store.done()] = True
     for name in store.arrays:
@@ -91,19 +93,17 @@ def iter_units(
         and `sequence_start` keep counting over the whole store.
     """
     dataset = source if isinstance(source, xr.Dataset) else open_store(source)
-    plan = dataset.attrs["plan"]
+    plan = plan_of(dataset)
     done = np.flatnonzero(dataset["unit_done"].values)
     if variables is not None:
         dataset = dataset.drop_vars(set(map(str, dataset.data_vars)) - set(variables))
-    rows = {"token": plan["unit_tokens"], "sequence": plan["unit_sequences"], "unit": 1}
-    if "token_state" in dataset.dims:
-        rows["token_state"] = plan["num_state_rows"]
-    rows = {axis: num_rows for axis, num_rows in rows.items() if axis in dataset.dims}
+    shared = ("token", "sequence", "unit", "token_state")
+    rows = {axis: plan.unit_rows(axis) for axis in shared if axis in dataset.dims}
     for axis, num_rows in rows.items():
-        if dataset.sizes[axis] != plan["num_units"] * num_rows:
-            raise ValueError(
-                f"axis {axis} has {dataset.sizes[axis]} entries, {plan['num_units']} units of {num_rows} "
-                f"have {plan['num_units'] * num_rows}: give the dataset as it was opened, with all of {axis}"
+        if dataset.sizes[axis] != plan.num_units * num_rows:
+            raise UnfitError(
+                f"axis {axis} has {dataset.sizes[axis]} entries, {plan.num_units} units of {num_rows} "
+                f"have {plan.num_units * num_rows}: give the dataset as it was opened, with all of {axis}"
             )
     for unit in map(int, done):
         part = dataset.isel({axis: slice(unit * n, (unit + 1) * n) for axis, n in rows.items()})

@@ -145,7 +145,7 @@ class Attempt:
             **receipt,
             "unit": self.unit,
             "attempt": self.number,
-            "plan": self.store.plan.get("hash"),
+            "plan": self.store.plan.hash,
             "shards": self._shards,
             "host": platform.node(),
             "pid": os.getpid(),

@@ -21,6 +21,7 @@ from ..layout import read_group, unit_arrays
 from ..places.directory import LocalPlace
 from ..places.open import open_place
 from ..places.place import Place
+from ..plan import StoredPlan
 from .encode import encode, file_shape
 
 
@@ -29,8 +30,10 @@ class Store:
 
     def __init__(self, place: Place, group: dict[str, Any]):
         self.place = place
-        self.plan: dict[str, Any] = group["attributes"]["plan"]
-        self.num_units: int = self.plan["num_units"]
+        self.document: dict[str, Any] = group["attributes"]["plan"]
+        """The plan as it lies in the store, with fields that another version of looptap may have added."""
+        self.plan = StoredPlan.from_json(self.document, f"the plan of {place}")
+        self.num_units = self.plan.num_units
         self.metadata: dict[str, dict[str, Any]] = group["consolidated_metadata"]["metadata"]
         self.arrays = unit_arrays(group)
 

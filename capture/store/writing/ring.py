@@ -46,7 +46,3 @@ class Ring:
     def give(self, buffer: np.ndarray) -> None:
         """The buffer is free again."""
         self._free.put(buffer)
-
-    @property
-    def num_free(self) -> int:
-        return self._free.qsize()

@@ -1,6 +1,6 @@
 """Paths of several tokens through the loop in one plane: that of all kept core states of a store.
 
-A token's own plane (`states.trajectory`, figure 5) shows its path as wide as a plane can, and no two tokens
+A token's own plane (`trajectory.py`, figure 5) shows its path as wide as a plane can, and no two tokens
 share it. Here all do, so that it shows whether they come to the same points. Mean and scatter of the states
 are put together a block at a time, in float64, and the axes are eigenvectors of what comes out: exact, in a
 few matrices of 8 D² bytes (D the states' width; 128 MiB at 4096), however large the store is. It takes D²
@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ...errors import CannotTellError, NothingCapturedError, StatesMissingError
+from ...errors import CannotTellError
+from ..depths import Depths
+from ..kept_states import core_states, last_rows, num_kept, position_of, row_of
 from ..state_rows import decoded
-from ..streaming import Arrays, Depths
+from ..streaming import Arrays
 from ..walk import Analysis, answer
-from .distinctness import core_states, last_rows, num_kept, position_of, row_of
 
 MOST_PATHS = 8
 _BLOCK_BYTES = 2**25  # float64 of the states that are merged at once: few passes over the matrix
@@ -70,13 +71,10 @@ class _PlaneFold:
     def __init__(
         self, sequence_ids: Sequence[int] | None, components: int, dataset: xr.Dataset, depths: Depths
     ) -> None:
-        try:
-            self._places, self._depth = core_states(dataset, depths)
-            rows = last_rows(dataset)
-            chosen = list(rows)[:MOST_PATHS] if sequence_ids is None else sequence_ids
-            self._rows = {each: row_of(rows, each) for each in chosen}
-        except (StatesMissingError, NothingCapturedError) as error:
-            raise CannotTellError(str(error)) from error
+        self._places, self._depth = core_states(dataset, depths)
+        rows = last_rows(dataset)
+        chosen = list(rows)[:MOST_PATHS] if sequence_ids is None else sequence_ids
+        self._rows = {each: row_of(rows, each) for each in chosen}
         self._dataset, self._depths = dataset, depths
         self._components, self._bad = components, 0
         D, num_tokens = dataset.sizes["hidden"], num_kept(dataset)

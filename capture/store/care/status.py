@@ -1,0 +1,110 @@
+"""How far a capture is, from its ledger and the notes of its attempts; no file of a quantity is looked at."""
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ..keys import ATTEMPTS, COMPLETE
+from ..places.lock import lock_holder
+from ..writing.commit import Store, entry_bytes
+
+
+@dataclass(frozen=True)
+class FailedAttempt:
+    """What an attempt at a unit noted when it failed."""
+
+    unit: int
+    attempt: int
+    error: str
+    host: str
+    time: str
+    """When it failed, ISO."""
+    done: bool
+    """Whether the unit is there by now."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The process that drives a capture into the store."""
+
+    host: str
+    pid: int
+    silent_s: float
+    """Seconds since its last sign of life."""
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """How far a capture is."""
+
+    units_done: int
+    units_total: int
+    num_tokens: int
+    num_sequences: int
+    num_bytes: int
+    num_non_finite: int
+    """Captured values that are infinite or undefined where a number is due."""
+    seconds: float
+    """Work of all workers on the units that are done."""
+    last_commit: str | None
+    """ISO time; None before the first."""
+    attempts: int
+    """Attempts that were begun, at whatever unit."""
+    failures: tuple[FailedAttempt, ...]
+    """By unit and attempt."""
+    driver: Driver | None
+    """None while nobody is at work."""
+    complete: bool
+    """Whether the store is closed: every unit is there."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary for `json.dumps`, of the fields by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Self:
+        """The status that `to_json` gave this dictionary for."""
+        failures = tuple(FailedAttempt(**failure) for failure in document["failures"])
+        driver = document["driver"] and Driver(**document["driver"])
+        return cls(**document | {"failures": failures, "driver": driver})
+
+
+def store_status(path: str | Path) -> StoreStatus:
+    """How far a capture is, from its ledger.
+
+    Raises:
+        StoreError, StoreMissingError: there is no store of this format.
+    """
+    store = Store.open(path)
+    totals = dict.fromkeys(("num_tokens", "num_sequences", "num_bytes", "num_non_finite"), 0)
+    done, seconds, last_commit = set[int](), 0.0, None
+    for entry in store.entries():
+        done.add(entry["unit"])
+        seconds += entry["seconds"]
+        last_commit = max(last_commit or "", entry["committed"])
+        totals["num_tokens"] += entry["num_tokens"]
+        totals["num_sequences"] += entry["num_sequences"]
+        totals["num_bytes"] += entry_bytes(entry)
+        totals["num_non_finite"] += sum(entry["non_finite"].values())
+    attempts = {name: size for name, size in store.place.sizes(ATTEMPTS).items() if name[0] != "."}
+    notes = [json.loads(store.place.read(f"{ATTEMPTS}/{name}")) for name, size in attempts.items() if size]
+    failures = [_failed(note, done) for note in notes]
+    holder = lock_holder(path)
+    return StoreStatus(
+        units_done=len(done),
+        units_total=store.num_units,
+        **totals,
+        seconds=seconds,
+        last_commit=last_commit,
+        attempts=len(attempts),
+        failures=tuple(sorted(failures, key=lambda failure: (failure.unit, failure.attempt))),
+        driver=None if holder is None else Driver(holder["host"], holder["pid"], holder["silent_s"]),
+        complete=store.place.exists(COMPLETE),
+    )
+
+
+def _failed(note: dict[str, Any], done: Collection[int]) -> FailedAttempt:
+    names = ("unit", "attempt", "error", "host", "time")
+    return FailedAttempt(**{name: note[name] for name in names}, done=note["unit"] in done)
