@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import safetensors.numpy
 
-from ..errors import DataError, DataMissingError, os_errors_named
+from ..errors import DataError, DataMissingError, RequestError, os_errors_named
 from .models.load import ModelSource
 from .store.plan import StoredData
 
@@ -120,7 +120,8 @@ def make_dataset(rows: Rows, tokenizer: Tokenizer | None, *, limit: int | None =
         tokenizer: for texts; None where the model has none.
         limit: only the first so many rows.
     Raises:
-        DataError: neither texts nor token ids, no tokens at all, a row that does not fit; names the row.
+        RequestError: neither texts nor token ids.
+        DataError: no tokens at all, a row that does not fit; names the row.
     """
     if all(isinstance(row, str) for row in rows):
         name, field = "texts.jsonl", "text"
@@ -184,7 +185,7 @@ def _padded(rows: Sequence[Sequence[int]] | Sequence[str]) -> tuple[np.ndarray, 
     """Rows of token ids as a matrix, int64 [S, T], and their lengths, int64 [S]."""
     arrays = [np.asarray(row) for row in rows]
     if any(row.ndim != 1 or (len(row) and row.dtype.kind not in "iu") for row in arrays):
-        raise DataError("data must be a file, a list of texts, or a list of lists of whole token ids")
+        raise RequestError("data must be a file, a list of texts, or a list of lists of whole token ids")
     lengths_S = np.array([len(row) for row in arrays], np.int64)
     ids_ST = np.zeros((len(arrays), max(lengths_S, default=0)), np.int64)
     for padded_T, row in zip(ids_ST, arrays, strict=True):

@@ -51,6 +51,7 @@ def _plan(data: str | Path | Rows, settings: dict[str, Any]) -> Plan:
     if "field" in settings:
         raise RequestError("field is of a .jsonl file, and the data is no file: leave it out")
     wanted = CaptureSettings.of(data=Path("rows"), **settings)
+    wanted.check()  # before the rows are cut to a limit
     model = wanted.model
     source = find_model(model.model, model.loop, model.recurrences)
     dataset = make_dataset(data, model_tokenizer(source), limit=wanted.data.limit)

@@ -9,9 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from looptap.capture.data import DataError, make_dataset, open_tokenizer, read_dataset
+from looptap.capture.data import make_dataset, open_tokenizer, read_dataset
 from looptap.capture.plan import make_plan
 from looptap.capture.settings import CaptureSettings
+from looptap.errors import UserError
 
 BYTES = open_tokenizer(None)
 # accents, three-byte signs, a four-byte one, and two line separators that are no line ends in these files
@@ -86,7 +87,7 @@ def test_rows_at_hand_are_those_of_a_file(tmp_path, limit):
     ],
 )
 def test_rows_that_are_no_data(rows, wrong):
-    with pytest.raises(DataError, match=wrong):
+    with pytest.raises(UserError, match=wrong):
         make_dataset(rows, None if rows == ["", "a"] else BYTES)
 
 

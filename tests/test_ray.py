@@ -156,7 +156,7 @@ def check(path: Path, calm: CaptureSettings) -> None:
     """Sound, complete, and bit for bit what was captured in peace."""
     report = verify_store(path)
     assert report.ok and not report.units_missing and not report.uncommitted, report
-    assert content(path) == content(Path(calm.store))
+    assert content(path) == content(Path(calm.run.store))
 
 
 def test_a_capture_whose_worker_is_killed(calm, tmp_path):
@@ -180,7 +180,7 @@ def test_a_capture_whose_worker_is_killed(calm, tmp_path):
 
 def start(calm: CaptureSettings, path: Path, *options: str) -> subprocess.Popen:
     """The command, in a process group of its own as a shell's job is."""
-    command = ["capture", TINY, "--data", str(calm.data), "--store", str(path), "--unit-tokens", "48"]
+    command = ["capture", TINY, "--data", str(calm.data.data), "--store", str(path), "--unit-tokens", "48"]
     command += ["--states", "core[all]@last", "--tokens", "last", "--device", "cpu", "--engine", "ray"]
     command += options
     return subprocess.Popen(
@@ -276,7 +276,8 @@ def test_a_ray_client_is_refused():
     ids=["no ray", "no cluster"],
 )
 def test_what_is_missing_is_said_before_a_store_is_made(calm, tmp_path, before, message):
-    command = ["capture", TINY, "--data", str(calm.data), "--store", str(tmp_path / "s"), "--engine", "ray"]
+    command = ["capture", TINY, "--data", str(calm.data.data), "--store", str(tmp_path / "s")]
+    command += ["--engine", "ray"]
     run = "from looptap.cli.commands import main; main()"
     code = f"import sys; {before}\nsys.argv = {['looptap', *command]}\n{run}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
