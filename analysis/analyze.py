@@ -8,8 +8,9 @@ import xarray as xr
 from ..errors import CannotTellError, FormatError, os_errors_named
 from .answers import heads
 from .answers import single_sequences as sequences
+from .depth_tables import long_table
 from .figures.pictures import FIGURE_FORMATS, save_figures
-from .findings import Findings, find, long_table
+from .findings import Findings, find
 from .registry import ANALYSES
 
 _TOGETHER = {"heads": heads, "sequences": sequences}  # whose analyses make one table

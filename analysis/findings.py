@@ -12,6 +12,7 @@ import xarray as xr
 from ..errors import CannotTellError, NothingCapturedError
 from .answers.feedforward import Reference, choose_reference
 from .answers.stages import STAGE_MEASURES, gathered
+from .depth_tables import depth_table
 from .depths import Depths, depths_of, loops_apart
 from .measures import MEASURES, as_analyses, assembled
 from .registry import ANALYSES
@@ -93,20 +94,20 @@ def _find_one(dataset: xr.Dataset, label: str, trained: int | str, reference: Re
     if isinstance(reference, Reference):
         asked += reference.analyses()
     try:
-        found = walk(dataset, asked)
+        walked = walk(dataset, asked)
     except NothingCapturedError as error:
         raise NothingCapturedError(f"{label}: {error}") from error
-    measures, answers = assembled(dataset, found), {name: found[name] for name in ANALYSES}
+    measures, answers = assembled(dataset, walked), {name: walked[name] for name in ANALYSES}
     if isinstance(reference, Reference):
         num_layers = depths_of(dataset).core_RL.shape[1]
-        beside = _or_reason(partial(reference.gathered, found, num_layers))
+        beside = _or_reason(partial(reference.gathered, walked, num_layers))
     else:
         beside = reference
     return Findings(
         label=label,
         measures=measures,
         answers=answers,
-        stages=_or_reason(partial(gathered, STAGE_MEASURES, found)),
+        stages=_or_reason(partial(gathered, STAGE_MEASURES, walked)),
         reference=beside,
         verdicts=verdicts(measures, answers["distinctness"], answers, trained, beside),
     )
@@ -152,42 +153,3 @@ def _label_parts(plan: dict[str, Any]) -> tuple[str, tuple[str, ...], str]:
     extra = (norm, f"width {model['width']}", str(plan["data"]["name"]), str(settings["dtype"]))
     tail = spec.rpartition(")")[2].lstrip("I,") if is_random else f"seed {settings['seed']}"
     return f"{short} {str(model['notation']).replace('x', TIMES)}", extra, tail
-
-
-def depth_table(measures: xr.Dataset) -> pd.DataFrame:
-    """A row per depth: stage, layer, recurrence, and every measure with `_low` and `_high`."""
-    depths = depths_of(measures)
-    columns: dict[str, Any] = {
-        "depth": measures["depth"].values,
-        "stage": [depths.stages[stage] for stage in depths.stage],
-        "layer": depths.layer,
-        "recurrence": depths.recurrence,
-    }
-    for name in MEASURES:
-        if name in measures:
-            value, low, high, _ = measures[name].values
-            columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return pd.DataFrame(columns)
-
-
-def long_table(measures: xr.Dataset) -> pd.DataFrame:
-    """A row per measure and depth: value, band, number of sequences, unit and definition."""
-    depths = depths_of(measures)
-    place = {
-        "depth": measures["depth"].values,
-        "stage": [depths.stages[stage] for stage in depths.stage],
-        "layer": depths.layer,
-        "recurrence": depths.recurrence,
-    }
-    parts = []
-    for name in MEASURES:
-        if name in measures:
-            value, low, high, sequences = measures[name].values
-            numbers = {"value": value, "low": low, "high": high, "sequences": sequences.astype(int)}
-            about = {key: measures[name].attrs[key] for key in ("units", "fold", "definition")}
-            parts.append(pd.DataFrame({"measure": name, **place, **numbers, **about}))
-    return (
-        pd.concat(parts, ignore_index=True)
-        if parts
-        else pd.DataFrame({"measure": [], **{key: [] for key in place}})
-    )

@@ -11,7 +11,8 @@ import xarray as xr
 
 from looptap.analysis.answers.distinctness import distinctness
 from looptap.analysis.answers.trajectory import trajectory
-from looptap.analysis.findings import depth_table, find, long_table, make_labels
+from looptap.analysis.depth_tables import depth_table, long_table
+from looptap.analysis.findings import find, make_labels
 from looptap.analysis.folds import BAND_Z, MeanFold, MedianFold
 from looptap.analysis.measures import MEASURES, measure
 from looptap.analysis.thresholds import CONVERGED_STEP

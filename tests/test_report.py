@@ -11,12 +11,13 @@ import pytest
 import xarray as xr
 
 from looptap.analysis.analyze import write_analysis
+from looptap.analysis.depth_tables import long_table
 from looptap.analysis.figures.axes import log_ticks, value_domain
 from looptap.analysis.figures.catalogue import FIGURES
 from looptap.analysis.figures.convergence_figures import distance_to_the_fixed_point, steps
 from looptap.analysis.figures.stage_figures import profiles_beside_the_reference, stages_like_the_reference
 from looptap.analysis.figures.words import number
-from looptap.analysis.findings import Findings, find, long_table
+from looptap.analysis.findings import Findings, find
 from looptap.analysis.measures import MEASURES, measure
 from looptap.analysis.pages.report import write_report
 from looptap.errors import FormatError, NothingCapturedError
