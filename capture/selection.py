@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import NoSuchDepthError, SelectionError
-from .models.schedule import STAGES, Schedule
+from .models.loop_schedule import STAGES, Schedule
 from .models.tap import Half
 
 _STATES = re.compile(r"(\w+)(?:\[([^\]]*)\])?(?:@(.+))?")

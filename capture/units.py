@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .models.schedule import STAGES, Step
+from .models.loop_schedule import STAGES, Step
 from .store.layout import ArraySpec, Codec, Coordinate
 from .store.quantities import QUANTITIES
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from looptap.capture.models.description import Block, Description
+from looptap.capture.models.loop_schedule import prelude_core_coda
 from looptap.capture.models.model import LoopedModel
-from looptap.capture.models.schedule import prelude_core_coda
 from looptap.capture.models.tap import Packed, Plain
 
 LENGTHS = (9, 1, 9, 17)  # a run of equal ones apart, a lone token, nothing round

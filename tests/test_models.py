@@ -9,9 +9,9 @@ import torch
 from looptap.capture.models.description import Block, Llama3Scaling, Rotary
 from looptap.capture.models.exit_gate import exit_probability
 from looptap.capture.models.load import load_model
+from looptap.capture.models.loop_schedule import prelude_core_coda
 from looptap.capture.models.model import LoopedModel
 from looptap.capture.models.random_spec import parse_random
-from looptap.capture.models.schedule import prelude_core_coda
 from looptap.capture.models.tap import Packed
 from looptap.capture.taps.statistics import Buffers, Statistics
 from looptap.tests.oracle import LENGTHS, Listening, Straight, describe, fill, initial_state, random_ids

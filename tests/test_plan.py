@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from looptap.capture.models.description import Block, Description
 from looptap.capture.models.load import find_model
-from looptap.capture.models.schedule import STAGES, prelude_core_coda
+from looptap.capture.models.loop_schedule import STAGES, prelude_core_coda
 from looptap.capture.plan import make_plan
 from looptap.capture.plan_cost import disk_bytes
 from looptap.capture.run import run_capture

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from looptap.capture.models.load import find_model
+from looptap.capture.models.loop_schedule import Phase, Repeat, Schedule, prelude_core_coda
 from looptap.capture.models.model import LoopedModel
-from looptap.capture.models.schedule import Phase, Repeat, Schedule, prelude_core_coda
 from looptap.capture.models.tap import Packed, Plain
 from looptap.capture.plan import absent_quantities, make_plan
 from looptap.capture.selection import select_depths

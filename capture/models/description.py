@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from ...errors import DescriptionError
-from .schedule import Schedule, prelude_core_coda
+from .loop_schedule import Schedule, prelude_core_coda
 
 
 class Placement(NamedTuple):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from ...errors import ModelError
 from .config import Config, read_rotary
 from .description import Block, Description
-from .schedule import prelude_core_coda
+from .loop_schedule import prelude_core_coda
 from .sources import Copy, Source
 
 # by the block's kind of norms: each norm's name in the files and here

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ...kernels.residual_norm import Residual, row_norm
-from .schedule import Step
+from .loop_schedule import Step
 from .tap import Half, HalfNorms, Packed, Plain
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.residual_norm import rms_norm
 from .description import NORMS, Block, Description, Rotary
-from .schedule import Step
+from .loop_schedule import Step
 from .tap import HalfNorms, Packed, Plain
 
 PLAIN = Plain()

@@ -17,8 +17,8 @@ import torch
 
 from ...errors import DescriptionError, ModelSpecError
 from .description import NORMS, Block, Description
+from .loop_schedule import prelude_core_coda
 from .model import LoopedModel
-from .schedule import prelude_core_coda
 
 _LOOP = re.compile(r"random:\((\d+),(\d+)(?:x(\d+))?,(\d+)\)(I?)(?:,(.*))?", re.DOTALL)
 

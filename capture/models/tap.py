@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels.attention import attention, make_cu_seqlens
 from ...kernels.residual_norm import Residual, residual_norm
-from .schedule import Step
+from .loop_schedule import Step
 
 Half = Literal["attention", "mlp"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.attention_pairs import attention_chain, attention_gram, distance_from_gram
 from ...kernels.residual_pairs import residual_entropy, residual_similarity
-from ..models.schedule import Schedule, Step
+from ..models.loop_schedule import Schedule, Step
 from ..models.tap import Packed
 
 PATTERNS_AT_ONCE = 4  # what the GPU's kernel compares in one pass

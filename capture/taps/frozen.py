@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.residual_norm import Residual, rms_norm
-from ..models.schedule import Step
+from ..models.loop_schedule import Step
 from ..models.tap import Half, HalfNorms, Packed, Plain
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..models.description import Description
-from ..models.schedule import Step
+from ..models.loop_schedule import Step
 from ..models.tap import Packed, Plain
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ..models.schedule import Step
+from ..models.loop_schedule import Step
 from ..store.quantities import QUANTITIES
 
 

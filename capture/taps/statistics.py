@@ -18,8 +18,8 @@ from ...kernels.attention import attention_with_statistics
 from ...kernels.lens import lens
 from ...kernels.residual_norm import STATISTICS, Residual, residual_norm_statistics
 from ..models.exit_gate import exit_probability
+from ..models.loop_schedule import Schedule, Step
 from ..models.model import LoopedModel
-from ..models.schedule import Schedule, Step
 from ..models.tap import Half, HalfNorms, Packed, Plain
 from ..store.quantities import QUANTITIES
 from .distances import AttentionDistances, Pattern, ResidualDistances

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import WatchError
 from ...kernels.residual_norm import STATISTICS, residual_statistics
-from ..models.schedule import Schedule
+from ..models.loop_schedule import Schedule
 from ..store.quantities import GROUPS
 from ..taps.history import BlockHistory
 from .arguments import Arguments

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import SelectionError, WatchError
-from ..models.schedule import Schedule
+from ..models.loop_schedule import Schedule
 from ..selection import select_depths, select_tokens
 from ..store.quantities import QUANTITIES
 from .arguments import read_arguments

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from ...errors import WatchError
-from ..models.schedule import Schedule, prelude_core_coda
+from ..models.loop_schedule import Schedule, prelude_core_coda
 
 _SHOWN = 12  # how many runs of calls an error lists
 

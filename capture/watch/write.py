@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import WatchError
-from ..models.schedule import Schedule
+from ..models.loop_schedule import Schedule
 from ..store.layout import create_store
 from ..store.places.lock import driver_lock
 from ..store.plan import StoredData, StoredModel, StoredPlan, StoredSettings
