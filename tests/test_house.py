@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,9 @@ BANNED = {
 }
 # parts that import nothing of others but these
 MAY = {"kernels": {"torch", "triton", *sys.stdlib_module_names}, "errors": sys.stdlib_module_names}
+# files whose name another has as well, as both are of one thing: a kernel and its form on a CPU, a plan and
+# what a store holds of it
+ONE_THING = {"kernels/gpu", "capture/store/plan.py"}
 
 
 def source_paths(root: Path) -> list[Path]:
@@ -121,6 +125,52 @@ def package_faults(root: Path) -> list[str]:
     return faults
 
 
+def circle_faults(root: Path) -> list[str]:
+    """One line for each circle of files that import one another, also inside functions."""
+    paths = {path.with_suffix("").parts: path for path in source_paths(root)}
+    imports = {
+        module: {to for _, to, ours in imports_of(root, path) if ours and to in paths and to != module}
+        for module, path in paths.items()
+    }
+    faults, done = [], set[tuple[str, ...]]()
+
+    def follow(module: tuple[str, ...], way: list[tuple[str, ...]]) -> None:
+        if module in way:
+            circle = way[way.index(module) :]
+            faults.append(" -> ".join(".".join(each) for each in [*circle, module]))
+        elif module not in done:
+            for to in sorted(imports[module]):
+                follow(to, [*way, module])
+            done.add(module)
+
+    for module in sorted(imports):
+        follow(module, [])
+    return faults
+
+
+def name_faults(root: Path) -> list[str]:
+    """One line for each two files whose names are the same, or differ by one letter."""
+    named: dict[str, list[Path]] = {}
+    for path in source_paths(root):
+        if not path.name.startswith("__") and not ONE_THING & {str(path), path.parent.as_posix()}:
+            named.setdefault(path.stem, []).append(path)
+    faults = [f"{' and '.join(map(str, paths))} have one name" for paths in named.values() if len(paths) > 1]
+    for one, other in combinations(sorted(named), 2):
+        if differ_by_a_letter(one, other) and one.replace("cpu", "gpu") != other:
+            faults.append(f"{named[one][0]} and {named[other][0]} differ by one letter")
+    return faults
+
+
+def differ_by_a_letter(one: str, other: str) -> bool:
+    """Whether one letter more, less or otherwise makes one of the other."""
+    short, long = sorted((one, other), key=len)
+    if len(long) - len(short) > 1:
+        return False
+    start = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    rest = long[start + 1 :]
+    return rest == (short[start + 1 :] if len(short) == len(long) else short[start:])
+
+
 def loaded_by(code: str, names: set[str], cwd: Path) -> set[str]:
     """Which of the modules a fresh Python has loaded after running code."""
     code = f"{code}\nimport sys\nprint('loaded:', *({names!r} & set(sys.modules)))"
@@ -131,6 +181,14 @@ def loaded_by(code: str, names: set[str], cwd: Path) -> set[str]:
 
 def test_imports_follow_the_arrows():
     assert import_faults(ROOT) == []
+
+
+def test_no_files_import_one_another():
+    assert circle_faults(ROOT) == []
+
+
+def test_no_two_files_are_mistaken_for_one_another():
+    assert name_faults(ROOT) == []
 
 
 def test_packages_are_complete():
@@ -169,6 +227,8 @@ def small_tree(tmp_path):
 def test_a_tree_without_fault_passes(small_tree):
     assert import_faults(small_tree) == []
     assert package_faults(small_tree) == []
+    assert circle_faults(small_tree) == []
+    assert name_faults(small_tree) == []
 
 
 @pytest.mark.parametrize(
@@ -230,6 +290,44 @@ def test_a_wrong_file_is_found(small_tree, name, fault):
     (small_tree / name).touch()
     (found,) = package_faults(small_tree)
     assert found.startswith(fault)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "circle"),
+    [
+        (
+            "kernels/reference.py",
+            "from .norm import norm",
+            "kernels.norm -> kernels.reference -> kernels.norm",
+        ),
+        (
+            "capture/models/loop.py",
+            "def f():\n    from .. import worker",
+            "capture.models.loop -> capture.worker -> capture.models.loop",
+        ),
+    ],
+)
+def test_a_circle_is_found(small_tree, name, code, circle):
+    (small_tree / name).write_text(code + "\n")
+    assert circle_faults(small_tree) == [circle]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("analysis/worker.py", "analysis/worker.py and capture/worker.py have one name"),
+        ("analysis/forma.py", "analysis/forma.py and capture/store/format.py differ by one letter"),
+        ("analysis/normal.py", ""),
+        ("analysis/form.py", ""),
+        ("analysis/loops.py", "capture/models/loop.py and analysis/loops.py differ by one letter"),
+        ("analysis/worken.py", "analysis/worken.py and capture/worker.py differ by one letter"),
+        ("kernels/gpu/norm.py", ""),
+    ],
+)
+def test_names_that_are_mistaken_are_found(small_tree, name, fault):
+    (small_tree / name).parent.mkdir(exist_ok=True)
+    (small_tree / name).touch()
+    assert "".join(name_faults(small_tree)) == fault
 
 
 def test_a_listed_folder_that_is_gone_is_found(small_tree):
