@@ -1,6 +1,6 @@
 """`python -m looptap`, the same as the `looptap` command."""
 
-from .cli.commands import main
+from .cli.entry import main
 
 if __name__ == "__main__":
     main()

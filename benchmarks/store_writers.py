@@ -14,10 +14,11 @@ import numpy as np
 import zarr
 
 from ..capture.store.layout import ArraySpec, Codec, create_store
+from ..capture.store.places.aligned import page_aligned
 from ..capture.store.places.disk import sync_tree
 from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
-from ..capture.store.writing.ring import Ring, page_aligned
+from ..capture.store.writing.ring import Ring
 from ..capture.store.writing.shard import buffer_bytes
 from .bare_plan import bare_plan
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from looptap.cli.commands import main
+from looptap.cli.entry import main
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 TINY = "random:(0,2x3,0)I,width=32,heads=2"

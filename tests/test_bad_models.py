@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from looptap.cli.commands import main
+from looptap.cli.entry import main
 
 Q_PROJ, K_PROJ = (f"model.layers.2.self_attn.{name}_proj.weight" for name in "qk")
 

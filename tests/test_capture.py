@@ -418,7 +418,7 @@ def test_a_unit_that_fails_three_times_is_reported_and_the_rest_goes_on(tmp_path
         "--unit-tokens", "32", "--quantities", "residual", "steps",
     ]  # fmt: skip
     monkeypatch.setattr("sys.argv", command)
-    from looptap.cli.commands import main
+    from looptap.cli.entry import main
 
     with monkeypatch.context() as patch:
         patch.setattr(Plain, "attention", refuses_19)

@@ -32,7 +32,7 @@ from looptap.capture.settings import (
     InspectSettings,
 )
 from looptap.capture.store.writing.commit import Store
-from looptap.cli.commands import main
+from looptap.cli.entry import main
 
 MODEL = "random:(1,2x3,1)I,width=32,heads=2,norm=huginn"
 TEXTS = ["a loop", "", "and the same again, a little longer", "ünïcode", "a loop"]

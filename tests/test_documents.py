@@ -8,7 +8,7 @@ import pytest
 
 from looptap.capture.models.families import FAMILIES
 from looptap.capture.store.quantities import QUANTITIES
-from looptap.cli.commands import main
+from looptap.cli.entry import main
 from looptap.tests.test_house import ARROWS, source_paths
 
 ROOT = Path(__file__).parents[1]

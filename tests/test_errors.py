@@ -22,7 +22,7 @@ from looptap import errors
 from looptap.capture.plan import make_plan
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.reading.reader import open_store
-from looptap.cli import commands
+from looptap.cli import commands, entry
 from looptap.errors import (
     DiskFullError,
     FileError,
@@ -180,7 +180,7 @@ def ended(monkeypatch, capfd, tmp_path) -> Callable[..., tuple[int, str]]:
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["looptap", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            commands.main()
+            entry.main()
         return int(stop.value.code or 0), capfd.readouterr().err
 
     return run

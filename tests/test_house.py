@@ -318,7 +318,7 @@ def test_a_circle_is_found(small_tree, name, code, circle):
         ("analysis/worker.py", "analysis/worker.py and capture/worker.py have one name"),
         ("analysis/forma.py", "analysis/forma.py and capture/store/format.py differ by one letter"),
         ("analysis/normal.py", ""),
-        ("analysis/form.py", ""),
+        ("analysis/formal.py", "analysis/formal.py and capture/store/format.py differ by one letter"),
         ("analysis/loops.py", "capture/models/loop.py and analysis/loops.py differ by one letter"),
         ("analysis/worken.py", "analysis/worken.py and capture/worker.py differ by one letter"),
         ("kernels/gpu/norm.py", ""),
@@ -337,10 +337,10 @@ def test_a_listed_folder_that_is_gone_is_found(small_tree):
 
 
 SHOW_HELP = """
-import sys, looptap.cli.commands
+import sys, looptap.cli.entry
 sys.argv = ["looptap", "--help"]
 try:
-    looptap.cli.commands.main()
+    looptap.cli.entry.main()
 except SystemExit as stop:
     assert not stop.code, stop.code
 """

@@ -400,7 +400,7 @@ def test_offline_without_the_files(hub, run, tmp_path):
 WITHOUT_WAITING = """
 import sys, time
 time.sleep = lambda seconds: None
-from looptap.cli.commands import main
+from looptap.cli.entry import main
 main()
 """
 

@@ -10,10 +10,10 @@ import looptap
 ROOT = Path(__file__).parents[1]
 
 SHOW_VERSION = """
-import sys, looptap.cli.commands
+import sys, looptap.cli.entry
 sys.argv = ["looptap", "--version"]
 try:
-    looptap.cli.commands.main()
+    looptap.cli.entry.main()
 except SystemExit as stop:
     print(stop.code, *({"torch", "zarr", "ray", "xarray"} & set(sys.modules)))
 """

@@ -15,7 +15,7 @@ import looptap
 from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.plan import StoredPlan, plan_of
 from looptap.capture.store.writing.commit import Store
-from looptap.cli.commands import main
+from looptap.cli.entry import main
 
 HERE = Path(__file__).parent
 SETTINGS = ["--loop", "1-2x3", "--unit-tokens", "16", "--device", "cpu", "--states", "core[all]@last"]

@@ -278,7 +278,7 @@ def test_a_ray_client_is_refused():
 def test_what_is_missing_is_said_before_a_store_is_made(calm, tmp_path, before, message):
     command = ["capture", TINY, "--data", str(calm.data.data), "--store", str(tmp_path / "s")]
     command += ["--engine", "ray"]
-    run = "from looptap.cli.commands import main; main()"
+    run = "from looptap.cli.entry import main; main()"
     code = f"import sys; {before}\nsys.argv = {['looptap', *command]}\n{run}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr, done.stderr

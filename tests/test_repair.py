@@ -17,7 +17,7 @@ from looptap.capture.store.places.lock import driver_lock
 from looptap.capture.store.reading.reader import open_store
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
-from looptap.cli.commands import main
+from looptap.cli.entry import main
 from looptap.cli.tables import print_status
 from looptap.errors import StoreError, StoreLockedError
 from looptap.tests.small_stores import RECEIPT, Killed, content, open_or_create, unit_values, write_unit

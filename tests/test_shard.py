@@ -17,10 +17,11 @@ import zarr
 from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.layout import BFLOAT16_NAN, ArraySpec, create_store
 from looptap.capture.store.places import file_sink
+from looptap.capture.store.places.aligned import PAGE_BYTES, page_aligned
 from looptap.capture.store.places.file_sink import FileSink
 from looptap.capture.store.writing import shard
 from looptap.capture.store.writing.encode import encode, file_shape, write_array
-from looptap.capture.store.writing.ring import PAGE_BYTES, Ring, page_aligned
+from looptap.capture.store.writing.ring import Ring
 from looptap.capture.store.writing.shard import ShardWriter
 
 DEPTHS = 3

@@ -30,7 +30,7 @@ from looptap.capture.store.cell import AXES
 from looptap.capture.studies import estimate
 from looptap.capture.studies.architecture import architecture_plans, cells_of, run_architecture_study
 from looptap.cli import study_progress
-from looptap.cli.commands import main
+from looptap.cli.entry import main
 from looptap.cli.study_progress import run_all_with_progress, to_duration
 from looptap.errors import ArchitectureError
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser

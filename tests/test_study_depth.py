@@ -18,7 +18,7 @@ from looptap.capture.models.tap import Packed
 from looptap.capture.run import Outcome, run_capture
 from looptap.capture.settings import DepthStudySettings
 from looptap.capture.studies.depth import counts_of, depth_plans, run_depth_study
-from looptap.cli.commands import main
+from looptap.cli.entry import main
 from looptap.errors import PlanError, StudyError
 from looptap.tests.oracle import Listening
 from looptap.tests.pages import CHROMIUM, Page, open_in_browser

@@ -81,7 +81,7 @@ def _run(job: dict[str, Any]) -> int:
     """Runs what was asked for; returns the exit code that Python would end with."""
     try:
         if job["code"] is None:
-            looptap.cli.commands.main()
+            looptap.cli.entry.main()
         else:
             exec(job["code"], {"__name__": "__main__"})
     except SystemExit as ended:
@@ -97,7 +97,7 @@ def _run(job: dict[str, Any]) -> int:
 if __name__ == "__main__":
     import looptap.capture.run
     import looptap.capture.watch
-    import looptap.cli.commands
+    import looptap.cli.entry
 
     assert "huggingface_hub" not in sys.modules
     job = _next_job()

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..store.writing.ring import Ring, page_aligned
+from ..store.places.aligned import page_aligned
+from ..store.writing.ring import Ring
 from ..store.writing.shard import ShardWriter, buffer_bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..writing.ring import PAGE_BYTES
+from .aligned import PAGE_BYTES
 
 _DROP_BYTES = 16 << 20  # through the cache: from here on it is emptied again
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}  # what O_DIRECT meets on tmpfs, some FUSE, odd sector sizes
