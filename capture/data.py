@@ -23,7 +23,7 @@ Rows = Sequence[str] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids, and what a plan says of it."""
+    """Turns text into token ids and back; a plan records its name and hash."""
 
     name: str
     sha256: str | None
@@ -37,9 +37,9 @@ class Dataset:
 
     rows: list[np.ndarray]
     identity: StoredData
-    """What a plan says of the data: its name, the hash of its content, how many rows it has."""
+    """The plan's record of the data: its name, the hash of its content, its number of rows."""
     tokenizer: Tokenizer | None = None
-    """The model's; None where it has none."""
+    """The model's tokenizer; None where it has none."""
 
     @property
     def num_tokens(self) -> int:
@@ -47,7 +47,7 @@ class Dataset:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens of the longest row."""
         return max(map(len, self.rows))
 
 
@@ -58,7 +58,7 @@ def model_tokenizer(source: ModelSource) -> Tokenizer | None:
 
 
 def open_tokenizer(path: Path | None) -> Tokenizer:
-    """The tokenizer.json at `path`, or plain UTF-8 bytes if there is none to be had."""
+    """Opens the tokenizer.json at `path`; plain UTF-8 bytes where there is no path."""
     if path is None:
         return Tokenizer(
             "bytes", None, lambda text: list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace")
@@ -110,7 +110,7 @@ def read_dataset(
 
 
 def make_dataset(rows: Rows, tokenizer: Tokenizer | None, *, limit: int | None = None) -> Dataset:
-    """Tokenises rows that are at hand already.
+    """Tokenises rows that are in memory.
 
     Its identity is that of a file of the same rows, `texts.jsonl` with a field `text` or `ids.safetensors`,
     so that a capture of either goes on with the other's store.

@@ -68,7 +68,7 @@ def _work(driver: Connection, run: RunUnit) -> None:
 
 
 def _listen(driver: Connection, units: "queue.SimpleQueue[int]", is_draining: threading.Event) -> None:
-    """Takes orders while a unit runs; without a driver there is nothing left to do."""
+    """Takes orders while a unit runs; ends this process when its driver is gone."""
     while True:
         try:
             order = driver.recv()

@@ -18,7 +18,7 @@ class Pool(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def num_places(self) -> int:
-        """Workers that there is room for now, those that run included."""
+        """Number of workers that there is room for now, those that run included."""
         ...
 
     def start(self, worker: int) -> None: ...
@@ -26,7 +26,7 @@ class Pool(Protocol):
     def give(self, worker: int, unit: int) -> None: ...
 
     def kill(self, worker: int) -> None:
-        """Ends it; nothing more has to be heard of it."""
+        """Ends a worker; the pool need not report anything more of it."""
         ...
 
     def drain(self) -> None:
@@ -34,7 +34,7 @@ class Pool(Protocol):
         ...
 
     def poll(self, timeout_s: float) -> Iterable[Report]:
-        """What happened, waiting for something to happen; of one worker in the order it did."""
+        """Waits for reports and returns them; those of one worker in the order in which they were made."""
         ...
 
 

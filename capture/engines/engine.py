@@ -1,4 +1,4 @@
-"""From a capture's settings to the workers that it runs on."""
+"""Makes the workers that a capture's settings ask for, and runs units on them."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -78,7 +78,7 @@ def _make_pool(plan: Plan, store: Store) -> tuple[Pool, int]:
 
 
 def _gpus(num_workers: int) -> list[str]:
-    """One for each worker, as CUDA_VISIBLE_DEVICES names them."""
+    """Returns one GPU for each worker, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

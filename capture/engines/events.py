@@ -1,6 +1,6 @@
-"""What pools of workers report to the scheduler, what it answers, and what a run tells whoever watches it.
+"""Reports of workers to the scheduler, its commands to them, and events of a run for whoever watches it.
 
-What a run tells has a JSON form, for whoever watches from another process.
+Events have a JSON form, for whoever watches from another process.
 """
 
 import re
@@ -12,7 +12,7 @@ from ...errors import RequestError
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a committed unit holds."""
+    """Summary of a committed unit, from its ledger entry."""
 
     num_tokens: int = 0
     num_bytes: int = 0
@@ -38,7 +38,7 @@ class Placed:
 
     worker: int
     where: str
-    """Host and process, for people."""
+    """Host and process, as text for people."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Raised:
 
 @dataclass(frozen=True)
 class Returned:
-    """A worker gives back a unit that it had not begun, as it was told to."""
+    """A worker gave back a unit that it had not begun, because it was told to."""
 
     worker: int
     unit: int
@@ -84,7 +84,7 @@ class Returned:
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A worker does not answer, and may yet; nothing will be heard of this unit from it."""
+    """A worker does not answer, and may yet; it will report nothing of this unit."""
 
     worker: int
     unit: int
@@ -92,7 +92,7 @@ class Unavailable:
 
 @dataclass(frozen=True)
 class Available:
-    """A worker that did not answer does."""
+    """A worker that did not answer before answers again."""
 
     worker: int
 
@@ -122,7 +122,7 @@ class Give:
     worker: int
     unit: int
     again: bool
-    """It was given before, so it may be committed by now."""
+    """Whether the unit was given to a worker before, so that it may be committed by now."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,15 @@ class Kill:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a run tells; every kind of it holds numbers, text and receipts."""
+    """An event of a run; every kind of event holds numbers, text and receipts."""
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary for `json.dumps`: `kind`, such as unit_done, and the fields by name."""
+        """Returns a dictionary for `json.dumps`: `kind`, such as unit_done, and the fields by name."""
         return {"kind": _kind(type(self)), **asdict(self)}
 
     @staticmethod
     def from_json(document: dict[str, Any]) -> "Event":
-        """The event that `to_json` gave this dictionary for.
+        """Returns the event that `to_json` made this dictionary of.
 
         Raises:
             RequestError: there is no event of that kind, or it has other fields.
@@ -159,11 +159,11 @@ class Event:
 
 @dataclass(frozen=True)
 class RunBegan(Event):
-    """The store is there, and so is what the engine needs."""
+    """A run began: its store exists, and its engine has what it needs."""
 
     num_units: int
     num_done: int
-    """Units that were there before this run."""
+    """Number of units that were committed before this run."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class WorkerJoined(Event):
     worker: int
     where: str
     num_workers: int
-    """Workers that are ready now."""
+    """Number of workers that are ready now."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class WorkerLost(Event):
     unit: int | None
     """The unit that it was running."""
     num_workers: int
-    """Workers that are left."""
+    """Number of workers that are left."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class WorkerRefused(Event):
 
 @dataclass(frozen=True)
 class SlowUnit(Event):
-    """A unit takes many times what units take; said once."""
+    """A unit takes many times the median time of a unit; reported once for each unit."""
 
     unit: int
     where: str

@@ -1,4 +1,4 @@
-"""The engine of this process: one worker, which runs a unit while it is asked what happened."""
+"""The engine of this process: one worker, which runs a unit inside `poll`."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from .work import Recipe, RunUnit
 
 
 class ThisProcess:
-    """A pool of one. It cannot be killed, and what keeps it from being built is raised as it is."""
+    """A pool of one worker, which cannot be killed; an error while it is built is raised unchanged."""
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
@@ -40,7 +40,7 @@ class ThisProcess:
         raise AssertionError("the worker of this process answers whenever it is asked")
 
     def drain(self) -> None:
-        """One unit is held at a time, so none waits."""
+        """Does nothing: one unit is held at a time, so none waits."""
 
     def poll(self, timeout_s: float) -> Iterable[Report]:
         """Raises StoreFullError: no unit can be committed any more."""

@@ -1,7 +1,7 @@
 """Workers in processes of this machine: one for each GPU, or several that share the CPU's cores.
 
-They are told and tell through pipes, so that a death is noticed as the end of its pipe, at once and after
-everything it had said before.
+They take orders and report through pipes, so that a death is noticed as the end of its pipe, at once and
+after everything it had said before.
 """
 
 import os
@@ -105,7 +105,7 @@ class Processes:
             self._children[worker][1].send(order)
 
     def _num_threads(self) -> int | None:
-        """Of torch in each worker; None where the environment says, or GPUs do the work."""
+        """Threads of torch in each worker; None where OMP_NUM_THREADS is set, or GPUs do the work."""
         if self._gpus is not None or "OMP_NUM_THREADS" in os.environ:
             return None
         of_us = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

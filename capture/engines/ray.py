@@ -79,7 +79,7 @@ def cluster(address: str | None) -> Iterator[None]:
 
 
 def num_gpus() -> float:
-    """That the connected cluster has now."""
+    """Returns the number of GPUs in the connected cluster now."""
     return _import_ray().cluster_resources().get("GPU", 0)
 
 
@@ -195,12 +195,12 @@ class Actors:
         self._calls[reference] = what, worker, unit
 
     def _nodes(self, resource: str) -> list[float]:
-        """How much of it every node has that lives."""
+        """Returns how much of a resource each living node has."""
         return [node["Resources"].get(resource, 0) for node in self._ray.nodes() if node["Alive"]]
 
 
 class Actor:
-    """The worker's side. `run` and `build` come one after the other, the rest beside them."""
+    """The worker in its Ray actor. `build` and `run` are called one at a time, the rest beside them."""
 
     def __init__(self) -> None:
         self._run: RunUnit | None = None
@@ -214,7 +214,7 @@ class Actor:
         self._is_draining.set()
 
     def build(self, recipe: Recipe) -> str | None:
-        """Why it cannot be built; None if it is."""
+        """Builds the worker; returns None, or why it cannot be built."""
         try:
             self._run = recipe()
         except Exception as error:
@@ -257,7 +257,7 @@ def _counters() -> Callable[[str, float], None]:
 
 
 def _cpus_per_worker(nodes: list[float], num_workers: int | None) -> int:
-    """An equal share of all cores, and no more than every node with any has; without a number, a node's."""
+    """Returns an equal share of all cores, at most those of the smallest node; without a number, a node's."""
     sizes = [int(cpus) for cpus in nodes if cpus >= 1] or [1]
     share = sum(sizes) // num_workers if num_workers else max(sizes)
     return max(1, min(min(sizes), share))
@@ -270,7 +270,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _knock(address: str) -> None:
-    """Whether anybody answers there: Ray itself would try for minutes."""
+    """Raises ClusterError if nothing answers at the address; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return  # "auto", or a form that Ray explains better

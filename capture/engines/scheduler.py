@@ -48,24 +48,24 @@ MAX_TRIES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How patient a run is."""
+    """Limits of time and number by which a run judges its workers."""
 
     depth: int = 2
-    """Units that a worker holds, the one it runs among them."""
+    """Most units that a worker holds, including the one that it runs."""
     reissue_s: float = 2.5
-    """A worker has not answered for so long: its units go to others."""
+    """Time without an answer after which a worker's units go to others."""
     lost_s: float = 30.0
-    """A worker has not answered for so long: it is killed."""
+    """Time without an answer after which a worker is killed."""
     retry_s: float = 60.0
-    """Wait before workers are started again after several in a row could not be."""
+    """Time before workers are started again after several in a row could not be started."""
     no_worker_s: float = 600.0
-    """Wait for a worker while there is none."""
+    """Longest wait for a worker while there is none."""
     slow_ratio: float = 10.0
-    """A unit that takes so many times the median is reported,"""
+    """Multiple of the median time from which on a unit is reported as slow, if it takes `slow_s` too."""
     slow_s: float = 1.0
-    """and at least so long."""
+    """Time below which no unit is reported as slow."""
     unit_limit_s: float | None = None
-    """A worker whose unit takes longer is killed."""
+    """Longest time of one unit; a worker that takes longer is killed."""
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Scheduler:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing is to do, or nothing may begin and nothing is under way."""
+        """Whether nothing is left to do, or nothing may begin and nothing is running."""
         return not self._open or (self._is_draining and not self.num_in_flight)
 
     @property
@@ -121,8 +121,8 @@ class Scheduler:
         self._is_draining = True
 
     def take(self, report: Report, now_s: float) -> None:
-        """What a worker, or the pool about it, says. A word of a worker that is gone changes nothing, except
-        that a unit is done.
+        """Takes in a report of a worker, or of its pool. A report of a worker that is gone changes nothing,
+        except that a unit is done.
         """
         if isinstance(report, Done):
             self._done(report, now_s)
@@ -157,7 +157,7 @@ class Scheduler:
                         self._refused(report.worker, report.why, now_s)
 
     def tick(self, now_s: float, num_places: int) -> list[Command | Event]:
-        """What is to be done now, in this order.
+        """Returns the commands to carry out now, in order.
 
         Args:
             num_places: workers that there is room for at the moment, those that run included.
@@ -188,7 +188,7 @@ class Scheduler:
             self._out.append(UnitDone(report.unit, report.receipt))
 
     def _take_from(self, worker: _Worker, unit: int, now_s: float) -> bool:
-        """Whether it was that worker's."""
+        """Takes a unit from a worker; returns whether the worker had it."""
         if unit not in worker.units:
             return False
         if worker.units[0] == unit:
@@ -197,11 +197,11 @@ class Scheduler:
         return True
 
     def _requeue(self, units: list[int]) -> None:
-        """In front, so that what was lost comes first and a unit that always fails is soon known to."""
+        """Puts units first in line: lost ones run next, and a unit that always fails is soon known to."""
         self._todo.extendleft(unit for unit in reversed(units) if unit in self._open)
 
     def _count(self, counter: Counter[int], unit: int, why: str) -> None:
-        """One more try, or death, of an open unit that no worker holds."""
+        """Counts one more try, or death, of an open unit that no worker holds."""
         counter[unit] += 1
         if counter[unit] < MAX_TRIES:
             self._requeue([unit])
@@ -210,7 +210,7 @@ class Scheduler:
             self._out.append(UnitFailed(unit, why))
 
     def _lose(self, number: int, why: str) -> None:
-        """A worker is gone: what it held goes to others, and what it ran is suspected."""
+        """Removes a lost worker: its units go to others, and the one that it ran is suspected."""
         worker = self._workers.pop(number)
         units, running = worker.units, worker.units[0] if worker.units else worker.suspect
         event = WorkerLost(number, worker.where, why, running, self._num_ready())
@@ -305,7 +305,9 @@ class Scheduler:
 
     @property
     def _is_hopeless(self) -> bool:
-        """Deaths may come from outside and are forgiven longer than what a worker itself objects to."""
+        """Whether starting workers is given up. Deaths may come from outside, so more of them are allowed
+        than errors.
+        """
         return self._num_refused >= MAX_TRIES or self._num_stillborn >= 3 * MAX_TRIES
 
     def _num_ready(self) -> int:

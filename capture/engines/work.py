@@ -1,5 +1,6 @@
-"""How a worker is built where its engine wants it, and what it answers. Results do not travel: they are on
-disk.
+"""Builds a worker in the process where its engine wants it, and runs its units.
+
+Results are not sent back: they are on disk.
 """
 
 import os
@@ -32,17 +33,19 @@ class CaptureRecipe:
     """
 
     store: str
-    """Place of the store, which holds the plan."""
+    """Path or URL of the store, which holds the plan."""
     plan_hash: str
     created: str | None
-    """With the hash it tells this store from another at the same path of another machine."""
+    """Time at which the store was made; tells stores of one plan at the same path of two machines apart."""
     model: str
     loop: str | None
     recurrences: int | None
     initial_states: "StatesFile | None"
 
     def __call__(self) -> RunUnit:
-        """Raises RecipeError, ModelError or StoreError where what is here is not what was planned with."""
+        """Builds the worker. Raises RecipeError, ModelError or StoreError if what is here is not what was
+        planned with.
+        """
         from ..models.load import find_model
         from ..store.plan import StoredModel
         from ..store.writing.commit import Store
@@ -80,7 +83,7 @@ class CaptureRecipe:
 
 
 def make_recipe(plan: "Plan", store: "Store") -> CaptureRecipe:
-    """The recipe for a plan's workers; what it names by a path of this machine is named from the root."""
+    """Returns the recipe for a plan's workers; paths of this machine in it are absolute."""
     model, states = plan.settings.model, plan.initial_states
     return CaptureRecipe(
         store=store.place.address,
@@ -94,7 +97,7 @@ def make_recipe(plan: "Plan", store: "Store") -> CaptureRecipe:
 
 
 def make_runner(source: "ModelSource", store: "Store", initial_states: "StatesFile | None") -> RunUnit:
-    """Loads a worker's model as the store's plan says; returns what runs units with it."""
+    """Loads a worker's model as the store's plan says; returns a function that runs a unit with it."""
     from ..worker import Worker
 
     settings = store.plan.settings
@@ -103,10 +106,10 @@ def make_runner(source: "ModelSource", store: "Store", initial_states: "StatesFi
 
 
 def run_unit(worker: "Worker", store: "Store", unit: int) -> Receipt:
-    """A unit that another worker committed meanwhile is as good as one of ours.
+    """Runs a unit and returns its receipt, or that of a worker which committed it meanwhile.
 
-    One that another has begun later, as a worker thought lost may, is waited for a while and then begun
-    again: that is no fault of the unit's, and the later attempt of the two goes on.
+    A unit that another worker began later, such as one thought lost, is waited for a while and then begun
+    again: that is no fault of the unit's, and the later of the two attempts goes on.
     """
 
     for wait_s in (0.2, 0.5, 1.0, 2.0, None):
