@@ -23,7 +23,7 @@ def write_analysis(
     table_format: str = "parquet",
     figure_format: tuple[str, ...] = FIGURE_FORMATS,
 ) -> list[Path]:
-    """Write the tables and figures of one capture into a directory.
+    """Writes the tables and figures of one capture into a directory.
 
     Args:
         store: path of a store, or a Dataset laid out like one.
@@ -54,7 +54,7 @@ def write_analysis(
 
 
 def tables(findings: Findings) -> dict[str, pd.DataFrame]:
-    """All numbers of one capture, by name of the table."""
+    """Returns all numbers of one capture as tables, by name."""
     wrong = findings.measures["non_finite"].to_dataframe().reset_index()
     result = {
         "measures": long_table(findings.measures),
@@ -75,7 +75,7 @@ def tables(findings: Findings) -> dict[str, pd.DataFrame]:
 
 
 def _by_variable(name: str, found: xr.Dataset) -> dict[str, pd.DataFrame]:
-    """A table for each variable, or one for an analysis that has a single one; statistics as columns."""
+    """Returns a table for each variable of an analysis, or the one table; statistics as columns."""
     tables = {}
     for variable, values in found.data_vars.items():
         if "statistic" in values.dims:

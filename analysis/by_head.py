@@ -1,4 +1,4 @@
-"""What the attention of one sequence says of every head; curves over depth are means of these over heads.
+"""Attention measures of every head over one sequence; curves over depth are means of these over heads.
 
 Each is computed once a sequence, for all analyses of a walk.
 """

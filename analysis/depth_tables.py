@@ -10,7 +10,7 @@ from .measures import MEASURES
 
 
 def depth_table(measures: xr.Dataset) -> pd.DataFrame:
-    """A row per depth: stage, layer, recurrence, and every measure with `_low` and `_high`."""
+    """Returns a row per depth: stage, layer, recurrence, and every measure with `_low` and `_high`."""
     depths = depths_of(measures)
     columns: dict[str, Any] = {
         "depth": measures["depth"].values,
@@ -26,7 +26,7 @@ def depth_table(measures: xr.Dataset) -> pd.DataFrame:
 
 
 def long_table(measures: xr.Dataset) -> pd.DataFrame:
-    """A row per measure and depth: value, band, number of sequences, unit and definition."""
+    """Returns a row per measure and depth: value, band, number of sequences, unit and definition."""
     depths = depths_of(measures)
     place = {
         "depth": measures["depth"].values,

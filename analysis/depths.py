@@ -71,19 +71,19 @@ class Depths:
 
 
 def depths_of(dataset: xr.Dataset) -> Depths:
-    """The depth axis of a Dataset laid out like a store."""
+    """Reads the depth axis of a Dataset laid out like a store."""
     axis = (dataset[name].values.astype(np.int64) for name in ("stage", "layer", "recurrence"))
     return Depths(*axis, stages=stages_of(dataset))
 
 
 def stages_of(dataset: xr.Dataset) -> tuple[str, ...]:
-    """Names of the stages by the number that stands in the coordinate `stage`."""
+    """Returns the names of the stages by the number that stands in the coordinate `stage`."""
     names = dataset["stage"].attrs.get("flag_meanings")
     return tuple(names.split()) if names else STAGES
 
 
 def of_loop(dataset: xr.Dataset, name: str) -> xr.Dataset:
-    """The Dataset of a store with the loop of one stage, all other blocks being outside of it.
+    """Returns the Dataset of a store with the loop of one stage; all other blocks count as outside of it.
 
     Returns:
         the same but for the coordinate `recurrence`, -1 at other loops, and the attribute `loop`, the name.
@@ -102,13 +102,13 @@ def of_loop(dataset: xr.Dataset, name: str) -> xr.Dataset:
 
 
 def loops_apart(dataset: xr.Dataset) -> list[xr.Dataset]:
-    """The Dataset itself, or where it has several loops the Dataset of each."""
+    """Returns the Dataset itself, or if it has several loops the Dataset of each."""
     names = depths_of(dataset).loop_names
     return [of_loop(dataset, name) for name in names] if len(names) > 1 else [dataset]
 
 
 def _places(depth_C: np.ndarray) -> Places:
-    """Depths as a slice where they follow one another: that is read without a copy."""
+    """Returns depths as a slice if they follow one another, since that is read without a copy."""
     if len(depth_C) and (np.diff(depth_C) == 1).all():
         return slice(int(depth_C[0]), int(depth_C[-1]) + 1)
     return depth_C

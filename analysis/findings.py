@@ -27,17 +27,17 @@ _SMALLEST = 1e-30  # stands for the lower end of a band that reaches zero or les
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What one capture shows; the reason stands where there is no answer."""
+    """All that was measured in one capture; a text says why an answer is missing."""
 
     label: str
     measures: xr.Dataset
     verdicts: list[Verdict]
     answers: Mapping[str, xr.Dataset | str] = field(default_factory=dict)
-    """by name of the analysis"""
+    """answers by name of the analysis, or why there is none"""
     stages: xr.Dataset | str = "not asked"
-    """agreement of each recurrence's stages with the last one's, as `stage_agreement` gives it"""
+    """agreement of each recurrence's stages with the last one's, as `stage_agreement` returns it"""
     reference: xr.Dataset | str = "not asked"
-    """the same with a feedforward model's, where a capture of one stands beside it"""
+    """agreement of the stages with a feedforward model's, if a capture of one was given"""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Findings:
 
     @cached_property
     def by_depth(self) -> pd.DataFrame:
-        """What figures draw from: `depth_table` with bands that a logarithmic axis can show, made once."""
+        """The table that figures draw from: `depth_table` with bands that a logarithmic axis can show."""
         table = depth_table(self.measures)
         for name, about in MEASURES.items():
             if about.log and name in table:
@@ -59,18 +59,18 @@ class Findings:
 
     @property
     def loop(self) -> str:
-        """Name of the loop, where the capture has several and this is about one."""
+        """Name of the loop that this is about, if the capture has several."""
         return self.measures.attrs.get("loop", "")
 
     @property
     def units(self) -> tuple[int, int]:
-        """Units done and in the plan."""
+        """Numbers of units: those done, and those in the plan."""
         total = self.plan["num_units"]
         return self.measures.attrs.get("units_done", total), total
 
 
 def find(stores: Sequence[str | Path | xr.Dataset]) -> list[Findings]:
-    """Measure and analyse every store, in one walk each, labelled so that no two captures share a label.
+    """Measures and analyses every store, in one walk each, labelled so that no two captures share a label.
 
     Returns:
         one for each store; of a store with several loops one for each loop, the others being outside of it.
@@ -121,7 +121,7 @@ def _or_reason(gather: Callable[[], xr.Dataset]) -> xr.Dataset | str:
 
 
 def make_labels(plans: Sequence[dict[str, Any]], loops: Sequence[str] = ()) -> list[str]:
-    """Short labels: the model's name and notation and what else tells captures apart, or a number.
+    """Makes short labels: the model's name and notation and what else tells captures apart, or a number.
 
     Args:
         plans: one a capture.
@@ -144,7 +144,7 @@ def make_labels(plans: Sequence[dict[str, Any]], loops: Sequence[str] = ()) -> l
 
 
 def _label_parts(plan: dict[str, Any]) -> tuple[str, tuple[str, ...], str]:
-    """What every label shows, what it adds where captures differ, and what if that is not enough."""
+    """Returns what every label shows, what it adds if captures differ, and what if that is not enough."""
     model, settings = plan["model"], plan["settings"]
     name, spec = str(model["name"]), str(model.get("spec") or model["name"])
     is_random = spec.startswith("random:")

@@ -1,4 +1,4 @@
-"""How values of one sequence after another are put together, without holding them.
+"""Folds put values of one sequence after another together, without holding them.
 
 Every number of the analysis is a mean over sequences of a mean over tokens, so that a long sequence weighs as
 much as a short one and the band around a curve tells how much sequences differ.

@@ -1,4 +1,4 @@
-"""Where the kept states of a store lie: which depths and which tokens they are of."""
+"""Finds the kept states of a store: the depths and the tokens that they are of."""
 
 import numpy as np
 import xarray as xr
@@ -8,7 +8,7 @@ from .depths import Depths
 
 
 def core_states(dataset: xr.Dataset, depths: Depths) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the kept states of all loops on `depth_state`, and their depths.
+    """Returns the places of all loops' kept states on `depth_state`, and their depths.
 
     Raises:
         CannotTellError: fewer than two are kept.
@@ -21,7 +21,7 @@ def core_states(dataset: xr.Dataset, depths: Depths) -> tuple[np.ndarray, np.nda
 
 
 def last_rows(dataset: xr.Dataset) -> dict[int, int]:
-    """Row of `state` of each sequence's last kept token, by the sequence's id, in the order of ids.
+    """Returns the row of `state` of each sequence's last kept token, by sequence id, in the order of ids.
 
     Raises:
         CannotTellError: no token with a kept state is captured yet.
@@ -39,7 +39,7 @@ def last_rows(dataset: xr.Dataset) -> dict[int, int]:
 
 
 def num_kept(dataset: xr.Dataset) -> int:
-    """Tokens whose states are kept, of finished units."""
+    """Returns the number of tokens in finished units whose states are kept."""
     owner = dataset["token_sequence"].values
     if "state_token" in dataset.coords:
         slot = dataset["state_token"].values
@@ -48,27 +48,27 @@ def num_kept(dataset: xr.Dataset) -> int:
 
 
 def position_of(dataset: xr.Dataset, row: int) -> int:
-    """Place in its sequence of the token that a row of `state` is of."""
+    """Returns the place in its sequence of the token that a row of `state` is of."""
     slot = int(dataset["state_token"][row]) if "state_token" in dataset.coords else row
     return int(dataset["token_position"][slot])
 
 
 def row_of(rows: dict[int, int], sequence: int) -> int:
-    """A sequence's row among `last_rows`; CannotTellError where none of it is kept."""
+    """Returns a sequence's row among `last_rows`. Raises CannotTellError if none of it is kept."""
     if sequence not in rows:
         raise CannotTellError(f"no state of sequence {sequence} is kept; kept are {_some(list(rows))}")
     return rows[sequence]
 
 
 def kept_depths(dataset: xr.Dataset, depths: Depths) -> np.ndarray:
-    """Depth of each place on `depth_state`, int64; CannotTellError where no states are kept."""
+    """Returns the depth of each place on `depth_state`, int64. Raises CannotTellError without kept states."""
     if "state" not in dataset:
         raise CannotTellError(advice(depths, "no states are kept", "core"))
     return dataset["state_depth"].values.astype(np.int64)
 
 
 def advice(depths: Depths, kept: str, states: str) -> str:
-    """Why what is kept does not do, and which --states would; or that there is no loop to keep them of."""
+    """Says why the kept states do not do, and which --states would; or that there is no loop."""
     if not depths.loops:
         return "the model has no loop"
     return f"{kept}: capture again with --quantities all,state --states {states}"

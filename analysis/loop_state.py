@@ -1,4 +1,4 @@
-"""What is read from the loop state: by recurrence, and so placed where each recurrence ends.
+"""Measures of the loop state, by recurrence, placed at the depth where each recurrence ends.
 
 Measures are curves over depth. A loop state is what the last layer of the core leaves, so its numbers stand
 at that layer's depth and nowhere else.
@@ -24,7 +24,7 @@ def settled_share(arrays: Mapping[str, np.ndarray], depths: Depths) -> np.ndarra
 
 
 def to_depths(value_R: np.ndarray, depths: Depths) -> np.ndarray:
-    """A value for each recurrence, at the depth of its last core layer; NaN elsewhere."""
+    """Puts a value for each recurrence at the depth of its last core layer; NaN elsewhere."""
     value_D = np.full(len(depths), np.nan)
     value_D[depths.core_RL[:, -1]] = value_R
     return value_D

@@ -49,7 +49,7 @@ class Measure:
     log: bool = False  # spans decades, as distances, changes, norms and largest channels do
 
     def curve(self, arrays: Arrays, depths: Depths) -> np.ndarray:
-        """What `of_sequence` gives, computed once for all analyses of a walk."""
+        """Returns what `of_sequence` gives, computed once for all analyses of a walk."""
         return arrays.once(self.name, lambda: self.of_sequence(arrays, depths))
 
 
@@ -180,7 +180,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def measure(store: str | Path | xr.Dataset, names: Iterable[str] | None = None) -> xr.Dataset:
-    """Measures of a store, over depth.
+    """Computes measures of a store, over depth.
 
     Args:
         store: path of a store, or a Dataset laid out like one.
@@ -199,7 +199,7 @@ def measure(store: str | Path | xr.Dataset, names: Iterable[str] | None = None) 
 
 
 def as_analyses(names: Iterable[str] | None = None) -> list[Analysis]:
-    """Measures, all or those named, and the count of bad values, to walk with other analyses."""
+    """Returns analyses of measures, all or those named, and of the count of bad values, for a walk."""
     wanted = [_known(name) for name in (MEASURES if names is None else names)]
     quantities = dict.fromkeys(name for each in wanted for name in each.needs)
     counts = [
@@ -214,7 +214,7 @@ def as_analyses(names: Iterable[str] | None = None) -> list[Analysis]:
 
 
 def assembled(dataset: xr.Dataset, answers: Mapping[str, xr.Dataset | str]) -> xr.Dataset:
-    """The Dataset that `measure` returns, from the answers of a walk with `as_analyses`."""
+    """Assembles the Dataset that `measure` returns from the answers of a walk with `as_analyses`."""
     variables, missing, bad = {}, {}, {}
     for name in MEASURES:
         found = answers.get(name)
@@ -259,7 +259,7 @@ class _MeasureFold:
 
 
 class _BadFold:
-    """How many values of a quantity should be numbers and are not, by depth."""
+    """Counts values of a quantity that should be numbers and are not, by depth."""
 
     def __init__(self, name: str, dataset: xr.Dataset, depths: Depths) -> None:
         self._name, self._depths = name, depths

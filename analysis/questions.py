@@ -1,4 +1,4 @@
-"""What is asked of every capture: the questions of a report, each with its threshold and why that one."""
+"""The questions of a report, which every capture is asked, each with its threshold and the reason for it."""
 
 from dataclasses import dataclass
 
@@ -14,18 +14,18 @@ OURS, PAPERS = "our choice", "from the paper's tau, appendix C"
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of every capture, and which value means yes."""
+    """A question that every capture is asked, and the value that means yes."""
 
     name: str
     text: str
     threshold: float
     relation: str
-    """what the value must be against the threshold for a yes: at most, at least or below"""
+    """relation of the value to the threshold that means yes: at most, at least or below"""
     unit: str
     reason: str
-    """why this threshold"""
+    """reason for this threshold"""
     source: str = OURS
-    """where the threshold is from"""
+    """source of the threshold"""
     figure: str
     """name of the figure that shows it"""
 

@@ -27,7 +27,7 @@ class StateWindow:
         self._first, self._read_TKD = 0, np.empty((0, *state.shape[1:]), np.float32)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """These rows, float32 [token, depth, hidden]; no more of them than a block."""
+        """Reads these rows, float32 [token, depth, hidden]; at most as many as a block."""
         if not self._first <= start <= stop <= self._first + len(self._read_TKD):
             _, K, D = self.state.shape
             ahead = max(stop, min(self._stop, start + _BLOCK_BYTES // (4 * K * D)))
@@ -52,7 +52,7 @@ class StateRows:
         return self.shape[0]
 
     def blocks(self, places: _Places = slice(None), every: int = 1, first: int = 0) -> Iterator[np.ndarray]:
-        """States of a few tokens after another, float32 [token, place, hidden].
+        """Yields states of a few tokens after another, float32 [token, place, hidden].
 
         A sequence that is no more than a block is read once, whoever asks for it, with those after it.
 
@@ -77,7 +77,7 @@ class StateRows:
 
 
 def decoded(values: xr.DataArray) -> np.ndarray:
-    """Values as float32, also where the bits of bfloat16 are stored."""
+    """Returns values as float32, also of stored bits of bfloat16."""
     array = values.values
     is_bits = values.attrs.get("bits_of") == "bfloat16" and array.dtype == np.uint16
     return to_float32(array) if is_bits else array

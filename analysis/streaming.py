@@ -12,13 +12,14 @@ from .state_rows import StateRows, StateWindow
 
 
 def as_dataset(store: str | Path | xr.Dataset) -> xr.Dataset:
-    """A store's path, or a Dataset laid out like one, as a Dataset."""
+    """Opens a store's path; returns a Dataset laid out like a store as it is."""
     return store if isinstance(store, xr.Dataset) else open_store(store)
 
 
 class Arrays(dict[str, np.ndarray]):
     """The quantities of one sequence by name, each [token, depth, ...]; those that have one value for the
-    whole sequence as if it had one token. And what analyses that come first have made of them for others.
+    whole sequence as if it had one token. Analyses that come first leave here what they have made of them for
+    others.
 
     Attributes:
         states: of its kept tokens, read when asked for; None where the store keeps none.
@@ -30,14 +31,14 @@ class Arrays(dict[str, np.ndarray]):
         self._made: dict[str, np.ndarray] = {}
 
     def once(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """What `compute` gives, computed by the first that asks for this name."""
+        """Returns what `compute` gives, computed when this name is first asked for."""
         if name not in self._made:
             self._made[name] = compute()
         return self._made[name]
 
 
 def iter_sequences(dataset: xr.Dataset, names: Iterable[str]) -> Iterator[Arrays]:
-    """The named quantities of one finished sequence after another; states need not be named."""
+    """Yields the named quantities of one finished sequence after another; states need not be named."""
     names, state = [name for name in names if name != "state"], dataset.get("state")
     for unit in _one_ahead(iter_units(dataset, names)):
         owner = unit["token_sequence"].values
@@ -52,7 +53,7 @@ def iter_sequences(dataset: xr.Dataset, names: Iterable[str]) -> Iterator[Arrays
 
 
 def _one_ahead(units: Iterator[xr.Dataset]) -> Iterator[xr.Dataset]:
-    """The same, with the next one read by a thread while the caller works on this one."""
+    """Yields the same sequences, with the next one read by a thread while the caller works on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
         coming = reader.submit(next, units, None)
         while (unit := coming.result()) is not None:
@@ -61,7 +62,7 @@ def _one_ahead(units: Iterator[xr.Dataset]) -> Iterator[xr.Dataset]:
 
 
 def _kept_spans(unit: xr.Dataset, owner: np.ndarray) -> list[tuple[int, int]]:
-    """First and past-the-last row of `state`, in the whole store, of every sequence of a unit."""
+    """Returns the first and past-the-last row of `state`, in the whole store, of every sequence of a unit."""
     number = unit.attrs["unit"]
     if "state_token" not in unit.coords:  # every token is kept
         start = number * len(owner)
@@ -76,7 +77,7 @@ def _kept_spans(unit: xr.Dataset, owner: np.ndarray) -> list[tuple[int, int]]:
 
 
 def sequence_spans(token_sequence: np.ndarray) -> list[tuple[int, int]]:
-    """First and past-the-last slot of every sequence in a unit; empty slots (-1) belong to none."""
+    """Returns first and past-the-last slot of every sequence in a unit; empty slots (-1) belong to none."""
     edges = np.flatnonzero(np.diff(token_sequence)) + 1
     starts, stops = [0, *edges], [*edges, len(token_sequence)]
     spans = zip(starts, stops, strict=True)

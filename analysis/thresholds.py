@@ -1,4 +1,4 @@
-"""Our thresholds: from where on something counts as converged, settled, distinct, repeated, or as rounding.
+"""Our thresholds, from which on something counts as converged, settled, distinct, repeated, or as rounding.
 
 Verdicts, figures, rates and the command line take them from here. The paper's own stand beside what they
 belong to (`answers.limits`, `measures.SINK_SCORE`).
@@ -20,7 +20,7 @@ EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def rounding_step(epsilon: float) -> float:
-    """How far rounding alone may move a loop at its fixed point, as a share of the norm.
+    """Returns how far rounding alone may move a loop at its fixed point, as a share of the norm.
 
     Args:
         epsilon: machine epsilon of the dtype that the loop runs in.

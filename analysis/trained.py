@@ -1,11 +1,11 @@
-"""How many recurrences a model was trained with, as far as captures tell."""
+"""The number of recurrences a model was trained with, as far as captures tell."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def trained_count(plan: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> int | str:
-    """Recurrences that a capture's model was trained with, or why they are not known.
+    """Returns the recurrences that a capture's model was trained with, or why they are not known.
 
     A plan names its own count and not the checkpoint's: it is the checkpoint's where no other was asked for,
     in this capture or in one of the same weights. A window of layers that was made a loop was trained to run

@@ -25,7 +25,7 @@ class Fold(Protocol):
     """What has been learnt from the sequences so far. Its size does not grow with them."""
 
     def add(self, arrays: Arrays) -> None:
-        """Take in one sequence: arrays [token, depth, ...], or [1, ...] for one value a sequence."""
+        """Takes in one sequence: arrays [token, depth, ...], or [1, ...] for one value a sequence."""
         ...
 
     def result(self) -> xr.Dataset:

@@ -1,4 +1,4 @@
-"""Captures from Python: the same run as the command's, and its result as a Dataset."""
+"""Captures from Python: runs what `looptap capture` runs, and returns the result as a Dataset."""
 
 import tempfile
 from pathlib import Path

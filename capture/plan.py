@@ -1,7 +1,7 @@
 """The plan: a dataset, a model and settings, resolved once into units, before anything runs.
 
-The same inputs always give the same plan. A worker reads what it needs from the store that the plan made, so
-a plan never travels.
+The same inputs always give the same plan. A worker reads what it needs from the store that the plan made;
+plans are never sent to workers.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def store(self) -> str | Path:
-        """Where it is kept."""
+        """Path or URL of the store."""
         return self.settings.run.store
 
     @property
@@ -69,12 +69,12 @@ class Plan:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of what one batch would keep until the last recurrence."""
+        """Bytes that one batch would keep until the last recurrence."""
         return self.longest_batch * token_memory.kept_bytes(self.description, self.quantities, self.dtype)
 
     @property
     def gap_method(self) -> str | None:
-        """How gaps and the lens get what the last recurrence leaves; None where none is measured."""
+        """How gaps and the lens get what the last recurrence leaves; None where neither is measured."""
         if not self.kept_bytes:
             return None
         return "keep states" if self.kept_bytes <= self._gap_memory_bytes else "run twice"
@@ -84,11 +84,11 @@ class Plan:
         return int(self.settings.measure.gap_memory_gib * 2**30)
 
     def load_model(self) -> LoopedModel:
-        """The model with its weights, on the plan's device."""
+        """Loads the model with its weights on the plan's device."""
         return self.source.load(self.device, self.dtype)
 
     def arrays(self) -> dict[str, ArraySpec]:
-        """The store's arrays that units fill."""
+        """Returns the store's arrays that units fill."""
         d = self.description
         sizes = {
             "depth": d.depth,
@@ -101,16 +101,14 @@ class Plan:
         return array_specs(self.quantities, self.slots, sizes, self.dtype, self.settings.measure.state_codec)
 
     def coordinates(self) -> dict[str, Coordinate]:
-        """All that is known of every slot before the capture."""
+        """Returns all that is known of every slot before the capture."""
         depths = self.state_depths if "state" in self.quantities else None
         has_pairs = any("depth_other" in QUANTITIES[name].axes for name in self.quantities)
         steps = list(self.description.steps())
         return {**depth_coordinates(steps, depths, has_pairs=has_pairs), **self.slots.coordinates()}
 
     def stored(self) -> StoredPlan:
-        """The plan as the store records it: of the model and the data no path, which is one machine's, but
-        what they hold.
-        """
+        """Returns the plan as the store records it: contents of model and data, not paths of this machine."""
         model, data, measure = self.settings.model, self.settings.data, self.settings.measure
         states, tokenizer = self.initial_states, self.dataset.tokenizer
         settings = {
@@ -188,7 +186,7 @@ def make_plan(
 
 
 def absent_quantities(description: Description) -> dict[str, str]:
-    """Quantities that a model does not have, with the reason."""
+    """Returns the quantities that a model does not have, with the reason."""
     absent = {}
     if not description.loops:
         reason = f"{description.notation} has no loop; repeat a window of its layers with --loop"
@@ -202,7 +200,7 @@ def absent_quantities(description: Description) -> dict[str, str]:
 
 
 def resolve_device(device: str, is_here: bool = True) -> str:
-    """The device that "auto" stands for here.
+    """Returns the device that "auto" stands for here.
 
     Args:
         is_here: the model will run on this machine, so a GPU must be here.
@@ -225,7 +223,7 @@ def resolve_device(device: str, is_here: bool = True) -> str:
 
 
 def _check_kernels(description: Description, device: str) -> None:
-    """Refuses at once what the attention kernels would refuse in every unit."""
+    """Refuses, before work begins, what the attention kernels would refuse in every unit."""
     width = description.head_width
     if device.startswith("cuda") and (width % 8 or not 16 <= width <= 256):
         raise PlanError(

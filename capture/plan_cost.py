@@ -1,4 +1,4 @@
-"""What a plan takes, in bytes, told before it runs."""
+"""Estimates of the bytes that a plan takes on disk and in memory, before it runs."""
 
 import math
 
@@ -26,8 +26,8 @@ def disk_bytes(plan: Plan) -> int:
 
 
 def memory_bytes(plan: Plan) -> int:
-    """An estimate of the peak: runtime, weights, one unit's statistics twice (as measured and as written),
-    the ring that states go through, one batch.
+    """Estimate of the peak of memory: runtime, weights, one unit's statistics twice (as measured and as
+    written), the ring that states go through, one batch.
     """
     d, itemsize = plan.description, itemsize_of(plan.dtype)
     held = (map_bytes(d, plan.quantities, plan.dtype), before_bytes(d, plan.quantities, plan.dtype))
@@ -41,7 +41,7 @@ def memory_bytes(plan: Plan) -> int:
 
 
 def _statistics_bytes(plan: Plan) -> int:
-    """Bytes of one unit's arrays but its states."""
+    """Bytes of one unit's arrays, without its states."""
     specs = plan.arrays().items()
     return sum(_num_bytes(spec, spec.unit_rows) for name, spec in specs if name != "state")
 

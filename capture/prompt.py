@@ -1,4 +1,4 @@
-"""One short prompt, everything about it: a capture in memory, full attention maps, and the logit lens.
+"""Inspection of one short prompt: a capture in memory, full attention maps, and the logit lens.
 
 Its maps are the one place where T×T attention is written down, and only within a stated bound of memory.
 """
@@ -41,7 +41,7 @@ class LensRow:
     relative_gap: float | None
     """‖x_t − x_last‖ / ‖x_last‖ of the last core layer."""
     entropy: float
-    """Of attention rows, nats, mean over the heads of the core, or of all layers where there is no core."""
+    """Entropy of attention rows, nats, mean over the heads of the core, or of all layers without a core."""
     lens: Lens
     """Likeliest next tokens, read through the model's own final norm and head."""
     exit_probability: float | None = None
@@ -50,18 +50,18 @@ class LensRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All of one prompt."""
+    """The result of running one prompt."""
 
     dataset: xr.Dataset
     """A capture of the prompt alone with every state, and `attention` (depth, head, query, key), float32."""
     tokens: list[str]
     lens: list[Lens]
-    """For the last token, by recurrence; one entry for a feedforward model."""
+    """Likeliest next tokens after the last token, by recurrence; one entry for a feedforward model."""
     contraction: Contraction | None = None
-    """Of every token of the prompt; None for a feedforward model, or where it was left out."""
+    """Contraction factors of every token of the prompt; None for a feedforward model, or if not asked for."""
 
     def rows(self) -> Iterator[LensRow]:
-        """The last token's way, a row a recurrence."""
+        """Yields what happens to the last token, a row a recurrence."""
         last = self.dataset.isel(token=-1)
         core = last.isel(depth=last.stage.values == 1)
         if not core.sizes["depth"]:

@@ -1,4 +1,4 @@
-"""A whole capture: plan, store, engine, progress, end. Running it again goes on where it stopped."""
+"""Runs a whole capture: plan, store, engine, events. Running it again goes on where it stopped."""
 
 import time
 from collections.abc import Callable
@@ -24,15 +24,15 @@ from .store.writing.commit import Store
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """The result of a run."""
 
     path: str | Path
     num_units: int
     num_resumed: int
-    """Units that were there before this run."""
+    """Units that were committed before this run."""
     failures: tuple[UnitFailed, ...]
     num_left: int
-    """Units that were not begun, as the run was told to stop."""
+    """Units that were not begun, because the run was told to stop."""
     num_non_finite: int
     """Values of this run's units that are infinite or undefined where a number is due."""
 
@@ -118,7 +118,7 @@ def run_capture(
 
 
 def _checked_store(plan: Plan, begun: Store | None) -> Store:
-    """The store that was begun, or a new one, where its disk has room for what is to do."""
+    """Opens the store that was begun, or makes one; raises NoRoomError if its disk has too little room."""
     _check_disk(plan, plan.slots.num_units if begun is None else len(begun.todo()))
     if begun is not None:
         return begun
@@ -130,14 +130,14 @@ def _checked_store(plan: Plan, begun: Store | None) -> Store:
 
 
 def neurons_of(plan: Plan) -> dict[str, Any]:
-    """What a plan records of its model's neurons: `summarise` of the weights in the type that they run in."""
+    """Returns what a plan records of its model's neurons: `summarise` of the weights as they run."""
     run = plan.settings.run
     is_run_here = run.engine == "local" and run.workers is None
     return summarise(logit_moments(plan.source.load(plan.device if is_run_here else "cpu", plan.dtype)))
 
 
 def _watching(is_held: Callable[[], bool], store: Store, goes_on: Callable[[], bool]) -> Callable[[], bool]:
-    """`goes_on`, and the end of a run that is no longer the one that drives."""
+    """Returns `goes_on`, made to raise if the run no longer holds the driver lock."""
     looked_s = time.monotonic()
 
     def ask() -> bool:
@@ -155,7 +155,7 @@ def _watching(is_held: Callable[[], bool], store: Store, goes_on: Callable[[], b
 
 
 def _check_disk(plan: Plan, num_todo: int) -> None:
-    """Refuses before work begins; the estimate is of uncompressed arrays and so on the safe side."""
+    """Raises NoRoomError if the disk has too little room, by the bytes of uncompressed arrays."""
     needed = disk_bytes(plan) // plan.slots.num_units * num_todo
     free = open_place(plan.store).free_bytes()
     if free is not None and needed > free:

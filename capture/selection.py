@@ -1,4 +1,4 @@
-"""Which block invocations and tokens are meant: depths by stage, layer and recurrence, tokens by position."""
+"""Reads selections of block invocations, by stage, layer and recurrence, and of tokens, by position."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ _RANGE = re.compile(r"(-?\d+)-(\d+)")
 
 
 def select_depths(states: Sequence[str], schedule: Schedule) -> tuple[int, ...]:
-    """Depths named by selections such as `all`, `core[-1]@0,1,last`, `prelude[all]`, in order, each once.
+    """Returns the depths named by selections such as `all`, `core[-1]@0,1,last`, `prelude[all]`, in order,
+    each once.
 
     Args:
         states: selections, added together. Layers and recurrences are numbers, from the end if negative,
@@ -56,7 +57,7 @@ def select_depths(states: Sequence[str], schedule: Schedule) -> tuple[int, ...]:
 
 
 def select_halves(zero: Sequence[str], schedule: Schedule) -> frozenset[tuple[int, Half]]:
-    """Halves of block invocations, as (depth, half), named by selections such as `mlp:core[1]@0`.
+    """Returns halves of block invocations, (depth, half), named by selections such as `mlp:core[1]@0`.
 
     Raises:
         SelectionError: not of that form, or nothing in this model; says what there is.
@@ -79,7 +80,7 @@ def select_halves(zero: Sequence[str], schedule: Schedule) -> frozenset[tuple[in
 
 
 def select_tokens(tokens: str, seed: int, sequence_id: int, length: int) -> np.ndarray:
-    """Positions of one sequence whose states are kept, int64, in order.
+    """Returns the positions of one sequence whose states are kept, int64, in order.
 
     Args:
         tokens: `all`, `last`, `every:8` (positions 0, 8, 16, ...) or `sample:0.05` (each with that chance,
@@ -110,7 +111,7 @@ def _share(text: str) -> float | None:
 
 
 def _numbers(text: str, count: int, what: str) -> set[int]:
-    """Whole numbers below `count` out of a list such as `0,2-4,-1,last`."""
+    """Returns the whole numbers below `count` that a list such as `0,2-4,-1,last` names."""
     chosen: set[int] = set()
     for item in text.split(","):
         if item == "all":

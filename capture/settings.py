@@ -1,4 +1,4 @@
-"""What a user can set. The command line is made from these classes.
+"""Settings of a user. The command line is made from these classes.
 
 A setting that several commands have is written once, in a part that they share; or, where a command has that
 one setting of a part, as a type with its help.
@@ -82,7 +82,7 @@ class MeasureSettings:
     """How states are stored: bare, which is quickest to write and read, or losslessly compressed by about a
     fifth, for slow disks and networks."""
     tokens: Annotated[str, tyro.conf.arg(metavar="SELECTION")] = "all"
-    """Whose states are kept: all, last (of each sequence), every:8 (positions), sample:0.05 (a share)."""
+    """Tokens with kept states: all, last (of each sequence), every:8 (positions), sample:0.05 (a share)."""
     sink_tokens: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 1
     """First keys of a sequence that count as the attention sink."""
     initial_state: Annotated[str | None, tyro.conf.arg(metavar="HOW-or-FILE")] = None
@@ -110,12 +110,12 @@ class MeasureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where it is kept, and who does the work, which may be others each time that a capture goes on."""
+    """The store and the workers; the workers may be others each time that a capture goes on."""
 
     store: Annotated[str | Path, tyro.conf.arg(metavar="PATH")]
     """Directory of the Zarr store to write or to go on with, or s3://bucket/prefix."""
     engine: Literal["local", "ray"] = "local"
-    """Where workers run: on this machine, or in a Ray cluster, one on each GPU (on CPUs one on each node)."""
+    """Place of the workers: this machine, or a Ray cluster, one on each GPU (on CPUs one on each node)."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="NUMBER")] = None
     """Most workers. With the local engine so many processes, a GPU each or a share of the cores; if not given
     one in this process. With Ray as many as there is room for, if not given."""
@@ -130,7 +130,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfParts:
-    """Settings in parts, which can also be given by name alone, as on a command line."""
+    """Settings in parts, each of which can also be given by its name alone, as on a command line."""
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
@@ -147,7 +147,7 @@ class _OfParts:
         return cls(**parts, **settings)
 
     def but(self, **changes: Any) -> Self:
-        """The same settings with some of them changed; names and errors as in `of`."""
+        """Returns the same settings with some of them changed; names and errors are those of `of`."""
         known: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
@@ -233,8 +233,8 @@ class ArchitectureStudySettings:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Directory for the stores, one a combination and seed, the tables, the figures and report.html."""
     norms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NORM [NORM ...]")] = ("pre", "huginn", "ouro")
-    """Where norms stand: pre, huginn, ouro or olmo2. This and the next seven are the axes of the study, which
-    is their product; defaults are those of the paper's section 4.2."""
+    """Places of the norms: pre, huginn, ouro or olmo2. This and the next seven are the axes of the study,
+    which is their product; defaults are those of the paper's section 4.2."""
     injection: Annotated[tuple[Literal["yes", "no"], ...], tyro.conf.arg(metavar="yes|no [yes|no]")] = (
         "yes",
         "no",

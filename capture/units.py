@@ -1,4 +1,4 @@
-"""How a store is laid out: which rows share a unit, which slot each token gets, what every array looks like.
+"""Layout of a store: which rows share a unit, which slot each token gets, and the shape of every array.
 
 Sequences are ordered by length, longest first, so that neighbours in a batch are of one length and the work
 of a unit hardly varies; then they fill units of a fixed number of token slots, whole. The same lengths always
@@ -20,7 +20,7 @@ DEFAULT_UNIT_TOKENS = 4096
 
 
 def pack(lengths: Sequence[int], unit_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Fills units with whole sequences, longest first, next fit; empty ones get no slot.
+    """Yields units of whole sequences, longest first, next fit; empty sequences get no slot.
 
     With sequences ordered by length a unit wastes less than its shortest sequence, half of it on average.
     """
@@ -45,7 +45,7 @@ def default_unit_tokens(lengths: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Slots:
-    """Which token stands where."""
+    """The slots of all tokens: which row is in which unit, and at which place."""
 
     rows: Sequence[np.ndarray]
     """Token ids of every row of the data, int32; empty rows have no slots."""
@@ -53,7 +53,7 @@ class Slots:
     """Rows in each unit, in the order they stand there."""
     unit_tokens: int
     kept_positions: Mapping[int, np.ndarray] | None = None
-    """By row: positions whose states are kept, int64; None where states stand on the token axis itself."""
+    """Positions whose states are kept, by row, int64; None where states stand on the token axis itself."""
 
     @property
     def num_units(self) -> int:
@@ -76,7 +76,7 @@ class Slots:
         return max(1, *(sum(len(kept[row]) for row in unit) for unit in self.units))
 
     def facts(self) -> dict[str, Any]:
-        """What the plan in a store says of its layout: the fields of StoredPlan of these names."""
+        """Returns what a store's plan records of its layout: the fields of StoredPlan of these names."""
         return {
             "num_sequences": self.num_sequences,
             "num_tokens": sum(map(len, self.rows)),
@@ -87,7 +87,7 @@ class Slots:
         }
 
     def coordinates(self) -> dict[str, Coordinate]:
-        """What is known of every slot of the token, sequence and token_state axes before a capture."""
+        """Returns what is known, before a capture, of every slot of token, sequence and token_state axes."""
         U, C, Q = self.num_units, self.unit_tokens, self.unit_sequences
         token_id, position, owner = (np.full(U * C, -1, np.int32) for _ in range(3))
         start, sequence_id = (np.full(U * Q, -1, np.int64) for _ in range(2))
@@ -122,8 +122,8 @@ class Slots:
 def depth_coordinates(
     steps: Sequence[Step], state_depths: Sequence[int] | None, *, has_pairs: bool = False
 ) -> dict[str, Coordinate]:
-    """Where each depth lies in the loop, which depths' states are kept (None: no states), and the second
-    axis of pairs of depths if there are any.
+    """Returns the place of each depth in the loop, the depths of kept states (None: no states), and the
+    second axis of pairs of depths if there are any.
     """
     names = list(dict.fromkeys([*STAGES, *(step.stage for step in steps)]))
     stages = {"flag_values": list(range(len(names))), "flag_meanings": " ".join(names)}
@@ -158,7 +158,7 @@ def array_specs(
     state_dtype: str,
     state_codec: Codec = "none",
 ) -> dict[str, ArraySpec]:
-    """The arrays that units fill.
+    """Returns the arrays that units fill.
 
     Args:
         quantities: their names, in the store's order.

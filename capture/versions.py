@@ -1,11 +1,11 @@
-"""What ran, for plans and receipts."""
+"""Versions of the software that ran, for plans and receipts."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that numbers and formats depend on; Triton where it is installed."""
+    """Returns versions of Python, of what numbers and formats depend on, and of Triton if installed."""
     names = ("looptap", "torch", "numpy", "zarr", "safetensors", "tokenizers")
     found = {"python": platform.python_version(), **{name: version(name) for name in names}}
     try:

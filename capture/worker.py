@@ -33,7 +33,7 @@ class _Sequence(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What one forward pass is given."""
+    """Arguments of one forward pass."""
 
     packed: Packed
     initial_state_ND: Tensor | None
@@ -199,7 +199,7 @@ class Worker:
     def _count_non_finite(
         self, values: dict[str, Tensor], num_tokens: int, num_sequences: int
     ) -> dict[str, int]:
-        """By quantity, where there are any."""
+        """Counts values that are infinite or undefined, by quantity; leaves out quantities without any."""
         sizes = {"token": num_tokens, "sequence": num_sequences}
         filled = {name: value[:, : sizes[QUANTITIES[name].axes[0]]] for name, value in values.items()}
         counts = {
@@ -223,9 +223,7 @@ class Worker:
 
 
 def _undefined(name: str, sizes: dict[str, int], device: torch.device) -> Tensor:
-    """A quantity's buffer, all of it undefined: its axes with depth or recurrence first, then token or
-    sequence.
-    """
+    """Returns a quantity's buffer, all undefined; axes: depth or recurrence first, then token or sequence."""
     quantity = QUANTITIES[name]
     rows, axis, *more = quantity.axes
     shape = [sizes[name] for name in (axis, rows, *more)]
@@ -235,7 +233,7 @@ def _undefined(name: str, sizes: dict[str, int], device: torch.device) -> Tensor
 
 
 def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Sequence]]:
-    """Neighbouring sequences of at most so many tokens; one longer than that is a batch of its own."""
+    """Yields neighbouring sequences of at most so many tokens; one longer than that is a batch of its own."""
     batch: list[_Sequence] = []
     used = 0
     for sequence in sequences:

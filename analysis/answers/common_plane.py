@@ -53,7 +53,7 @@ class Scatter:
                 self.merge()
 
     def merge(self) -> None:
-        """Brings count, mean and scatter up to all that was added."""
+        """Brings count, mean and scatter up to date with all that was added."""
         x_BD, self._filled = self._block_BD[: self._filled], 0
         if not len(x_BD):
             return
@@ -117,14 +117,14 @@ class _PlaneFold:
         )
 
     def _path(self, row: int) -> np.ndarray:
-        """Kept core states of one row, float64 [point, hidden]; NaN where one is not finite."""
+        """Returns the kept core states of one row, float64 [point, hidden]; NaN where one is not finite."""
         state = self._dataset["state"]
         x_PD = decoded(state.isel({state.dims[0]: row, "depth_state": self._places})).astype(np.float64)
         return np.where(np.isfinite(x_PD).all(axis=1, keepdims=True), x_PD, np.nan)
 
 
 def _principal(scatter_DD: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
-    """The leading axes [component, hidden], and the share of the variance along each."""
+    """Returns the leading axes [component, hidden], and the share of the variance along each."""
     value_D, vector_DD = np.linalg.eigh(scatter_DD)  # ascending
     leading = slice(None, -components - 1, -1)
     share_K = np.maximum(value_D[leading], 0) / max(np.trace(scatter_DD), np.finfo(float).tiny)
@@ -132,7 +132,7 @@ def _principal(scatter_DD: np.ndarray, components: int) -> tuple[np.ndarray, np.
 
 
 def _signs(position_PK: np.ndarray) -> np.ndarray:
-    """An axis may point either way: the first path ends on the positive side, as `trajectory` has it."""
+    """Returns signs of the axes, ±1, that let the first path end on the positive side, as in `trajectory`."""
     finite = np.flatnonzero(np.isfinite(position_PK).all(axis=1))
     return np.where(position_PK[finite[-1]] < 0, -1.0, 1.0) if len(finite) else np.ones(position_PK.shape[1])
 

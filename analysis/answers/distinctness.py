@@ -106,7 +106,7 @@ def _sums_of_pairs(x_TLD: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _tables(found: xr.Dataset) -> dict[str, pd.DataFrame]:
-    """A row per pair of layers, and what is said of all of them."""
+    """Returns two tables: a row for each pair of layers, and the numbers that are of all of them."""
     parts = {"distinctness": ["cosine", "relative_distance"], "cycle": ["least_cosine", "cycle_size"]}
     return {name: found[names].to_dataframe().reset_index() for name, names in parts.items()}
 

@@ -33,11 +33,11 @@ class Reference:
     """which layers these are, in words"""
 
     def analyses(self) -> list[Analysis]:
-        """What to ask of the looped capture's walk."""
+        """Returns the analyses to ask of the looped capture's walk."""
         return [stages_of(name, profile) for name, profile in self.profiles.items()]
 
     def gathered(self, answers: Mapping[str, xr.Dataset | str], num_layers: int) -> xr.Dataset:
-        """What the walk found, as `stage_agreement` returns it.
+        """Returns what the walk found, as `stage_agreement` does.
 
         Args:
             num_layers: of the core.
@@ -55,7 +55,7 @@ class Reference:
 
 
 def choose_reference(plan: Mapping[str, Any], plain: Sequence[tuple[str, xr.Dataset]]) -> Reference | str:
-    """The feedforward capture over the same data to hold a loop against, or why there is none.
+    """Returns the feedforward capture over the same data to compare a loop with, or why there is none.
 
     Args:
         plan: of the looped capture.

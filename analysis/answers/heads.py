@@ -119,12 +119,12 @@ def heads(store: str | Path | xr.Dataset) -> xr.Dataset:
 
 
 def gathered(answers: Mapping[str, xr.Dataset | str]) -> xr.Dataset:
-    """What a walk found of all heads, as `heads` returns it."""
+    """Returns what a walk found of all heads, as `heads` does."""
     return merged(answers, HEAD_MEASURES, _PREFIX)
 
 
 def long_table(found: xr.Dataset) -> pd.DataFrame:
-    """A row per measure, depth and head: value, band, number of sequences, unit."""
+    """Returns a table, a row per measure, depth and head: value, band, number of sequences, unit."""
     parts = []
     for name, values in found.data_vars.items():
         columns = {str(key): values.sel(statistic=key, drop=True) for key in STATISTICS}

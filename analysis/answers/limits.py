@@ -1,4 +1,4 @@
-"""Where each token's residual ends up in the loop: at a fixed point, on an orbit, sliding on, or unknown.
+"""The end of each token's residual in the loop: a fixed point, an orbit, sliding on, or unknown.
 
 Each token and core layer has one series, the cosine of its residual after every recurrence to the one after
 the last. The thresholds are the paper's (arXiv 2604.11791, appendix C, algorithm 1: tau 0.05, rho 0.9). The
@@ -39,7 +39,7 @@ _BLOCK_BYTES = 2**22  # of one block of series, so that lags are compared in the
 
 
 def classify(cosine_RS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The limiting behaviour of every series.
+    """Classifies the limiting behaviour of every series.
 
     Args:
         cosine_RS: cosine to the state after the last recurrence, finite [recurrence, series], at least
@@ -68,7 +68,7 @@ def classify(cosine_RS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _period(tail_WS: np.ndarray, longest: int) -> np.ndarray:
-    """The smallest lag that agrees as well as any and better than its neighbours; 1 where there is none."""
+    """Returns the smallest lag that agrees as well as any and better than its neighbours, else 1."""
     S = tail_WS.shape[1]
     off_PS = np.empty((longest, S))
     for lag in range(1, longest + 1):
@@ -185,7 +185,7 @@ class _LimitsFold:
         self._num_tokens += len(arrays["gap_cosine"])
 
     def _classes(self, cosine_TD: np.ndarray) -> Iterator[np.ndarray]:
-        """A few tokens at a time, whether each layer has each limit, bool [token, layer, limit]."""
+        """Yields whether each layer has each limit, a few tokens at a time, bool [token, layer, limit]."""
         R, L = self._core_RL.shape
         few = max(1, _BLOCK_BYTES // (4 * R * L))
         for start in range(0, len(cosine_TD), few):

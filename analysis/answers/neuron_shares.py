@@ -1,4 +1,4 @@
-"""Which blocks hold prediction and suppression neurons, as the plan of a store tells it.
+"""Shares of prediction and suppression neurons in every block, from the plan of a store.
 
 A neuron's effect on the logits is taken from the model's weights when the store is made
 (`capture.probes.neurons` has the definition and its sources); nothing of it depends on the data, and reading
@@ -20,7 +20,7 @@ KINDS = ("prediction", "suppression")
 
 
 class _Recorded:
-    """The answer stands in the plan, so there is nothing to add to it."""
+    """An answer that is read from the plan, so that no sequence adds to it."""
 
     def __init__(self, dataset: xr.Dataset, depths: Depths) -> None:
         try:

@@ -24,7 +24,7 @@ _BLOCK_BYTES = 2**22  # float64 of one block of tokens, several of which are at 
 
 
 def fit_rates(step_RS: np.ndarray, floor_RS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rate of every series of steps.
+    """Fits the rate of every series of steps.
 
     Args:
         step_RS: distance of each state to the one before, finite [recurrence, series].

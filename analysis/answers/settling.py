@@ -1,4 +1,4 @@
-"""At which recurrence each token's answer is settled, as the model's own head reads the loop state.
+"""The recurrence at which each token's answer is settled, as the model's own head reads the loop state.
 
 Source: the logit lens (nostalgebraist, 2020) at every recurrence of the loop.
 """
@@ -15,7 +15,7 @@ from ..walk import Analysis, answer
 
 
 def settled_at(token_TR: np.ndarray) -> np.ndarray:
-    """First recurrence from which a token's likeliest next token stays what it is after the last, [token]."""
+    """Returns the first recurrence from which a token's likeliest next token stays the final one, [token]."""
     differs_TR = token_TR != token_TR[:, -1:]
     R = token_TR.shape[1]
     return np.where(differs_TR.any(axis=1), R - differs_TR[:, ::-1].argmax(axis=1), 0)
@@ -64,12 +64,13 @@ ANALYSES = [_SETTLING]
 
 
 def settling(store: str | Path | xr.Dataset) -> xr.Dataset:
-    """When tokens' answers are settled.
+    """Recurrences at which tokens' answers are settled.
 
     Returns:
         Dataset: `settled` [statistic, recurrence], share of tokens whose answer stays from that recurrence on
         (mean over sequences); `count` [recurrence], tokens by the recurrence at which they settle;
-        `mean_recurrence` [statistic]. What settles at the last recurrence may not have settled at all.
+        `mean_recurrence` [statistic]. A token that settles at the last recurrence may not have settled at
+        all.
     Raises:
         CannotTellError: the lens was not captured, or the model does not loop.
         NothingCapturedError: no sequence is finished yet.

@@ -30,7 +30,7 @@ _PREFIX = "sequences_"
 
 
 def spread(num_sequences: int) -> np.ndarray:
-    """Which of so many sequences, in the order of the store, stand for all: int [at most MOST_SEQUENCES]."""
+    """Returns places, in the store's order, of sequences that stand for all: int [at most MOST_SEQUENCES]."""
     num_parts = min(num_sequences, MOST_SEQUENCES)
     return np.arange(num_parts) * num_sequences // num_parts
 
@@ -88,10 +88,10 @@ def sequences(store: str | Path | xr.Dataset) -> xr.Dataset:
 
 
 def gathered(answers: Mapping[str, xr.Dataset | str]) -> xr.Dataset:
-    """What a walk found of single sequences, as `sequences` returns it."""
+    """Returns what a walk found of single sequences, as `sequences` does."""
     return merged(answers, SEQUENCE_MEASURES, _PREFIX)
 
 
 def long_table(found: xr.Dataset) -> pd.DataFrame:
-    """A row per sequence and depth, a column per measure."""
+    """Returns a table, a row per sequence and depth, a column per measure."""
     return found.to_dataframe().reset_index().drop(columns="sequence")

@@ -28,7 +28,7 @@ _FURTHEST = 1 - 1e-12  # a correlation's Fisher z stays finite
 
 
 def resampled(profile_L: np.ndarray, num_layers: int) -> np.ndarray:
-    """A profile at another number of layers, linear in relative depth (middles of the layers)."""
+    """Resamples a profile to another number of layers, linear in relative depth (middles of the layers)."""
     old, new = ((np.arange(n) + 0.5) / n for n in (len(profile_L), num_layers))
     return np.interp(new, old, profile_L)
 
@@ -83,7 +83,7 @@ class _StagesFold:
 
 
 def stages_of(name: str, reference_L: np.ndarray | None = None) -> Analysis:
-    """The analysis of one measure, beside a reference's profile or the sequence's own last recurrence."""
+    """Makes the analysis of a measure, against a reference's profile or a sequence's last recurrence."""
     kind, beside = ("stages", "the sequence's own last recurrence")
     if reference_L is not None:
         kind, beside = ("reference", "a reference model")
@@ -139,7 +139,7 @@ def stage_agreement(
 def reference_profiles(
     curves: xr.Dataset, names: Iterable[str], layers: slice | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Mean profiles [depth] of a reference's measures, and why others are missing."""
+    """Returns the mean profiles [depth] of a reference's measures, and why others are missing."""
     names = list(names)
     missing = {
         name: f"in the reference: {why}" for name, why in curves.attrs["missing"].items() if name in names
@@ -155,7 +155,7 @@ def gathered(
     missing: Mapping[str, str] | None = None,
     kind: str = "stages",
 ) -> xr.Dataset:
-    """What a walk found of several measures' stages, as `stage_agreement` returns it."""
+    """Returns what a walk found of several measures' stages, as `stage_agreement` does."""
     missing, found = dict(missing or {}), {}
     for name in names:
         each = answers.get(f"{kind}_{name}", "")

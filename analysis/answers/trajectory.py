@@ -67,7 +67,7 @@ class _Path:
 
 
 def _tables(found: xr.Dataset) -> dict[str, pd.DataFrame]:
-    """A row per point and component."""
+    """Returns one table, a row per point and component."""
     table = found["position"].to_dataframe().reset_index()
     table["explained"] = found["explained"].values[table["component"]]
     return {"trajectory": table}

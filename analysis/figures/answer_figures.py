@@ -1,7 +1,7 @@
-"""Figures of what is no curve over depth: limits, rates, when answers settle.
+"""Figures of answers that are no curves over depth: limits, rates, and when answers settle.
 
-Each function takes the findings of one or several captures, as those of `catalogue.py` do. `answer_figure` is
-what they have in common, with the figures of stages.
+Each function takes the findings of one or several captures, as those of `catalogue.py` do. They
+and the figures of stages are made by `answer_figure`.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def limits(findings: Sequence[Findings]) -> Figure | None:
 
 
 def rates(findings: Sequence[Findings]) -> Figure | None:
-    """By which factor each recurrence shortens the steps of each layer (beyond figures 3 and 4)."""
+    """Factor by which each recurrence shortens the steps of each layer (beyond figures 3 and 4)."""
     return answer_figure(
         findings,
         "rates",
@@ -55,7 +55,7 @@ def rates(findings: Sequence[Findings]) -> Figure | None:
 
 
 def settling(findings: Sequence[Findings]) -> Figure | None:
-    """From which recurrence on tokens' likeliest next token stays what it is at the end (logit lens)."""
+    """Recurrence from which on tokens' likeliest next token stays what it is at the end (logit lens)."""
     return answer_figure(
         findings,
         "settling",
@@ -71,7 +71,7 @@ def settling(findings: Sequence[Findings]) -> Figure | None:
 
 
 def drawn_of(findings: Sequence[Findings], analysis: str) -> tuple[Drawn, dict[str, str]]:
-    """Captures that have the answer (or `stages`, or `reference`), and why others have not."""
+    """Returns the captures that have the answer (or `stages`, or `reference`), and why others have not."""
     drawn, absent = [], {}
     for each in findings:
         gathered = {"stages": each.stages, "reference": each.reference}
@@ -86,7 +86,7 @@ def drawn_of(findings: Sequence[Findings], analysis: str) -> tuple[Drawn, dict[s
 def drawn_by(
     findings: Sequence[Findings], answer: Callable[[Findings], xr.Dataset]
 ) -> tuple[Drawn, dict[str, str]]:
-    """Captures of which `answer` has something, and why it has nothing of others."""
+    """Returns the captures that `answer` has something for, and why it has nothing for others."""
     drawn, absent = [], {}
     for each in findings:
         try:
@@ -110,7 +110,7 @@ def answer_figure(
     note: Callable[[xr.Dataset], str] = lambda found: "",
     height: int = PANEL_HEIGHT,
 ) -> Figure | None:
-    """A panel for each capture that has the answer.
+    """Makes a figure with a panel for each capture that has the answer.
 
     Args:
         analysis: name of the answer, as `drawn_of` takes it.
@@ -158,7 +158,7 @@ def counts_of(drawn: Drawn) -> str:
 
 
 def with_band(statistics: xr.DataArray, **more: xr.DataArray) -> pd.DataFrame:
-    """A row for each place on the axes, with the columns value, low and high, and those of more variables."""
+    """Returns a row for each place on the axes: columns value, low, high, and those of more variables."""
     columns = {key: statistics.sel(statistic=key, drop=True) for key in ("value", "low", "high")}
     return xr.Dataset({**columns, **more}).to_dataframe().reset_index()
 

@@ -1,4 +1,4 @@
-"""Attention maps of one prompt for a page: which are shown, how they are packed, and what is seen in them.
+"""Attention maps of one prompt for a page: chooses those that are shown, packs them, and says what they show.
 
 Every map would be too much for a long loop, so a page holds the mean over heads of some depths, and single
 heads of fewer. Weights are packed in thousandths, and only those of keys that a query can see.
@@ -25,7 +25,7 @@ class Shown:
     """Depths whose mean over heads a page shows, and those of them whose every head it holds."""
 
     outside: list[int]
-    """Of prelude and coda; of a feedforward model's layers."""
+    """Depths of prelude and coda, or of a feedforward model's layers."""
     recurrences: list[int]
     layers: list[int]
     core: list[int]
@@ -38,7 +38,7 @@ class Shown:
 
 
 def choose(depths: Depths, num_heads: int, num_tokens: int) -> Shown:
-    """About `MOST_MAPS` depths, fewer where maps are large: the first and last recurrences, layers evenly."""
+    """Chooses about `MOST_MAPS` depths, fewer of large maps: first and last recurrences, layers evenly."""
     map_bytes = _WEIGHT_BYTES * num_tokens * (num_tokens + 1) // 2
     room = min(MOST_MAPS, max(1, GRID_BYTES // map_bytes))
     R, L = depths.core_RL.shape
@@ -56,14 +56,14 @@ def choose(depths: Depths, num_heads: int, num_tokens: int) -> Shown:
 
 
 def thinned(values: Sequence[int], most: int) -> list[int]:
-    """At most so many of the values, evenly spaced, the first and the last among them if two may stay."""
+    """Returns at most so many of the values, evenly spaced, including first and last if two may stay."""
     if len(values) <= most:
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, most).round().astype(int)]
 
 
 def left_out(shown: Shown, depths: Depths, num_heads: int) -> list[str]:
-    """What a page does not hold, in sentences."""
+    """Returns sentences about what a page does not hold."""
     R, L = depths.core_RL.shape
     sentences = []
     if len(shown.depths) < len(depths):
@@ -88,7 +88,7 @@ def left_out(shown: Shown, depths: Depths, num_heads: int) -> list[str]:
 
 
 def sections(shown: Shown, depths: Depths) -> list[dict[str, Any]]:
-    """The maps by stage: prelude and coda in a row, the core as a grid that is wider than it is high."""
+    """Returns the maps by stage: prelude and coda in a row, the core as a grid wider than high."""
     result = []
     for stage in (0, 1, 2):
         found = [depth for depth in shown.outside if depths.stage[depth] == stage]
@@ -111,7 +111,7 @@ def _grid(shown: Shown) -> dict[str, Any]:
 
 
 def packed(attention_DHTT: np.ndarray, shown: Shown, depths: Depths, tokens: list[str]) -> dict[str, Any]:
-    """What the page's script draws from."""
+    """Returns the data that the page's script draws from."""
     num_heads = attention_DHTT.shape[1]
     heads = shown.every_head if num_heads > 1 else []
     return {
@@ -125,7 +125,7 @@ def packed(attention_DHTT: np.ndarray, shown: Shown, depths: Depths, tokens: lis
 
 
 def seen(attention_DHTT: np.ndarray, depths: Depths, tokens: list[str]) -> list[str]:
-    """What all maps show, those left out of the page too, with numbers."""
+    """Returns sentences with numbers about all maps, including those that are not on the page."""
     visible_TT = np.tri(attention_DHTT.shape[-1], dtype=bool)
     bad = sum(int((~np.isfinite(map_HTT[:, visible_TT])).sum()) for map_HTT in attention_DHTT)
     sentences = (
@@ -136,7 +136,7 @@ def seen(attention_DHTT: np.ndarray, depths: Depths, tokens: list[str]) -> list[
 
 
 def strongest(attention_DHTT: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Depth, head, query and key of the largest weight on neither the first token nor the query itself."""
+    """Returns depth, head, query and key of the largest weight on neither the first token nor the query."""
     T = attention_DHTT.shape[-1]
     mask_TT = np.tril(np.ones((T, T), bool), -1) & (np.arange(T) > 0)
     best, found = 0.0, None
@@ -176,7 +176,7 @@ def _elsewhere(attention_DHTT: np.ndarray, depths: Depths, tokens: list[str]) ->
 
 
 def _change(attention_DHTT: np.ndarray, depths: Depths) -> str:
-    """How far each core layer's maps are from recurrence 1 to the last, as Frobenius distance."""
+    """Says how far each core layer's maps move from recurrence 1 to the last, in Frobenius distance."""
     core_RL = depths.core_RL
     last = len(core_RL) - 1
     if last < 1 or attention_DHTT.shape[-1] < 2:

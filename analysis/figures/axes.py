@@ -1,4 +1,4 @@
-"""Scales, axes, and what stands behind and beside the lines of a figure: stages, thresholds, words."""
+"""Scales and axes of figures, and the stages, thresholds and words behind and beside their lines."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ def y_axis(title: str, domain: tuple[float, float], log: bool) -> dict[str, Any]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """At most eight powers of ten, or 1, 2 and 5 of each where there are few."""
+    """Returns at most eight powers of ten, or 1, 2 and 5 of each if there are few."""
     first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
     inside = [float(f"1e{power}") for power in range(first, last + 1) if low <= 10.0**power <= high]
     if len(inside) >= 3:
@@ -112,7 +112,7 @@ def stage_shading(depths: Depths) -> list[alt.Chart]:
 
 
 def threshold_line(value: float, text: str, y_options: dict[str, Any]) -> list[alt.Chart]:
-    """A dashed line where a verdict is decided."""
+    """Makes a dashed line at the threshold of a verdict."""
     data = alt.InlineData(values=[{"at": value, "text": text}])
     base = alt.Chart(data).encode(y=alt.Y("at:Q", **y_options))
     rule = base.mark_rule(strokeDash=[3, 3], color="#8c8b85", strokeWidth=1)
@@ -123,7 +123,7 @@ def threshold_line(value: float, text: str, y_options: dict[str, Any]) -> list[a
 
 
 def note_in_place(text: str) -> alt.Chart:
-    """Words where a plot would be."""
+    """Makes a panel of words in the place of a plot."""
     chart = alt.Chart(alt.InlineData(values=[{"text": text}]))
     x, y = alt.XValue(alt.ExprRef("width / 2")), alt.YValue(alt.ExprRef("height / 2"))
     return chart.mark_text(color="#8c8b85", fontSize=12).encode(x=x, y=y, text="text:N")

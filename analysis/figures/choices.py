@@ -1,4 +1,4 @@
-"""What a reader may choose in a page, and how a figure takes it.
+"""Choices of a page's reader, and the expressions by which a figure follows them.
 
 A choice is a whole number that stands in a figure's specification as the parameter `chosen_<name>`, and -1
 stands for all of them, which is what pictures show. The page has one control for each name in `EVERYWHERE`,
@@ -32,12 +32,12 @@ def chosen(name: str) -> str:
 
 
 def is_shown(*names: str) -> str:
-    """Expression: the datum is of what is chosen, or nothing is."""
+    """Returns an expression: nothing is chosen, or the datum is of what is chosen."""
     return " && ".join(f"({chosen(n)} == {ALL} || datum.{n} == {chosen(n)})" for n in names)
 
 
 def is_picked(*names: str) -> str:
-    """Expression: something is chosen, and the datum is of it."""
+    """Returns an expression: something is chosen, and the datum is of it."""
     some = " || ".join(f"{chosen(n)} != {ALL}" for n in names)
     return f"({some}) && {is_shown(*names)}"
 
@@ -48,7 +48,7 @@ def fading(opacity: float, *names: str) -> Any:
 
 
 def parameters(defaults: Mapping[str, int]) -> list[alt.VariableParameter]:
-    """The parameters of these choices with what they are at first."""
+    """Returns the parameters of these choices, with their first values."""
     return [alt.VariableParameter(name=chosen(name), value=value) for name, value in defaults.items()]
 
 

@@ -1,4 +1,4 @@
-"""Figures of what stops changing: residuals and attention from one recurrence to the next and to the last."""
+"""Figures of convergence: distances of residuals and attention to the next recurrence and to the last."""
 
 from collections.abc import Sequence
 

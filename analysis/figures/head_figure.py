@@ -31,7 +31,7 @@ _LABEL = SHORT_LABEL.replace(".6~g", ".3~g")  # a legend's ends are no round num
 
 
 def attention_heads(findings: Sequence[Findings]) -> Figure | None:
-    """Which heads settle and which are sinks: any measure of every head at every depth (with figure 2)."""
+    """Heads that settle and heads that are sinks: a measure of every head at every depth (with figure 2)."""
     drawn, absent = drawn_by(findings, lambda each: gathered(each.answers))
     if not drawn:
         return None
@@ -80,7 +80,7 @@ def _table(found: xr.Dataset) -> pd.DataFrame:
 
 
 def _domain(name: str, every: Sequence[xr.Dataset]) -> tuple[float, float]:
-    """From the least to the largest value of all captures; on a logarithmic scale what is above rounding."""
+    """Returns least and largest value of all captures; on a logarithmic scale those above rounding."""
     values = np.concatenate([found[name].sel(statistic="value").values.ravel() for found in every])
     values = values[np.isfinite(values)]
     is_log = MEASURES[name].log

@@ -1,4 +1,4 @@
-"""Figures of what is read from the loop state after each recurrence: the model's own head, its exit gate."""
+"""Figures of the loop state after each recurrence, as the model's own head and its exit gate read it."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _UNSETTLED = 0.05  # "95 % of the tokens have settled"
 
 
 def lens(findings: Sequence[Findings]) -> Figure | None:
-    """What the loop state predicts after each recurrence, through the model's own head (logit lens)."""
+    """Predictions of the loop state after each recurrence, through the model's own head (logit lens)."""
     return grouped_figure(
         findings,
         name="lens",
@@ -32,7 +32,7 @@ def lens(findings: Sequence[Findings]) -> Figure | None:
 
 
 def exit_gate(findings: Sequence[Findings]) -> Figure | None:
-    """Where the model's exit gate would leave the loop."""
+    """Recurrences at which the model's exit gate would leave the loop."""
     return grouped_figure(
         findings,
         name="exit_gate",

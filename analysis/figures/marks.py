@@ -37,13 +37,13 @@ class Panel:
     layers: Sequence[alt.Chart]
     hover: Sequence[alt.Chart] = ()
     height: int = PANEL_HEIGHT
-    """pixels; on a page with axes and legend"""
+    """height in pixels; on a page with axes and legend"""
     chosen: Mapping[str, int] = field(default_factory=dict)
     """choices that its expressions name, with what they are at first"""
     when: Mapping[str, str] = field(default_factory=dict)
     """choices that it is drawn for: a value, or "one" or "all" """
     instead: Sequence["Panel"] = ()
-    """what stands in its place for other choices"""
+    """panels that stand in its place for other choices"""
 
     def chart(self, hover: bool, alone: bool = True) -> alt.LayerChart | alt.FacetChart:
         """The plot; one that does not stand alone leaves the parameters of its choices to what holds it."""
@@ -75,7 +75,7 @@ class Figure:
     absent: dict[str, str] = field(default_factory=dict)
     """capture -> why it is not drawn"""
     notes: Sequence[str] = ()
-    """what else a reader must know, such as a band that is not drawn"""
+    """further facts that a reader must know, such as a band that is not drawn"""
 
     def chart(self, width: int = 420) -> alt.ConcatChart:
         """The whole figure as one chart that holds its data; nothing in it is loaded from elsewhere."""

@@ -1,4 +1,4 @@
-"""From findings to figures: which panels, on which shared axes, in which order, and what cannot be drawn.
+"""Makes figures of findings: their panels, shared axes and order, and notes on what cannot be drawn.
 
 Two kinds: lines over layers or recurrences of the core, and lines along realised depth. A row of panels is a
 measure, a column a capture; where one capture lacks what its row shows, its place stays and says so.
@@ -82,7 +82,7 @@ def grouped_figure(
 
 @dataclass(frozen=True)
 class _GroupedRow:
-    """What the captures of a row share: the measure, its place and grouping, the y axis."""
+    """The part of a row that its captures share: the measure, its place and grouping, the y axis."""
 
     measured: str
     x: str
@@ -259,7 +259,7 @@ def group_domain(findings: Sequence[Findings], group: str) -> tuple[int, int]:
 
 
 def means_over(findings: Sequence[Findings], banded: bool) -> str:
-    """Over how many sequences and tokens the captures of a figure are means."""
+    """Says over how many sequences and tokens the captures of a figure are means."""
     sizes = [each.measures.attrs for each in findings]
     counts = dict.fromkeys((size["num_sequences"], size["num_tokens"]) for size in sizes)
     if len(counts) == 1 and sizes[0]["num_sequences"] == 1:
@@ -271,7 +271,7 @@ def means_over(findings: Sequence[Findings], banded: bool) -> str:
 def _absent(
     findings: Sequence[Findings], drawn: Sequence[Findings], measures: Sequence[str]
 ) -> dict[str, str]:
-    """Why a capture, or a measure of it, is not drawn."""
+    """Says why a capture, or a measure of it, is not drawn."""
     labels, absent = {each.label for each in drawn}, {}
     for each in findings:
         missing = each.measures.attrs["missing"]

@@ -1,4 +1,4 @@
-"""Figures as files."""
+"""Saves figures as files."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ _PNG_SCALE = 2.0  # pixels a point: sharp on paper and on dense screens
 def save_figures(
     figures: Iterable["Figure"], out_dir: Path, formats: Iterable[str] = FIGURE_FORMATS
 ) -> list[Path]:
-    """Write each figure into a directory that exists, in each of the formats (any of `FIGURE_FORMATS`).
+    """Writes each figure into a directory that exists, in each of the formats (any of `FIGURE_FORMATS`).
 
     Returns:
         paths written, named after the figures.

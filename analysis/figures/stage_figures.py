@@ -38,7 +38,7 @@ def stages_by_depth(findings: Sequence[Findings]) -> Figure | None:
 
 
 def stages_by_recurrence(findings: Sequence[Findings]) -> Figure | None:
-    """The same three over the core's layers, one line a recurrence (figures 7, 8)."""
+    """Mixing score, sink rate and ColSum concentration by layer, a line a recurrence (figures 7, 8)."""
     return grouped_figure(
         findings,
         name="stages_by_recurrence",
@@ -54,7 +54,7 @@ def stages_by_recurrence(findings: Sequence[Findings]) -> Figure | None:
 
 
 def stages_by_layer(findings: Sequence[Findings]) -> Figure | None:
-    """The same three over recurrences, one line a layer (figures 7 and 8, grouped by layer)."""
+    """Mixing score, sink rate and ColSum concentration by recurrence, a line a layer (figures 7, 8)."""
     return grouped_figure(
         findings,
         name="stages_by_layer",

@@ -1,4 +1,4 @@
-"""What sentences beside figures are made of: numbers, places, measures, and the values they speak of."""
+"""Words for sentences beside figures: numbers, places, measures, and the values they speak of."""
 
 from collections.abc import Callable, Sequence
 

@@ -26,7 +26,7 @@ def write_inspection(
     out_path: str | Path,
     prompt: str | None = None,
 ) -> Path:
-    """Write the page about a prompt.
+    """Writes the page about a prompt.
 
     Args:
         dataset: a store of the prompt alone with every state, and `attention` (depth, head, query, key).
@@ -43,7 +43,7 @@ def write_inspection(
 
 
 def visible(text: str) -> str:
-    """A token with spaces, line ends and whatever else cannot be seen as signs."""
+    """Returns a token's text with visible signs for spaces, line ends and whatever else cannot be seen."""
     seen = (_SIGNS.get(each) or (each if each.isprintable() else repr(each)[1:-1]) for each in text)
     return "".join(seen) or "(empty)"
 
@@ -104,7 +104,7 @@ def _lens_cell(token: str, share: float) -> dict[str, str]:
 
 
 def _lens_seen(lens: Sequence[Lens], findings: Findings) -> str:
-    """Which token comes out on top, since when, and what that leaves out."""
+    """Says which token comes out on top, since when, and what that leaves out."""
     tops = [row[0][0] for row in lens]
     token, share = lens[-1][0]
     text = f"The likeliest token at the end is “{visible(token)}” with a probability of {number(share)}"

@@ -1,4 +1,4 @@
-"""The shell of every page: one look, and what draws figures, embedded so that a page loads nothing.
+"""The shell of every page: one look, and embedded code that draws figures, so that a page loads nothing.
 
 The Vega libraries are embedded once, each capture's table once, and every panel is a small specification that
 names the table and columns it draws from. A page is a template that extends `page.html`.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def unchecked_charts() -> Iterator[None]:
-    """Charts are made without comparing each with the schema, which the tests do: twice as quick."""
+    """Makes charts without comparing each with the schema, which the tests do: twice as quick."""
     from altair.utils import schemapi
 
     with schemapi.debug_mode(False):
@@ -38,7 +38,7 @@ def unchecked_charts() -> Iterator[None]:
 def render_page(
     template: str, *, title: str, lead: str, figures: Sequence["Figure"], findings: Sequence[Findings], **more
 ) -> str:
-    """A page as HTML: `template` filled with these figures, their captions, and what else it names."""
+    """Renders a page as HTML: `template` filled with figures, their captions, and what else it names."""
     from ..figures import axes, marks
 
     return (
@@ -63,7 +63,7 @@ def render_page(
 
 
 def write_page(page: str, out_path: str | Path) -> Path:
-    """Write a page; directories above it are made."""
+    """Writes a page; directories above it are made."""
     out_path = Path(out_path)
     with os_errors_named(out_path, "written"):
         out_path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def write_page(page: str, out_path: str | Path) -> Path:
 
 
 def model_facts(plan: dict[str, Any]) -> dict[str, str]:
-    """Which model a plan runs, and how."""
+    """Returns facts about the model that a plan runs, and how it runs it."""
     model, settings = plan["model"], plan["settings"]
     return {
         "Model": str(model.get("spec") or model["name"]),
@@ -143,7 +143,7 @@ def _choices(figures: Sequence["Figure"], findings: Sequence[Findings]) -> list[
 
 
 def _without_legends(spec: Any) -> Any:
-    """The same without what the page draws once for a figure, not in each panel."""
+    """Returns a specification without the legends that the page draws once for a figure."""
     if isinstance(spec, dict):
         return {k: None if k == "legend" else _without_legends(v) for k, v in spec.items()}
     return [_without_legends(each) for each in spec] if isinstance(spec, list) else spec

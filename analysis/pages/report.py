@@ -1,4 +1,4 @@
-"""One page about one or several captures: verdicts, figures and what is seen in them, numbers."""
+"""One page about one or several captures: verdicts, figures with captions, numbers."""
 
 import json
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ _OF_MEASURES = {each.name for each in (*HEADS, *SEQUENCES)}  # missing where the
 def write_report(
     stores: Sequence[str | Path | xr.Dataset], out_path: str | Path, title: str | None = None
 ) -> Path:
-    """Write the page about these captures, side by side.
+    """Writes the page about these captures, side by side.
 
     Args:
         stores: paths of stores, or Datasets laid out like one; at least one.
@@ -54,7 +54,7 @@ def write_report(
 
 @unchecked_charts()
 def render(findings: Sequence[Findings], title: str | None = None) -> str:
-    """The page as HTML."""
+    """Renders the page as HTML."""
     from ..figures import catalogue
 
     return render_page(
@@ -78,7 +78,7 @@ def _title(findings: Sequence[Findings]) -> str:
 
 
 def _lead(findings: Sequence[Findings]) -> str:
-    """How much was captured, once if it is the same for all."""
+    """Says how much was captured, once if it is the same for all."""
     counts = {}
     for each in findings:
         size = each.measures.attrs
@@ -90,7 +90,7 @@ def _lead(findings: Sequence[Findings]) -> str:
 
 
 def _facts(findings: Sequence[Findings]) -> list[tuple[str, list[str]]]:
-    """What was captured: a name, and each capture's value."""
+    """Returns what was captured: a name, and each capture's value."""
     rows: dict[str, list[str]] = {}
     for each in findings:
         plan, measures = each.plan, each.measures.attrs
@@ -129,14 +129,14 @@ def _verdict_row(row: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def _precise(verdict: Verdict) -> str:
-    """A cosine near 1 needs the digits that tell it from the threshold."""
+    """Returns a number as text; a cosine near 1 gets the digits that tell it from the threshold."""
     assert verdict.value is not None
     is_near_1 = verdict.question.unit == "cosine" and verdict.value > 0.99
     return f"{verdict.value:.6f}" if is_near_1 else number(verdict.value)
 
 
 def _missing(findings: Sequence[Findings]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What could not be computed, by reason, for each capture."""
+    """Returns what could not be computed, by reason, for each capture."""
     result = []
     for each in findings:
         reasons: dict[str, list[str]] = {}

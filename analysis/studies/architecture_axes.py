@@ -25,7 +25,7 @@ def column(table: pd.DataFrame, name: str) -> np.ndarray:
 
 
 def values_of(table: pd.DataFrame, name: str) -> list[Any]:
-    """What stands in a column, each once, in order."""
+    """Returns the values in a column, each once, in order."""
     return np.unique(column(table, name)).tolist()
 
 

@@ -31,7 +31,7 @@ _HEIGHT = 290  # room for the legend too
 
 
 def figures_of(study: ArchitectureStudy) -> list[Figure]:
-    """Those that the study's grid has something for."""
+    """Makes the figures that the study's grid has something for."""
     drawn = [distance_by_recurrence(study), convergence_map(study), convergence_boundary(study)]
     return [figure for figure in drawn if figure is not None]
 

@@ -160,7 +160,7 @@ def _between(low: float, high: float) -> str:
 
 
 def _precise(name: str, value: float, recurrences: int) -> str:
-    """A cosine near 1 needs the digits that tell it from 1; a half-life is no more than what was run."""
+    """Returns a number as text: a cosine near 1 with more digits, a half-life of at most what was run."""
     if name == "half_life" and value > recurrences:
         return f"over {recurrences}"
     if np.isnan(value):

@@ -1,8 +1,8 @@
 """Randomly initialised loops of many architectures: which converge, and to what.
 
 Takes the stores of `looptap study architecture`, one a combination and seed, and asks each what `looptap
-report` asks: the verdicts of every capture are those of its own report. What is said of a combination is said
-over its seeds.
+report` asks: the verdicts of every capture are those of its own report. Whatever is said of a combination is
+said over its seeds.
 
 Source: arXiv 2604.11791, section 4.2 (figures 6, 29, 30, 31). Width, gain and embeddings are our own axes.
 """
@@ -37,7 +37,7 @@ _ASKED = ("relative_step_median", "relative_gap_median", "entropy_change")
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureStudy:
-    """What the captures say, and how much was captured in each.
+    """The result of an architecture study, and how much was captured in each store.
 
     `AXES` are columns of every table (the boundary's has no gain). Distances and steps are medians over
     tokens in the slowest layer, as shares of the residual's norm; the column `recurrence` counts from 0.
@@ -63,7 +63,7 @@ class ArchitectureStudy:
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Those that have rows, by name."""
+        """Tables that have rows, by name."""
         names = ("combinations", "boundary", "captures", "distances")
         return {name: table for name in names if len(table := getattr(self, name))}
 
@@ -107,7 +107,7 @@ def architecture_study(stores: Sequence[str | Path | xr.Dataset]) -> Architectur
 
 
 def _ask(dataset: xr.Dataset) -> tuple[dict[str, object], np.ndarray]:
-    """A capture's row, and its distance to the last state by recurrence, without the last [recurrence]."""
+    """Returns a capture's row, and its distance to the last state, [recurrence] without the last."""
     axes = vars(cell_of(dataset.attrs["plan"]["model"]))
     if missing := int((dataset["unit_done"].values == 0).sum()):
         raise ArchitectureError(f"{missing} units of a capture are missing: run the study again, it goes on")

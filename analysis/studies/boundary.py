@@ -1,4 +1,4 @@
-"""Where convergence ends: the gain from which on a random loop's last step is over the threshold.
+"""The boundary of convergence: the gain from which on a random loop's last step is over the threshold.
 
 Between two gains of a grid it is found by interpolation: the logarithm of the last step is taken as linear in
 the logarithm of the gain. The bracket says how far off that can be.
@@ -20,7 +20,7 @@ AXES_BUT_GAIN = [name for name in AXES if name != "gain"]
 
 
 class Crossing(NamedTuple):
-    """Where convergence ends, coming from small gains.
+    """The gain at which convergence ends, coming from small gains.
 
     Without such a place `gain` is infinite where every gain converges, and 0 where the smallest does not.
     """
@@ -35,7 +35,7 @@ class Crossing(NamedTuple):
 
 
 def find_crossing(gain_G: np.ndarray, step_G: np.ndarray, threshold: float = CONVERGED_STEP) -> Crossing:
-    """Where a series of last steps first rises over the threshold.
+    """Finds the gain at which a series of last steps first rises over the threshold.
 
     Args:
         gain_G: gains in rising order, positive [gain].
@@ -60,7 +60,7 @@ def find_crossing(gain_G: np.ndarray, step_G: np.ndarray, threshold: float = CON
 
 
 def boundary_table(captures: pd.DataFrame) -> pd.DataFrame:
-    """Where convergence ends in every combination that has several gains.
+    """Finds where convergence ends in every combination that has several gains.
 
     Args:
         captures: a row a capture, with the axes of the study and `last_step`.

@@ -1,4 +1,4 @@
-"""Where random loops converge: the last step over gain and embeddings, and the critical gain."""
+"""Figures of where random loops converge: the last step over gain and embeddings, and the critical gain."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -67,7 +67,7 @@ def convergence_map(study: ArchitectureStudy) -> Figure | None:
 
 
 def _with_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """The same with each cell's words and edges."""
+    """Returns the same table with each cell's words and edges."""
     counts = zip(table["converged"], table["seeds"], strict=True)
     table = table.assign(answer=[f"{converged}/{seeds}" for converged, seeds in counts])
     for name in ("gain", "embedding_std"):
@@ -78,7 +78,7 @@ def _with_cells(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _edges(values: Sequence[float]) -> dict[float, tuple[float, float]]:
-    """Where each value's cell begins and ends: half way to its neighbours, by factors."""
+    """Returns where each value's cell begins and ends: half way to its neighbours, by factors."""
     at = np.array(values, float)
     between = np.sqrt(at[1:] * at[:-1])
     first = at[0] ** 2 / between[0] if len(at) > 1 else at[0] / _FOOT
@@ -159,7 +159,7 @@ def _map_axis(name: str, table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _map_seen(table: pd.DataFrame) -> list[str]:
-    """Of each panel, how many captures converge."""
+    """Says how many captures of each panel converge."""
     said = []
     for (injection, norm, width), part in panels_of(table, "width"):
         seeds, converged = (int(column(part, name).sum()) for name in ("seeds", "converged"))
@@ -230,7 +230,7 @@ def _boundary_panel(
 
 
 def _boundary_seen(table: pd.DataFrame) -> list[str]:
-    """What is drawn, and the least and largest median of each panel."""
+    """Says what is drawn, and the least and largest median of each panel."""
     drawn = (
         "Above a point the loop does not converge, below it does: found between two gains of the grid, the "
         "logarithm of the last step taken as linear in the logarithm of the gain."

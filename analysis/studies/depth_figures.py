@@ -42,7 +42,7 @@ def stages_by_count(study: xr.Dataset, tables: dict[str, pd.DataFrame]) -> Figur
 
 
 def ends_by_count(study: xr.Dataset, tables: dict[str, pd.DataFrame]) -> Figure:
-    """What is read at the end of every count, against the model's own (with figures 11 and 12)."""
+    """Numbers at the end of every count, against the model's own (with figures 11 and 12)."""
     panels = [_end_panel(name, study, tables["counts"]) for name in ENDS if _has(study, name)]
     return Figure(
         name="ends_by_count",
@@ -94,7 +94,7 @@ def _count_color(counts: Sequence[int]) -> alt.Color:
 
 
 def _band_is_drawn(study: xr.Dataset, name: str) -> bool:
-    """Not where bands are so much wider than what lines run through that they would only grey the panel."""
+    """Whether bands are drawn: not if they are so much wider than the lines that they grey the panel."""
     value, low, high = (study[name].sel(statistic=each).values for each in ("value", "low", "high"))
     finite = np.isfinite(high - low)
     run = float(np.nanmax(value) - np.nanmin(value)) if np.isfinite(value).any() else 0.0
@@ -170,7 +170,7 @@ def _end_panel(name: str, study: xr.Dataset, table: pd.DataFrame) -> Panel:
 
 
 def _stages_seen(study: xr.Dataset) -> list[str]:
-    """What is drawn, and how far each measure of the most recurrences is from that of the own count."""
+    """Says what is drawn, and how far each measure of the most recurrences is from that of the own count."""
     drawn = (
         "Every block in its last invocation: the prelude, the core in the last recurrence, the coda; a line "
         "for each recurrence count (dashed: the model's own)."

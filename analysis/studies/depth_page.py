@@ -84,5 +84,5 @@ def _row(row: dict[Hashable, Any]) -> dict[str, object]:
 
 
 def _precise(name: str, value: float) -> str:
-    """A cosine near 1 needs the digits that tell it from 1."""
+    """Returns a number as text; a cosine near 1 gets the digits that tell it from 1."""
     return f"{value:.6f}" if name == "output_cosine" and value > 0.99 else number(value)

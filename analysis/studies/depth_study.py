@@ -26,7 +26,7 @@ PLACE_MEASURES = ("mixing_score", "sink_rate", "colsum_concentration", "residual
 
 
 class End(NamedTuple):
-    """What is read at the end of every count."""
+    """A number that is read at the end of every count."""
 
     title: str
     unit: str
@@ -62,7 +62,7 @@ _NEEDS = ("state", "lens_token", "lens_entropy")
 
 
 def depth_study(stores: Sequence[str | Path | xr.Dataset], own: int) -> xr.Dataset:
-    """What a checkpoint becomes with the recurrence count.
+    """Compares what a checkpoint does at different recurrence counts.
 
     Args:
         stores: captures of one model and data at different counts, with the last block's state.
@@ -151,7 +151,7 @@ def _check(datasets: Sequence[xr.Dataset], counts: Sequence[int], own: int) -> N
 
 
 def _identity(dataset: xr.Dataset) -> dict[str, object]:
-    """What all captures of a study have in common."""
+    """Returns what all captures of a study have in common."""
     plan = dataset.attrs["plan"]
     same = {name: plan["model"][name] for name in ("weights_sha256", "norm", "prelude", "core", "coda")}
     return {
@@ -171,7 +171,7 @@ def _places(depths: Depths) -> np.ndarray:
 
 
 def _last_step(measured: xr.Dataset) -> np.ndarray:
-    """[statistic]; undefined where the loop ran once."""
+    """Returns the last step's measure, [statistic]; undefined if the loop ran once."""
     step_S = np.full(len(STATISTICS), np.nan)
     if "relative_step_median" in measured:
         median_D = measured["relative_step_median"].sel(statistic="value").values
@@ -181,7 +181,7 @@ def _last_step(measured: xr.Dataset) -> np.ndarray:
 
 
 def _ends(datasets: Sequence[xr.Dataset], own: int) -> dict[str, np.ndarray]:
-    """[count, statistic] each, all stores read side by side, a unit of each in memory."""
+    """Returns each end as [count, statistic]; all stores are read side by side, a unit of each in memory."""
     folds = {name: MeanFold(len(datasets)) for name in ("output_cosine", "same_answer", "lens_entropy")}
     for together in zip(*(iter_sequences(each, list(_NEEDS)) for each in datasets), strict=True):
         for name, fold in folds.items():

@@ -42,7 +42,7 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies, however that happens (Linux)."""
+    """Asks the kernel to kill this process when its parent dies, however that happens (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we asked

@@ -305,9 +305,7 @@ class Scheduler:
 
     @property
     def _is_hopeless(self) -> bool:
-        """Whether starting workers is given up. Deaths may come from outside, so more of them are allowed
-        than errors.
-        """
+        """Whether starting workers is given up; deaths may come from outside, so more of them are allowed."""
         return self._num_refused >= MAX_TRIES or self._num_stillborn >= 3 * MAX_TRIES
 
     def _num_ready(self) -> int:

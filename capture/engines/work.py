@@ -43,9 +43,7 @@ class CaptureRecipe:
     initial_states: "StatesFile | None"
 
     def __call__(self) -> RunUnit:
-        """Builds the worker. Raises RecipeError, ModelError or StoreError if what is here is not what was
-        planned with.
-        """
+        """Builds the worker. Raises RecipeError, ModelError or StoreError if it is not the planned one."""
         from ..models.load import find_model
         from ..store.plan import StoredModel
         from ..store.writing.commit import Store

@@ -29,10 +29,10 @@ class Checkpoint:
 
     path: Path
     description: Description
-    """As the files say it; a loop or another recurrence count is the caller's to add."""
+    """The model as its files describe it; a caller may add a loop or another recurrence count."""
     sources: tuple[Source, ...]
     copies: tuple[Copy, ...]
-    """Those that are there."""
+    """Tensors of the files that repeat what is known without them."""
     tensors: dict[str, StoredTensor]
     dtype: torch.dtype
 
@@ -147,7 +147,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _check_tensors(
     path: Path, kind: str, wanted: list[Source | Copy], tensors: dict[str, StoredTensor]
 ) -> None:
-    """Refuses any other set of tensors and any other shapes than the wanted."""
+    """Refuses a set of tensors, or shapes of them, other than the wanted."""
     shapes = {source.tensor: source.shape for source in wanted}
     problems = []
     if missing := [name for name in shapes if name not in tensors]:
@@ -170,7 +170,7 @@ def _other_shapes(shapes: dict[str, tuple[int, ...]], tensors: dict[str, StoredT
 
 
 def _common_dtype(path: Path, tensors: dict[str, StoredTensor], computed: set[str]) -> torch.dtype:
-    """Of all matrices; vectors (norms, biases) and what is computed may be float32 beside narrower ones."""
+    """Returns the dtype of all matrices; vectors and what is computed may be float32 beside narrower ones."""
     counts = Counter(tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1)
     counts -= Counter(tensors[name].dtype for name in computed if len(tensors[name].shape) > 1)
     common = max(counts, key=lambda name: counts[name])

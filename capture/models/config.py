@@ -62,7 +62,7 @@ class Config:
 
 
 def read_rotary(config: Config, default_theta: float | None = None) -> Rotary:
-    """Old files carry rope_theta and rope_scaling, newer ones rope_parameters with both inside.
+    """Reads the rotary settings: rope_theta and rope_scaling of old files, rope_parameters of newer ones.
 
     Args:
         default_theta: of files that are older than the field; None where there are none.

@@ -13,7 +13,7 @@ from .loop_schedule import Schedule, prelude_core_coda
 
 
 class Placement(NamedTuple):
-    """Where a block has its RMS norms, in both of its halves alike."""
+    """The places of a block's RMS norms, the same in both of its halves."""
 
     branch_input: bool
     branch_output: bool
@@ -50,7 +50,7 @@ class Rotary:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """What one transformer block is made of; every block of a model is of one kind."""
+    """The make of a transformer block; all blocks of a model are of one kind."""
 
     norm: str = "pre"
     """A key of `NORMS`."""
@@ -60,7 +60,7 @@ class Block:
     weight for all (Qwen3).
     """
     bias: Literal["qk", "qkv"] | None = None
-    """Of what comes out of the attention's input matrix, before the rotation: qk as in Huginn, qkv as in
+    """Bias on the output of the attention's input matrix, before the rotation: qk as in Huginn, qkv as in
     Qwen2.
     """
     rotary: Rotary = field(default_factory=Rotary)
@@ -126,7 +126,7 @@ class Description(Schedule):
 
     @property
     def notation(self) -> str:
-        """The paper's, with I for injection."""
+        """The paper's notation, such as (2,4x32,2)I, with I for injection."""
         return super().notation + ("I" if self.injection else "")
 
     @property
@@ -141,13 +141,13 @@ class Description(Schedule):
         return bool(self.injection or self.exit_gate or self.norm_before_coda or not is_plain)
 
     def document(self) -> dict[str, Any]:
-        """What a plan records, as JSON: every field, the schedule as its counts where they say all of it."""
+        """Returns what a plan records, as JSON: every field; the schedule as its counts if they suffice."""
         facts = asdict(self)
         phases = facts.pop("phases")
         return (self.counts._asdict() if self.counts else {"phases": phases}) | facts
 
     def with_recurrences(self, recurrences: int) -> "Description":
-        """The same model run another number of times."""
+        """Returns the description of the same model with another number of recurrences."""
         if not self.loops:
             raise DescriptionError(
                 f"{self.notation} has no core to repeat; "
@@ -160,7 +160,7 @@ class Description(Schedule):
         return replace(self, phases=prelude_core_coda(*self.counts._replace(recurrences=recurrences)))
 
     def with_loop(self, first: int, last: int, recurrences: int) -> "Description":
-        """A feedforward model with layers first..last, both included, run as a core."""
+        """Returns a feedforward model's description with layers first..last, both included, run as a core."""
         if self.loops:
             raise DescriptionError(f"{self.notation} is looped already; --loop takes a feedforward model")
         if not 0 <= first <= last < self.num_blocks:

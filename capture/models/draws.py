@@ -22,7 +22,7 @@ def draw_initial_state(
     std: float,
     truncated: bool = False,
 ) -> Tensor:
-    """Float32 [N, width] on the CPU, normal with mean 0.
+    """Returns initial states, float32 [N, width] on the CPU, normal with mean 0.
 
     Args:
         std: standard deviation; with `truncated` that of the normal before it is cut at ±3 std, which takes
@@ -41,7 +41,7 @@ def _normal(generator: np.random.Generator, length: int, width: int) -> np.ndarr
 
 
 def _truncated_normal(generator: np.random.Generator, length: int, width: int) -> np.ndarray:
-    """By the inverse of the distribution function: one number of the stream for each channel, where drawing
+    """Draws by the inverse of the distribution function: one number of the stream a channel, where drawing
     anew whatever is cut off would move all that follows.
     """
     below = torch.special.ndtr(torch.tensor(-CUT, dtype=torch.float64)).item()

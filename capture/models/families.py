@@ -18,7 +18,7 @@ from .sources import Copy, Source
 @dataclass(frozen=True)
 class Family:
     describe: Callable[[Config, Collection[str]], Description]
-    """From the config and the names of all tensors."""
+    """Makes the description from the config and the names of all tensors."""
     sources: Callable[[Description], list[Source]] = huggingface.list_sources
     copies: Callable[[Description], list[Copy]] = huggingface.list_copies
 
@@ -34,7 +34,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(config: Config) -> tuple[str, Family]:
-    """The `model_type` of a config and what is known of it.
+    """Returns the `model_type` of a config, and the family of that name.
 
     Raises:
         ModelError: another one; lists those that are known.

@@ -39,11 +39,11 @@ class Snapshot:
 
     id: str
     revision: str | None
-    """As it was asked for; None: the main branch."""
+    """The branch, tag or commit that was asked for; None for the main branch."""
     commit: str
-    """What that was when it was looked up, 40 hex digits."""
+    """The commit that the revision named when it was looked up, 40 hex digits."""
     path: Path
-    """Of the commit in the cache."""
+    """Folder of the commit in the cache."""
     weights: tuple[str, ...]
     """Names of the safetensors files that hold the model."""
 
@@ -156,7 +156,7 @@ def _check_content(id: str, path: Path) -> None:
 
 
 def lacking(id: str, name: str, commit: str) -> ModelError:
-    """Why a repository cannot be read that has no such weights."""
+    """Returns the error for a repository without such weights."""
     from huggingface_hub import HfApi
 
     files = sorted(file for file in HfApi().list_repo_files(id, revision=commit) if "/" not in file)

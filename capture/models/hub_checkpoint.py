@@ -1,4 +1,4 @@
-"""A model of the Hub as a checkpoint, which is checked before its weights are fetched.
+"""Models of the Hub as checkpoints, which are checked before their weights are fetched.
 
 The headers of the weights come first, by ranged reads: a model that cannot be run is refused, and `looptap
 info` answers, before gigabytes are fetched.
@@ -25,9 +25,9 @@ class HubCheckpoint:
 
     snapshot: Snapshot
     headers: Checkpoint
-    """What its headers say; not to be loaded from."""
+    """The checkpoint as its headers describe it; weights cannot be loaded from it."""
     num_bytes: int
-    """Of weights that were not in the cache when the headers were read."""
+    """Bytes of the weights that were not in the cache when the headers were read."""
 
     @property
     def name(self) -> str:
@@ -35,7 +35,7 @@ class HubCheckpoint:
 
     @property
     def spec(self) -> str:
-        """Names these very files for good, whatever branch or tag they were found by."""
+        """The id with the commit, which names these files for good whatever the revision was."""
         return f"{self.snapshot.id}@{self.snapshot.commit}"
 
     @property
@@ -53,11 +53,11 @@ class HubCheckpoint:
 
     @property
     def weights_sha256(self) -> str:
-        """As of a directory with the same files."""
+        """Hash over the weights, the same as that of a directory with these files."""
         return self._fetched.weights_sha256
 
     def load(self, description: Description, device: str, dtype: torch.dtype) -> LoopedModel:
-        """As `Checkpoint.load`."""
+        """Fetches the weights that are missing, and loads them as `Checkpoint.load` does."""
         return self._fetched.load(description, device, dtype)
 
     @cached_property

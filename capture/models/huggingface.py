@@ -103,7 +103,7 @@ def _check_full_attention(config: Config) -> None:
 
 
 def list_sources(d: Description) -> list[Source]:
-    """Every tensor that the files must hold."""
+    """Returns every tensor that the files must hold."""
     D, M, C = d.width, d.mlp_width, d.head_width
     H, K = d.num_heads, d.num_kv_heads
     found = [
@@ -138,7 +138,7 @@ def list_sources(d: Description) -> list[Source]:
 
 
 def list_copies(d: Description) -> list[Copy]:
-    """What the files may hold besides: a tied head again, and rotary frequencies, as older Llamas do."""
+    """Returns what files may hold besides: a tied head again, and rotary frequencies, as older Llamas do."""
     copies = [Copy(_HEAD, (d.vocab_size, d.width), _EMBEDDING)] if d.tied_head else []
     frequencies = (d.head_width // 2,)
     return copies + [

@@ -1,4 +1,4 @@
-"""A forward pass made to do otherwise, to see what depends on it: a tap around another tap."""
+"""Changes to a forward pass, to see what depends on them: a tap around another tap."""
 
 from dataclasses import dataclass, field
 
@@ -11,24 +11,24 @@ from .tap import Half, HalfNorms, Packed, Plain
 
 @dataclass(frozen=True)
 class Interventions:
-    """Branches cut off, and the prelude's output replaced; nothing by default.
+    """Changes to make: branches cut off, and the prelude's output replaced; none by default.
 
     Source: arXiv 2604.11791, figure 41 (an MLP's output set to zero).
     """
 
     zeroed: frozenset[tuple[int, Half]] = field(default_factory=frozenset)
-    """Halves of block invocations, by depth, whose output is zero before any norm of it."""
+    """Halves of block invocations, by depth, whose output is set to zero before any norm of it."""
     prelude_direction_ND: Tensor | None = None
-    """Every token's prelude output is turned this way and keeps its own norm."""
+    """Directions that every token's prelude output is turned to, with its own norm kept."""
 
     def around(self, tap: Plain) -> Plain:
-        """A tap that changes what the model does and has another one listen to it as changed."""
+        """Returns a tap that makes these changes, around a tap that is to listen to the model as changed."""
         is_changed = self.zeroed or self.prelude_direction_ND is not None
         return _Intervening(self, tap) if is_changed else tap
 
 
 class _Intervening(Plain):
-    """Hands on to the tap inside what the model would have done otherwise."""
+    """Changes what the model does, and hands all to the tap inside as changed."""
 
     def __init__(self, interventions: Interventions, inside: Plain) -> None:
         self._zeroed, self._direction_ND = interventions.zeroed, interventions.prelude_direction_ND

@@ -1,4 +1,4 @@
-"""From what a user writes as MODEL to a model: a random: spec, a directory, or a Hub id."""
+"""Finds and loads the model that a user writes as MODEL: a random: spec, a directory, or a Hub id."""
 
 import os
 import re
@@ -21,18 +21,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found and checked, with the loop it will be run with; weights are not loaded yet."""
+    """A model that was found and checked, with the loop to run; its weights are not loaded yet."""
 
     spec: str
     origin: Checkpoint | HubCheckpoint | RandomModel
     description: Description
 
     def load(self, device: str = "cpu", dtype: str = "auto") -> LoopedModel:
-        """The model with its weights; dtype "auto" is the one they are stored in."""
+        """Returns the model with its weights; dtype "auto" is the one they are stored in."""
         return self.origin.load(self.description, device, DTYPES[self.resolve_dtype(dtype)])
 
     def resolve_dtype(self, dtype: str) -> str:
-        """The name of the dtype that "auto" stands for."""
+        """Returns the name of a dtype; "auto" stands for the one that weights are stored in."""
         wanted = self.origin.dtype if dtype == "auto" else DTYPES[dtype]
         return str(wanted).removeprefix("torch.")
 
@@ -42,7 +42,7 @@ class ModelSource:
             return sum(p.numel() for p in LoopedModel(self.description).parameters())
 
     def identity(self) -> dict[str, object]:
-        """What a plan says of the model, as JSON: all of its description, so none is taken for another."""
+        """Returns what a plan records of the model, as JSON, with all of its description."""
         return {
             "name": self.origin.name,
             "spec": self._lasting_spec,
@@ -55,14 +55,14 @@ class ModelSource:
 
     @property
     def title(self) -> str:
-        """As people are told: a name, and which commit of it where there are several."""
+        """Name of the model for people, with the commit where there are several."""
         if isinstance(self.origin, HubCheckpoint):
             return f"{self.origin.name}@{self.origin.snapshot.commit[:8]}"
         return self.origin.name
 
     @property
     def _lasting_spec(self) -> str:
-        """What finds the same model again, anywhere and at any time, as far as there is such a thing."""
+        """A spec that finds the same model again, anywhere and at any time, as far as there is one."""
         if isinstance(self.origin, HubCheckpoint):
             return self.origin.spec
         # a directory's path is one machine's own, and the hash of its weights says what was in it
@@ -115,5 +115,5 @@ def load_model(
     device: str = "cpu",
     dtype: str = "auto",
 ) -> LoopedModel:
-    """`find_model` and its weights, ready to run."""
+    """Finds a model as `find_model` does and loads its weights."""
     return find_model(spec, loop, recurrences).load(device, dtype)

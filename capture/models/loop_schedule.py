@@ -38,7 +38,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Repeat:
-    """Phases that run one after the other, and all of them again, so many times."""
+    """Phases that run one after the other, all of them `times` times."""
 
     parts: tuple["Phase | Repeat", ...]
     times: int
@@ -56,7 +56,7 @@ class Loop(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What tells one schedule of the common case from another; a feedforward model has a core of 0 blocks."""
+    """The numbers of a schedule of the common case; a feedforward model has a core of 0 blocks."""
 
     prelude: int
     core: int
@@ -87,7 +87,7 @@ class Schedule:
 
     @cached_property
     def visits(self) -> tuple[tuple[Step, ...], ...]:
-        """The steps of every run of a phase, in the order they run; a phase without blocks has no run."""
+        """Returns the steps of every run of a phase, in order; a phase without blocks has no run."""
         visits: list[tuple[Step, ...]] = []
         depth, runs = 0, Counter[str]()
         for phase, is_looped in _unrolled(self.phases):
@@ -142,7 +142,7 @@ class Schedule:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Which block every step runs."""
+        """The block that every step runs."""
         return tuple(step.block for step in self.steps())
 
     def steps(self) -> Iterator[Step]:
@@ -161,7 +161,7 @@ class Schedule:
 
     @property
     def prelude(self) -> int:
-        """Blocks before the loop; as core and coda, of the common case alone."""
+        """Blocks before the loop; core, coda and this are of the common case alone."""
         return self._common.prelude
 
     @property
@@ -171,7 +171,7 @@ class Schedule:
 
     @property
     def recurrences(self) -> int:
-        """How often the only loop runs; 0 where there is none, or several."""
+        """Times that the only loop runs; 0 where there is none, or several."""
         return self.only_loop.times if self.only_loop else 0
 
     @property
@@ -225,7 +225,7 @@ def _repeats(parts: Phases) -> Iterator[Repeat]:
 
 
 def _unrolled(parts: Phases, is_looped: bool = False) -> Iterator[tuple[Phase, bool]]:
-    """Phases in the order they run, as often as they do, and whether they stand inside a repeat."""
+    """Yields phases in the order they run, as often as they run, and whether they stand inside a repeat."""
     for part in parts:
         if isinstance(part, Repeat):
             for _ in range(part.times):

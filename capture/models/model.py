@@ -22,7 +22,7 @@ PLAIN = Plain()
 
 
 class ForwardPass(NamedTuple):
-    """What stays the same from the first block of a forward pass to the last."""
+    """Values that stay the same from the first block of a forward pass to the last."""
 
     batch: Packed
     rotation: tuple[Tensor, Tensor]  # `rotary_table` of the batch's positions
@@ -30,7 +30,7 @@ class ForwardPass(NamedTuple):
 
 
 class TransformerBlock(nn.Module):
-    """One block; which norms exist is the placement's choice, the others are None."""
+    """One block; norms that the placement does not have are None."""
 
     def __init__(self, description: Description) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class TransformerBlock(nn.Module):
         next_weight_D: Tensor | None,
         run: ForwardPass,
     ) -> tuple[Tensor, Tensor]:
-        """x: the stream; y: the same with this block's input norm. Returns both for the next block."""
+        """Runs the block on the stream x and its normed copy y; returns both for the next block."""
         eps, tap = self.kind.eps, run.tap
         q_NHC, k_NKC, v_NKC = self._queries_keys_values(y_ND, run.rotation)
         o_NHC = tap.attention(step, q_NHC, k_NKC, v_NKC, run.batch, self.head_width**-0.5)
@@ -95,12 +95,12 @@ class TransformerBlock(nn.Module):
         return qk_NXC[:, :H], qk_NXC[:, H:], v_NX.unflatten(-1, (K, C))
 
     def _normed(self, x_NX: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm over as many channels as there are weights: all heads, or each."""
+        """Applies an RMS norm over as many channels as there are weights: over all heads, or over each."""
         return rms_norm(x_NX.unflatten(-1, (-1, len(weight))), weight, self.kind.eps).flatten(-2)
 
 
 class LoopedModel(nn.Module):
-    """A description with weights; inference only."""
+    """A looped model, made of a description and weights; inference only."""
 
     def __init__(self, description: Description) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class LoopedModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]."""
+        """The head's matrix, [V, D]: the embedding's where they are tied."""
         return self.embedding if self.head is None else self.head
 
     @property
@@ -156,12 +156,12 @@ class LoopedModel(nn.Module):
         return rms_norm(state_ND, self.final_norm, d.block.eps) if d.closes_with_norm else state_ND
 
     def begin(self, batch: Packed, tap: Plain) -> ForwardPass:
-        """What `run_prelude` and `recur` are given."""
+        """Returns what `run_prelude` and `recur` are given."""
         d = self.description
         return ForwardPass(batch, rotary_table(d.block.rotary, d.head_width, batch.position_N), tap)
 
     def run_prelude(self, run: ForwardPass) -> Tensor:
-        """What the loop gets of everything before it, [N, D]."""
+        """Runs the prelude; returns what the loop gets of it, [N, D]."""
         x_ND = F.embedding(run.batch.token_id_N, self.embedding)
         if self.description.embedding_scale != 1:
             x_ND = x_ND * self.description.embedding_scale
@@ -170,7 +170,7 @@ class LoopedModel(nn.Module):
         return run.tap.prelude(x_ND)
 
     def recur(self, steps: Sequence[Step], state_ND: Tensor, prelude_ND: Tensor, run: ForwardPass) -> Tensor:
-        """One recurrence: from the state that enters it to the one that enters the next, [N, D].
+        """Runs one recurrence: from the state that enters it to the one that enters the next, [N, D].
 
         Args:
             steps: its address, one of the description's visits.
@@ -184,23 +184,23 @@ class LoopedModel(nn.Module):
         return state_ND
 
     def read_out(self, loop_state_ND: Tensor) -> Tensor:
-        """A loop state as the head would read it: through the final norm, unless that ended the pass."""
+        """Returns a loop state as the head reads it: through the final norm, unless that ended the pass."""
         if self.description.recurrence_end == "norm":
             return loop_state_ND
         return rms_norm(loop_state_ND, self.final_norm, self.description.block.eps)
 
     def logits(self, head_input_ND: Tensor) -> Tensor:
-        """[N, V] in the model's dtype."""
+        """Returns logits [N, V] in the model's dtype."""
         logits_NV = F.linear(head_input_ND, self.head_weight)
         return logits_NV if self.description.logit_scale == 1 else logits_NV * self.description.logit_scale
 
     def exit_gate_logits(self, loop_state_ND: Tensor) -> Tensor:
-        """What the gate says of a recurrence, [N] in the model's dtype; see `exit_probability`."""
+        """Returns the exit gate's logits, [N] in the model's dtype, as `exit_probability` takes them."""
         assert self.exit_gate_weight is not None, "this model has no exit gate"
         return F.linear(loop_state_ND, self.exit_gate_weight, self.exit_gate_bias).squeeze(-1)
 
     def _run(self, steps: Sequence[Step], x_ND: Tensor, run: ForwardPass) -> Tensor:
-        """One pass over a phase's blocks, each leaving the next one's normed input behind."""
+        """Runs a phase's blocks once, each of which leaves the next one's normed input behind."""
         every: list[TransformerBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
         blocks = [every[step.block] for step in steps]
         weights = [block.attention_branch_input_norm for block in blocks]
@@ -244,5 +244,5 @@ def _matrix(rows: int, columns: int) -> nn.Parameter:
 
 
 def _vector(size: int, there: bool) -> nn.Parameter | None:
-    """A norm's weight or a bias, where there is one."""
+    """Returns a parameter for a norm's weight or a bias, or None where there is none."""
     return nn.Parameter(torch.empty(size), requires_grad=False) if there else None

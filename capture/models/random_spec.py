@@ -25,7 +25,7 @@ _LOOP = re.compile(r"random:\((\d+),(\d+)(?:x(\d+))?,(\d+)\)(I?)(?:,(.*))?", re.
 
 @dataclass(frozen=True, kw_only=True)
 class RandomOptions:
-    """What may follow the loop in a spec."""
+    """The options that may follow the loop in a spec."""
 
     norm: str = "pre"
     width: int = 256
@@ -41,7 +41,7 @@ class RandomOptions:
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A spec that was read; weights are drawn by `load`."""
+    """A randomly initialised model whose spec was read; `load` draws its weights."""
 
     name: str
     description: Description
@@ -58,7 +58,7 @@ class RandomModel:
         return digest.hexdigest()
 
     def load(self, description: Description, device: str, dtype: torch.dtype) -> LoopedModel:
-        """Draws in float32 on the CPU, so that every device and dtype starts from the same numbers."""
+        """Draws the weights in float32 on the CPU, so that they are the same for every device and dtype."""
         model = LoopedModel(description)
         generator = torch.Generator().manual_seed(self.options.seed)
         for name, parameter in model.named_parameters():

@@ -48,7 +48,7 @@ _COMMON = {
 
 
 def read_raven(config: Config, names: Collection[str]) -> Description:
-    """The description of whichever of the three wirings the tensors' names belong to."""
+    """Reads the description of whichever of the three wirings the tensors' names belong to."""
     for name, wanted in _COMMON.items():
         config.must_be(name, wanted)
     if any(name.endswith(".norm_3.weight") for name in names):
@@ -143,7 +143,7 @@ def _describe(
 
 
 def list_sources(d: Description) -> list[Source]:
-    """Every tensor that the files must hold."""
+    """Returns every tensor that the files must hold."""
     D, M, C = d.width, d.mlp_width, d.head_width
     H, K = d.num_heads, d.num_kv_heads
     found = [
@@ -174,7 +174,7 @@ def list_sources(d: Description) -> list[Source]:
 
 
 def list_copies(d: Description) -> list[Copy]:
-    """What Huginn's files hold besides: the tied head again, and the rotary table that its code keeps."""
+    """Returns what Huginn's files hold besides: the tied head again, and the rotary table of its code."""
     copies = []
     if d.tied_head:
         copies.append(Copy(_HEAD, (d.vocab_size, d.width), _EMBEDDING))

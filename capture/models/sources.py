@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint's files go, without reading any."""
+"""Maps the tensors of a checkpoint's files to our parameters, without reading any."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class Source:
 
     tensor: str
     shape: tuple[int, ...]
-    """In the file; the same numbers in the same order fill the parameter, whatever its shape."""
+    """Shape in the file; the same numbers in the same order fill the parameter, whatever its shape."""
     parameter: str
     first_row: int = 0
 

@@ -1,4 +1,4 @@
-"""The states that enter the first recurrence, and what is put in the prelude output's place.
+"""States that enter the first recurrence, and directions that replace that of the prelude's output.
 
 What a sequence gets follows from the seed and its id alone, or from a row of a file, so that no batch, device
 or order of units changes it.
@@ -32,7 +32,7 @@ class StatesFile:
     sha256: str
 
     def rows(self, sequence_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Float32 [N, D] of these rows' first tokens."""
+        """Reads the initial states of these rows' first tokens, float32 [N, D]."""
         with safe_open(self.path, framework="pt") as file:
             states_STD = file.get_slice(TENSOR)
             parts = [
@@ -42,7 +42,7 @@ class StatesFile:
         return torch.cat(parts)
 
     def identity(self) -> dict[str, str]:
-        """What the plan says of it."""
+        """Returns what the plan records of the file: its name and sha256."""
         return {"file": self.path.name, "sha256": self.sha256}
 
 
@@ -114,7 +114,8 @@ def initial_state(
     lengths: Sequence[int],
     file: StatesFile | None,
 ) -> Tensor | None:
-    """What enters the first recurrence of a batch: float32 [N, D] on the CPU; None: the prelude's output.
+    """Returns the states that enter the first recurrence, float32 [N, D] on the CPU; None: the prelude's
+    output.
 
     Args:
         wanted: one of `WORDS`, or anything else for the file; None for the model's own way.
@@ -135,7 +136,7 @@ def initial_state(
 def prelude_direction(
     wanted: str, seed: int, sequence_ids: Sequence[int], lengths: Sequence[int], width: int
 ) -> Tensor | None:
-    """Where the prelude's output is turned to: float32 [N, D] on the CPU; None: it stays as it is."""
+    """Returns directions to turn the prelude's output to, float32 [N, D] on the CPU; None: it stays."""
     if wanted == "model":
         return None
     ids = [SHARED_ID] * len(lengths) if wanted == "fixed" else sequence_ids

@@ -24,18 +24,19 @@ _PIECE_BYTES = 2**21
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file; nothing of it was read so far."""
+    """One tensor of a file, known by its header; its numbers are read by `pieces`."""
 
     name: str
     path: Path
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors writes it; `DTYPES` has those that are read."""
+    """Name of the dtype in safetensors; `DTYPES` has those that are read."""
     first_byte: int
-    """From the start of the file."""
+    """Offset of the first byte from the start of the file."""
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Its numbers in order, a few at a time: the place of each piece among them, and the piece, [n].
+        """Reads the numbers in order, a piece [n] at a time; yields the place of each among them, and the
+        piece.
 
         A piece is good until the next one is asked for.
 
@@ -72,7 +73,7 @@ class StoredTensor:
 
 
 def read_headers(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory's weights, in one file or in the shards that its index names.
+    """Reads the headers of a directory's weights, in one file or in the shards that its index names.
 
     Raises:
         ModelError: files missing, damaged, cut short or contradictory.
@@ -110,7 +111,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of one file."""
+    """Reads the header of one file; returns its tensors."""
     with safe_open(path, framework="pt") as checked:
         names = list(checked.keys())
     with path.open("rb") as file:
@@ -126,7 +127,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
 
 
 def hash_and_check(path: Path, tensors: list[StoredTensor]) -> bytes:
-    """SHA-256 of a file, whose tensors, all of them, are checked for finite numbers on the way."""
+    """Returns the SHA-256 of a file; all of its tensors are checked for finite numbers on the way."""
     tensors = sorted(tensors, key=lambda tensor: tensor.first_byte)
     digest = hashlib.sha256()
     with os_errors_named(path, "read"), path.open("rb") as file:
@@ -139,7 +140,7 @@ def hash_and_check(path: Path, tensors: list[StoredTensor]) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The object in a file.
+    """Reads the object in a JSON file.
 
     Raises:
         ModelError: no such file, or something else in it.
@@ -159,6 +160,6 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def listed(names: list[str], shown: int = 6) -> str:
-    """The first of the names, and how many more there are."""
+    """Returns the first of the names, and how many more there are, as text."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

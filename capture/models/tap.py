@@ -63,13 +63,11 @@ class Plain:
         return attention(q_NHC, k_NKC, v_NKC, batch.cu_seqlens_S, batch.max_length, scale)
 
     def residual(self, step: Step, half: Half, x_ND: Tensor, branch_ND: Tensor, norms: HalfNorms) -> Residual:
-        """Adds a branch to the stream; after half "mlp" the result is the residual that DESIGN calls
-        recorded.
-        """
+        """Adds a branch to the stream; returns the sum, which after half "mlp" is the recorded residual."""
         return residual_norm(x_ND, branch_ND, **vars(norms))
 
     def prelude(self, output_ND: Tensor) -> Tensor:
-        """Called with what the prelude leaves, [N, D]; returns what the loop gets of it."""
+        """Takes what the prelude leaves, [N, D]; returns what the loop gets of it."""
         return output_ND
 
     def loop_state(self, step: Step, state_ND: Tensor) -> None:

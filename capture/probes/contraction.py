@@ -31,18 +31,18 @@ _QUARTERS = 4
 
 @dataclass(frozen=True)
 class Contraction:
-    """What power iteration found, by token; float64 [N] each."""
+    """The result of power iteration, by token; float64 [N] each."""
 
     factor_N: Tensor
     """Growth of a difference in one recurrence, its geometric mean over the second half of the iterations;
     below 1 differences shrink.
     """
     spread_N: Tensor
-    """How far the third and the last quarter of the iterations are apart."""
+    """Difference between the third and the last quarter of the iterations."""
     step_N: Tensor
     """‖x_t − x_{t−1}‖ / ‖x_t‖ where it was taken: near rounding at a fixed point."""
     recurrences: int
-    """After how many it was taken."""
+    """Recurrences after which the factor was taken."""
     epsilon: float
     """Machine epsilon of the dtype that it was taken in."""
 

@@ -42,7 +42,7 @@ _TILES = {"cpu": (1024, 256), "cuda": (8192, 8192)}
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the logit effects of one block's neurons; float64 [I] each, NaN where an effect is constant."""
+    """Moments of one block's neurons' logit effects; float64 [I] each, NaN where an effect is constant."""
 
     stage: str
     layer: int
@@ -90,7 +90,7 @@ def logit_moments(model: LoopedModel, *, cosines: bool = False) -> list[Moments]
 
 
 def summarise(moments: Sequence[Moments], threshold: float = KURTOSIS) -> dict[str, Any]:
-    """What a plan records, as JSON: by block the shares of neurons, and quantiles of their kurtosis.
+    """Returns what a plan records, as JSON: by block the shares of neurons, and quantiles of their kurtosis.
 
     A neuron whose effect is constant, such as one that writes nothing, counts as neither kind.
     """

@@ -26,7 +26,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of its store."""
+        """Name of the cell's store."""
         injection = "injection" if self.injection else "no-injection"
         return (
             f"{self.norm}-{injection}-{self.layers}x{self.recurrences}"
@@ -34,7 +34,7 @@ class Cell:
         )
 
     def spec(self, head_width: int) -> str:
-        """The model, as `looptap capture` takes it."""
+        """Returns the spec of the model, as `looptap capture` takes it."""
         return (
             f"random:(0,{self.layers}x{self.recurrences},0){'I' if self.injection else ''},norm={self.norm},"
             f"width={self.width},heads={max(1, self.width // head_width)},gain={_short(self.gain)},"
@@ -46,7 +46,7 @@ AXES = [field.name for field in fields(Cell) if field.name != "seed"]
 
 
 def cell_of(model: Mapping[str, Any]) -> Cell:
-    """The cell that a model was made from.
+    """Returns the cell that a model was made from.
 
     Args:
         model: what a store's plan says of it; the scales and the seed stand in its spec alone.
@@ -70,5 +70,5 @@ def cell_of(model: Mapping[str, Any]) -> Cell:
 
 
 def _short(number: float) -> str:
-    """The shortest text that reads back as the number."""
+    """Returns the shortest text that reads back as the number."""
     return repr(float(number)).removesuffix(".0")

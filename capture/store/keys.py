@@ -1,4 +1,4 @@
-"""Names inside a store that are not arrays: one place for what several rooms write, read and look for.
+"""Names inside a store that are not arrays, in one place for all who write, read or look for them.
 
 A key is a path inside the store with slashes, the same on a disk and in an object store.
 """
@@ -10,10 +10,10 @@ DRIVER_LOCK = ".looptap/driver.lock"
 
 
 def entry_key(unit: int) -> str:
-    """The key of a unit's ledger entry, which commits it."""
+    """Returns the key of a unit's ledger entry, which commits it."""
     return f"{LEDGER}/{unit}.json"
 
 
 def attempt_key(unit: int, number: int) -> str:
-    """The key of the file that says an attempt has begun and, if it failed, why."""
+    """Returns the key of the file that says an attempt has begun and, if it failed, why."""
     return f"{ATTEMPTS}/{unit}.{number}"

@@ -58,7 +58,7 @@ class ArraySpec:
     attributes: dict[str, Any]
     codec: Codec = "zstd"
     shard_rows: int | None = None
-    """Rows of one shard; by default as many of the unit's as keep it within 512 MiB."""
+    """Rows of one shard; by default as many of the unit's rows as keep it within 512 MiB."""
 
     def __post_init__(self) -> None:
         if self.shard_rows is not None and (self.codec == "zstd" or self.unit_rows % self.shard_rows):
@@ -97,7 +97,7 @@ def create_store(
     coordinates: Mapping[str, Coordinate],
     arrays: Mapping[str, ArraySpec],
 ) -> None:
-    """Make the store of a plan; it appears under its name complete and synced, or not at all.
+    """Makes the store of a plan; it appears under its name complete and synced, or not at all.
 
     Args:
         plan: what is captured, kept as the group's attribute `plan`.
@@ -139,7 +139,7 @@ def store_exists(path: str | Path) -> bool:
 
 
 def read_group(place: Place) -> dict[str, Any]:
-    """The group's zarr.json of a store of this format.
+    """Reads the group's zarr.json of a store of this format.
 
     Raises:
         StoreMissingError: nothing is there.
@@ -170,14 +170,14 @@ def read_group(place: Place) -> dict[str, Any]:
 
 
 def unit_arrays(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Metadata of the arrays that units fill, by name, from what `read_group` returns."""
+    """Returns the metadata of the arrays that units fill, by name, from what `read_group` returns."""
     written_by_planner = group["attributes"]["coordinates"].split()
     metadata = group["consolidated_metadata"]["metadata"]
     return {name: array for name, array in metadata.items() if name not in written_by_planner}
 
 
 def inner_rows(unit_rows: int) -> int:
-    """Rows of a shard's inner chunk: the most, up to 512, that divide a unit.
+    """Returns the rows of a shard's inner chunk: the most, up to 512, that divide a unit.
 
     A unit whose divisors are all small (a prime number of rows) is one chunk: tiny ones cost more than large.
     """
@@ -259,7 +259,7 @@ def _make_array(root: Path, name: str, spec: ArraySpec, attributes: dict[str, An
 
 
 def _fill_value(dtype: np.dtype, attributes: dict[str, Any]) -> int | float:
-    """What an unwritten element reads as: never something that could be data."""
+    """Returns what an unwritten element reads as: never something that could be data."""
     if attributes.get("bits_of") == "bfloat16":
         return BFLOAT16_NAN
     return {"f": float("nan"), "i": -1, "u": 0}[dtype.kind]

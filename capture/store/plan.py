@@ -1,4 +1,4 @@
-"""The plan as a store holds it: what every author of a store writes, and what every reader goes by.
+"""The plan as a store holds it: every writer of a store writes it, and every reader goes by it.
 
 It is JSON, the attribute `plan` of the group and `.looptap/plan.json`; docs/store-format.md says every field.
 Here it is a type, so that no author forgets a field and no reader asks for one that is not there. What is
@@ -39,16 +39,16 @@ class StoredBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """Which model was captured, and the loop that it ran; fields as `models.description.Description`."""
+    """The captured model and the loop that it ran; fields are those of `models.description.Description`."""
 
     name: str
-    """What people call it: a directory's name, a Hub id, a spec, a watched module's class."""
+    """Name for people: of a directory, a Hub id, a spec, a watched module's class."""
     spec: str | None = None
-    """What finds it again, anywhere, as far as there is such a thing."""
+    """A spec that finds the model again, anywhere, as far as there is one."""
     notation: str
     """(prelude, core x recurrences, coda), with I for injection."""
     norm: str
-    """Where norms stand: pre, ouro, huginn, olmo2; unknown for a watched module."""
+    """Places of the norms: pre, ouro, huginn, olmo2; unknown for a watched module."""
     prelude: int
     core: int
     recurrences: int
@@ -78,23 +78,23 @@ class StoredModel:
     blocks: tuple[str, ...] | None = None
     """A watched module's blocks by name, in the order they ran."""
     neurons: dict[str, Any] | None = None
-    """What `probes.neurons.summarise` told of its neurons, if it was asked when the store was made."""
+    """Summary of its neurons by `probes.neurons.summarise`, if it was asked for when the store was made."""
 
     @classmethod
     def of(cls, identity: Mapping[str, Any]) -> "StoredModel":
-        """From what a model says of itself, `ModelSource.identity`."""
+        """Makes the record of a model from its `ModelSource.identity`."""
         block = identity["block"]
         rotary = StoredRotary(**block["rotary"])
         return cls(**{**identity, "block": StoredBlock(**{**block, "rotary": rotary})})
 
     @property
     def is_random(self) -> bool:
-        """Whether it was drawn from a `random:` spec and never trained."""
+        """Whether the model was drawn from a `random:` spec and never trained."""
         return (self.spec or self.name).startswith("random:")
 
     @property
     def is_watched(self) -> bool:
-        """Whether it is somebody's own module, of which only blocks and attention calls are known."""
+        """Whether the model is a watched module, of which only blocks and attention calls are known."""
         return self.norm == "unknown"
 
     @property
@@ -105,12 +105,12 @@ class StoredModel:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredData:
-    """Which rows were captured."""
+    """The data that were captured."""
 
     name: str
-    """Of the file; "watched" for what a watched module was given."""
+    """Name of the file; "watched" for what a watched module was given."""
     sha256: str | None = None
-    """Of the file's bytes, or of the ids that were watched."""
+    """SHA-256 of the file's bytes, or of the ids that were watched."""
     field: str | None = None
     """Field of a .jsonl that holds the text."""
     num_rows: int | None = None
@@ -120,16 +120,16 @@ class StoredData:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTokenizer:
-    """What made token ids of text."""
+    """The tokenizer that made token ids of text."""
 
     name: str
     sha256: str | None = None
-    """Of its tokenizer.json; None for plain bytes."""
+    """SHA-256 of its tokenizer.json; None for plain bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSettings:
-    """What was asked for, as far as the captured numbers depend on it; `looptap capture --help` explains it.
+    """Settings that the captured numbers depend on; `looptap capture --help` explains it.
 
     `device`, `dtype`, `unit_tokens` and `batch_tokens` are what "auto" and None came to.
     """
@@ -144,7 +144,7 @@ class StoredSettings:
     tokens: str = "all"
     sink_tokens: int = 1
     initial_state: str | dict[str, str] | None = None
-    """A word, or file and sha256 of the states that were read."""
+    """A word of `--initial-state`, or file and sha256 of the states that were read."""
     prelude_output: str = "model"
     zero: tuple[str, ...] = ()
     neurons: bool = False
@@ -164,12 +164,12 @@ class StoredSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPlan:
-    """All that was settled before a capture ran."""
+    """The plan of a store: all that was settled before its capture ran."""
 
     model: StoredModel
     data: StoredData
     tokenizer: StoredTokenizer | None = None
-    """None where the data are token ids."""
+    """The tokenizer; None where the data are token ids."""
     settings: StoredSettings
     num_sequences: int
     """Rows of the data that have a token."""
@@ -182,21 +182,21 @@ class StoredPlan:
     num_state_rows: int | None = None
     """State slots of a unit; None where states stand on the token axis itself, or none are kept."""
     gap_method: str | None = None
-    """keep states, or run twice; None where no gap is measured."""
+    """How gaps were measured: keep states, or run twice; None without them."""
     dtype: str
-    """The model ran in this."""
+    """Dtype that the model ran in."""
     backend: str
-    """pytorch or triton: what measured."""
+    """Backend that measured: pytorch or triton."""
     versions: dict[str, str] = field(default_factory=dict)
     """Python and the packages that numbers depend on, when the store was made."""
     created: str | None = None
-    """When the store was made, ISO 8601, UTC."""
+    """Time at which the store was made, ISO 8601, UTC."""
     recorded_hash: str | None = None
     """The hash that a store holds, which may be of fields that this looptap does not know."""
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: str = "the plan") -> "StoredPlan":
-        """From a store's attribute `plan`.
+        """Reads the plan from a store's attribute `plan`.
 
         Args:
             where: begins the message of the error.
@@ -212,7 +212,7 @@ class StoredPlan:
             raise StoreError(f"{where} is not as looptap writes it: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
-        """What a store holds: JSON's own types, with the hash."""
+        """Returns what a store holds: JSON's own types, with the hash."""
         document = self._hashed()
         if self.model.neurons is not None:
             document["model"]["neurons"] = self.model.neurons
@@ -226,7 +226,7 @@ class StoredPlan:
         return hashlib.sha256(json.dumps(self._hashed(), sort_keys=True).encode()).hexdigest()
 
     def unit_rows(self, axis: str) -> int:
-        """Slots of one unit along token, sequence, token_state or unit.
+        """Returns the slots of one unit along token, sequence, token_state or unit.
 
         Raises:
             KeyError: units do not share this axis.
@@ -237,7 +237,8 @@ class StoredPlan:
         return rows[axis]
 
     def recorded_neurons(self) -> dict[str, Any]:
-        """Shares and kurtosis by block, as `probes.neurons.summarise` gave them when the store was made.
+        """Returns shares and kurtosis by block, as `probes.neurons.summarise` gave them when the store was
+        made.
 
         Raises:
             NoNeuronsError: none were recorded; says why.
@@ -266,12 +267,12 @@ class StoredPlan:
 
 
 def plan_of(dataset: Any) -> StoredPlan:
-    """The plan of a store's Dataset, from its attribute `plan`."""
+    """Returns the plan of a store's Dataset, from its attribute `plan`."""
     return StoredPlan.from_json(dataset.attrs["plan"])
 
 
 def plan_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Where two plans' documents differ, as lines "settings.seed: 0 -> 1" (stored -> wanted).
+    """Returns the differences of two plans' documents, as lines "settings.seed: 0 -> 1" (stored -> wanted).
 
     `versions` and `created` may differ between runs of one plan; `hash` follows from the rest, and so does
     what the plan tells of the model's neurons, which is taken when the store is made.

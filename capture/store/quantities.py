@@ -190,7 +190,7 @@ GROUPS["all"] = tuple(name for names in GROUPS.values() for name in names)  # no
 
 
 def resolve_quantities(names: Iterable[str], absent: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """Names and groups of quantities -> names of quantities, each once, in the table's order.
+    """Resolves names and groups of quantities into names, each once, in the table's order.
 
     Args:
         absent: quantities that the model does not have, with the reason; groups leave them out.

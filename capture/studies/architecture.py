@@ -39,10 +39,10 @@ STATES = "core[all]@last"  # whether layers have points of their own
 
 @dataclass(frozen=True)
 class ArchitectureStudy:
-    """What was captured."""
+    """The stores of an architecture study."""
 
     stores: tuple[Path, ...]
-    """In the order of the axes' product."""
+    """Paths of the stores, in the order of the axes' product."""
     complete: bool
 
 
@@ -66,19 +66,19 @@ def run_architecture_study(
 
 
 def cells_of(settings: ArchitectureStudySettings) -> Iterator[Cell]:
-    """The product of the axes, the last one first to change."""
+    """Returns the product of the axes, in which the last one changes fastest."""
     axes = _axes(settings) | {"injection": [each == "yes" for each in settings.injection]}
     return (Cell(*values) for values in product(*axes.values()))
 
 
 def _axes(settings: ArchitectureStudySettings) -> dict[str, Sequence[Any]]:
-    """The values of every field of a cell, by the setting's name: the field's or its plural."""
+    """Returns the values of every field of a cell, from the setting of its name or its plural."""
     names = [name for field in fields(Cell) for name in (field.name, f"{field.name}s")]
     return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
 
 
 def architecture_plans(settings: ArchitectureStudySettings) -> list[Plan]:
-    """The plan of every cell; raises as `run_architecture_study`."""
+    """Makes the plan of every cell; raises what `run_architecture_study` raises."""
     _check_axes(settings)
     with ExitStack() as stack:
         path = settings.data
@@ -93,7 +93,7 @@ def architecture_plans(settings: ArchitectureStudySettings) -> list[Plan]:
 def _capture(
     settings: ArchitectureStudySettings, cell: Cell, data: DataSettings, dataset: Dataset
 ) -> CaptureSettings:
-    """What a user would give `looptap capture` for one cell."""
+    """Returns what a user would give `looptap capture` for one cell."""
     return CaptureSettings(
         model=ModelSettings(model=cell.spec(settings.head_width), device=settings.device),
         data=data,
@@ -137,7 +137,7 @@ def _check_axes(settings: ArchitectureStudySettings) -> None:
 
 
 def _check_stores(plans: Sequence[Plan], out: Path) -> None:
-    """Refuses before anything runs what `prepare_store` would refuse at one capture after another."""
+    """Refuses, before anything runs, what `prepare_store` would refuse at one capture after another."""
     needed = 0
     for plan in plans:
         if not store_exists(plan.store):

@@ -33,10 +33,10 @@ _BEYOND = 4  # times the model's own count, by default
 
 @dataclass(frozen=True)
 class DepthStudy:
-    """What was captured."""
+    """The stores of a depth study."""
 
     stores: tuple[Path, ...]
-    """By count, the smallest first."""
+    """Paths of the stores by count, the smallest first."""
     own: int
     """The model's own count."""
     complete: bool
@@ -58,7 +58,7 @@ def run_depth_study(settings: DepthStudySettings, run: Callable[[Plan], Outcome]
 
 
 def depth_plans(settings: DepthStudySettings) -> tuple[int, list[Plan]]:
-    """The model's own count, and the plan of every count of the study."""
+    """Returns the model's own count, and the plan of every count of the study."""
     source = find_model(settings.model.model, settings.model.loop)
     if not source.description.core:
         raise PlanError(
@@ -70,7 +70,7 @@ def depth_plans(settings: DepthStudySettings) -> tuple[int, list[Plan]]:
 
 
 def counts_of(wanted: tuple[int, ...], own: int) -> list[int]:
-    """The counts of a study in order, with the model's own among them.
+    """Returns the counts of a study in order, with the model's own among them.
 
     Raises:
         PlanError: one is below 1 or there twice.
@@ -84,7 +84,7 @@ def counts_of(wanted: tuple[int, ...], own: int) -> list[int]:
 
 
 def _plan(settings: DepthStudySettings, source: ModelSource, count: int) -> Plan:
-    """The plan of what a user would give `looptap capture` for one count."""
+    """Makes the plan of what a user would give `looptap capture` for one count."""
     d, model = source.description, settings.model
     last = "coda[-1]" if d.coda else "core[-1]@last"
     loop = None if model.loop is None else re.sub(r"x\d+$", f"x{count}", model.loop)

@@ -1,4 +1,4 @@
-"""How long the captures of a study take at least, from the time of one block."""
+"""Estimates the least time of a study's captures from the time of one block."""
 
 import time
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from ..plan import Plan
 
 
 def expected_seconds(plans: Sequence[Plan]) -> dict[str, float]:
-    """What captures take at least, by their store: the time of a block, one for each width, times its
-    invocations. What is measured in a capture comes on top.
+    """Returns the least seconds of captures, by their store: the time of a block, one for each width, times
+    its invocations. What is measured in a capture comes on top.
     """
     block_s: dict[int, float] = {}
     for plan in plans:

@@ -1,4 +1,4 @@
-"""Taps: what listens to a model while it runs.
+"""Taps listen to a model while it runs.
 
 A tap is handed to the model, which calls it with every block's attention and residual add and with every loop
 state. It derives from `Plain`, which keeps nothing:

@@ -1,4 +1,4 @@
-"""What compares whole sequences: one attention pattern with another, one block's residuals with another's.
+"""Comparisons of whole sequences: of attention patterns with each other, and of blocks' residuals.
 
 A pattern is known by its queries, keys and the logarithm of each row's sum; no attention matrix is ever
 formed. Distances to the recurrence before need one earlier pattern per block, those to the last recurrence
@@ -20,7 +20,7 @@ PATTERNS_AT_ONCE = 4  # what the GPU's kernel compares in one pass
 
 
 class Pattern(NamedTuple):
-    """What an attention matrix follows from."""
+    """Queries, keys and sums that an attention matrix follows from."""
 
     q_NHC: Tensor
     k_NKC: Tensor
@@ -80,7 +80,7 @@ class AttentionDistances:
             self._all = []
 
     def _names(self, step: Step) -> list[str]:
-        """What the step's pattern can be compared for as soon as it is there."""
+        """Names of the quantities that the step's pattern can be compared for at once."""
         found = ["attention_step"] if step.recurrence > 0 else []
         found += ["attention_gap"] if step.recurrence >= 0 and self._last is not None else []
         return [name for name in found if name in self._values]
@@ -134,6 +134,6 @@ class ResidualDistances:
 def _compare(
     chain: list[Pattern], pairs: list[tuple[int, int]], batch: Packed, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What keys receive, [patterns, N, H], and the distance of each pair, [pairs, S, H]."""
+    """Returns what keys receive, [patterns, N, H], and the distance of each pair, [pairs, S, H]."""
     q, k, lse = zip(*chain, strict=True)
     return attention_chain(q, k, lse, batch.cu_seqlens_S, batch.max_length, scale, pairs)

@@ -1,4 +1,4 @@
-"""One recurrence again, in which every token sees itself as it is now and all others as they were.
+"""Runs one recurrence again, in which every token sees itself as it is now and all others as they were.
 
 `KeysValues` keeps what attention reads during one recurrence; `OthersFrozen` runs another from it. There a
 token's next state owes nothing to what the others are now, so that one product with the Jacobian gives every
@@ -31,7 +31,7 @@ class KeysValues(Plain):
 
 
 class OthersFrozen(Plain):
-    """Attends to others as they were kept, in operations that can be differentiated forwards."""
+    """Attends to other tokens as they were kept, in operations that can be differentiated forwards."""
 
     def __init__(self, kept: KeysValues) -> None:
         self.kept = kept

@@ -1,5 +1,5 @@
-"""What a block's residual is compared with: what the block left one recurrence earlier, and what it leaves at
-its last one. Whoever measures residuals keeps earlier ones here, our taps and the watching of modules alike.
+"""Residuals that a block's is compared with: what the block left one recurrence earlier, and what it leaves
+at its last one. Our taps and the watching of modules both keep earlier residuals here.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class BlockHistory:
         self._states: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # depth, residual, its norm
 
     def previous(self, block: int) -> Tensor | None:
-        """The residual [N, D] of one recurrence earlier; None at the first, or where no steps are wanted."""
+        """Returns the residual [N, D] of the recurrence before; None at the first, or without steps."""
         states = self._states.get(block)
         return states[-1][1] if self._steps and states else None
 
@@ -35,7 +35,7 @@ class BlockHistory:
             states.append((depth, state_ND, norm_N))
 
     def gaps(self, block: int) -> Iterator[tuple[int, Distance]]:
-        """Depths and distances of all that a block left to what it left last, which is forgotten with it."""
+        """Returns a block's depths, and distances of its residuals there to the last one; forgets them."""
         if not self._gaps:
             return
         *_, (_, last_ND, last_norm_N) = states = self._states.pop(block)

@@ -1,4 +1,4 @@
-"""The tap that writes attention matrices down, for one short prompt: memory grows with its length squared."""
+"""The tap that keeps attention matrices of one short prompt; memory grows with the square of its length."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Counting what is infinite or undefined where a number is due, for the receipt of a unit."""
+"""Counts numbers that are infinite or undefined where a number is due, for the receipt of a unit."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from ..store.quantities import QUANTITIES
 
 
 def count_non_finite(name: str, values: Tensor, steps: Iterable[Step]) -> int:
-    """How many numbers of a quantity are infinite or NaN, but for places where it is not defined.
+    """Returns how many numbers of a quantity are infinite or NaN, except where it is not defined.
 
     Args:
         name: of the quantity.

@@ -1,4 +1,4 @@
-"""Where kept states go while the model runs: to disk.
+"""Writes kept states to disk while the model runs.
 
 A unit's states may be far more than the host's memory. They leave the model depth by depth and batch by
 batch; each depth fills a buffer of its own, which is written when it is full while the model goes on. On a
@@ -21,12 +21,12 @@ _SPARE_BUFFERS = 6  # being written or about to be, beside one that each depth f
 
 
 def num_buffers(num_depths: int) -> int:
-    """Of the ring: with as many, the model waits only where the disk is slower than it."""
+    """Number of the ring's buffers with which the model waits only if the disk is slower than it."""
     return num_depths + _SPARE_BUFFERS
 
 
 def make_ring(metadata: dict[str, Any], device: torch.device) -> Ring:
-    """Buffers for an array of states, pinned where a GPU fills them."""
+    """Makes the ring of buffers for an array of states, pinned if a GPU fills them."""
     allocate = _pinned if device.type == "cuda" else page_aligned
     return Ring(num_buffers(metadata["shape"][1]), buffer_bytes(metadata), allocate)
 
@@ -49,7 +49,7 @@ class StateStream:
         self._num_non_finite = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, index: int, kept_KD: Tensor) -> None:
-        """Take the next rows of a depth.
+        """Takes the next rows of a depth.
 
         Raises:
             OSError: earlier ones could not be written.
@@ -72,13 +72,13 @@ class StateStream:
             kept_KD = kept_KD[len(part_RD) :]
 
     def finish(self) -> int:
-        """Hand over what is left, and return how many values are infinite or undefined."""
+        """Hands over what is left; returns how many values are infinite or undefined."""
         for index in list(self._open):
             self._put(index)
         return int(self._num_non_finite)
 
     def release(self) -> None:
-        """Give back buffers that will not be written; for a unit that failed."""
+        """Gives back buffers that will not be written; for a unit that failed."""
         if self._copying is not None:
             self._copying.synchronize()
         while self._open:
@@ -96,7 +96,7 @@ class StateStream:
 
 
 def _pinned(num_bytes: int) -> np.ndarray:
-    """Pages that a GPU copies to while the processor goes on.
+    """Allocates pages that a GPU copies to while the processor goes on.
 
     Registered rather than taken from torch, whose pinned memory comes in powers of two.
 

@@ -27,10 +27,10 @@ from .history import BlockHistory
 
 
 class StateSink(Protocol):
-    """Where kept residuals go."""
+    """Takes the residuals that are kept."""
 
     def add(self, index: int, kept_KD: Tensor) -> None:
-        """Take the next K rows of the index-th kept depth; depths take turns, rows of each come in order.
+        """Takes the next K rows of the index-th kept depth; depths take turns, rows of each come in order.
 
         They may be the model's own tensor: to be copied before this returns, or on a GPU in stream order.
         """
@@ -39,7 +39,7 @@ class StateSink(Protocol):
 
 @dataclass(frozen=True)
 class Buffers:
-    """Where statistics of some packed tokens go: a slice of a unit's.
+    """Buffers for the statistics of some packed tokens: a slice of a unit's.
 
     `values` holds by quantity [depth, N], [depth, N, H], [recurrence, N], or of S sequences [depth, S],
     [depth, S, H], [depth, S, depth]; `states` gets the kept tokens' residuals in the model's dtype.

@@ -1,1 +1,1 @@
-"""`looptap.watch`: what `looptap.capture` measures, of any torch.nn.Module as it is."""
+"""`looptap.watch` measures what `looptap.capture` does, in any torch.nn.Module as it is."""

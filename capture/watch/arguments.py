@@ -1,4 +1,4 @@
-"""What a forward pass was given: token ids, which tokens are real, how many are in a cache."""
+"""Arguments of a forward pass: token ids, which tokens are real, how many are in a cache."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -16,19 +16,19 @@ _MAX_ID = 2**31 - 1
 
 class Arguments(NamedTuple):
     token_id_BT: Tensor | None
-    """None where the module was given no ids."""
+    """Token ids [B, T]; None where the module was given none."""
     mask_BT: Tensor | None
-    """1 where a token is real; over the tokens of a cache too, if it is longer than the pass."""
+    """Mask, 1 where a token is real; it covers the tokens of a cache too if it is longer than the pass."""
     past: int | None
-    """Tokens in the cache that was handed in, if there is one that says so."""
+    """Number of tokens in the cache that was handed in; None without one, or if it does not say."""
     cache: Any
-    """That cache."""
+    """The cache that was handed in."""
     other_masks: Mapping[str, Tensor]
-    """Further arguments that may say which tokens are real, and are not understood."""
+    """Further arguments that may say which tokens are real, but are not understood."""
 
 
 def read_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """Finds them by name: `input_ids` or the first tensor of whole numbers, `attention_mask`,
+    """Reads the arguments by name: `input_ids` or the first tensor of whole numbers, `attention_mask`,
     `past_key_values`.
 
     Raises:
@@ -47,7 +47,8 @@ def read_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def read_mask(mask: Any) -> Tensor | None:
-    """An attention mask as [rows, tokens]; None for what says nothing of padding, such as [B, H, T, T].
+    """Reads an attention mask [rows, tokens]; None for one that tells nothing of padding, such as [B, H, T,
+    T].
 
     Raises:
         WatchError: it is [rows, tokens] and holds something else than 0 and 1.
@@ -64,7 +65,7 @@ def read_mask(mask: Any) -> Tensor | None:
 
 
 def refuse_other_masks(arguments: Arguments, B: int, T: int) -> None:
-    """Holds arguments that look like a mask of B rows and T tokens against none that is understood.
+    """Refuses arguments that look like a mask of B rows and T tokens where no mask is understood.
 
     Raises:
         WatchError: there is one, and neither attention_mask nor `set_mask`.
@@ -81,7 +82,7 @@ def refuse_other_masks(arguments: Arguments, B: int, T: int) -> None:
 def _named(
     parameters: list[inspect.Parameter], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str | None, Any]]:
-    """Every argument with its parameter's name, in the order of parameters; None for one of *args."""
+    """Yields every argument with its parameter's name, in the order of parameters; None for one of *args."""
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     places = [parameter.name for parameter in parameters if parameter.kind in by_place]
     for index, value in enumerate(args):

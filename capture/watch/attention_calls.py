@@ -25,7 +25,7 @@ _ATTENTION = {
 
 
 class Listener(TorchFunctionMode):
-    """Tells of every attention call, with its arguments, after it ran."""
+    """Reports every attention call, with its arguments, after it ran."""
 
     def __init__(self, on_attention: Callable[..., None]) -> None:
         super().__init__()
@@ -52,11 +52,11 @@ class AttentionCall:
 
     @property
     def past(self) -> int:
-        """Keys before the first query's own: tokens in a cache."""
+        """Number of keys before the first query's own: tokens in a cache."""
         return self.k_BKJC.shape[2] - self.q_BHTC.shape[2]
 
     def measure(self, group: Group, sink_tokens: int) -> AttentionStatistics:
-        """Statistics of some rows' real tokens among themselves, in float32.
+        """Returns attention statistics of some rows' real tokens among themselves, in float32.
 
         Raises:
             WatchError: they do not keep among themselves.
@@ -146,7 +146,7 @@ def read_call(
 
 
 def _turned(q: Tensor, B: int, T: int) -> str:
-    """What to add where a block's residual has its axes otherwise than its attention."""
+    """Returns what to add to a message if a block's residual has other axes than its attention."""
     if q.ndim == 4 and (len(q), q.shape[2]) == (T, B):
         return "; the residual is [tokens, rows, width], sequence first, which cannot be watched"
     if q.ndim == 4 and B == 1 and len(q) * q.shape[2] == T:
@@ -155,7 +155,7 @@ def _turned(q: Tensor, B: int, T: int) -> str:
 
 
 def _unfold_heads(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One token's query heads, where those that share a key head stand as its queries (transformers' way)."""
+    """Returns one token's query heads as heads, if given as queries of a key head (transformers' way)."""
     K, G = q.shape[1:3]
     if mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1):
         mask = mask.expand(-1, K, G, -1).flatten(1, 2).unsqueeze(2)
@@ -163,7 +163,7 @@ def _unfold_heads(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 def _as_autocast(call: AttentionCall) -> AttentionCall:
-    """Rounds what autocast rounds on its way into the attention, so that the same scores are measured."""
+    """Rounds as autocast does before the attention, so that the same scores are measured."""
     kind = call.q_BHTC.device.type
     if not torch.is_autocast_enabled(kind):
         return call

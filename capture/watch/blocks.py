@@ -1,4 +1,4 @@
-"""Finding the blocks of a module: by their names, as modules, or by themselves."""
+"""Finds the blocks of a module: by names, as modules that are given, or without being told."""
 
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -13,7 +13,7 @@ _SHOWN = 8  # how many names an error lists
 
 
 def find_blocks(module: nn.Module, blocks: Blocks = None) -> dict[str, nn.Module]:
-    """The blocks to watch by their name in the module, each once.
+    """Returns the blocks to watch by their name in the module, each once.
 
     Args:
         blocks: names or patterns such as `model.layers.*` (a star stands for one part of a name), modules, a
@@ -66,7 +66,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _leaves(part: nn.Module) -> list[nn.Module]:
-    """What containers hold that are never called themselves."""
+    """Returns the modules inside containers that are never called themselves."""
     if isinstance(part, nn.ModuleDict):
         part = nn.ModuleList(part.values())
     return [leaf for inner in part for leaf in _leaves(inner)] if isinstance(part, nn.ModuleList) else [part]
@@ -96,7 +96,7 @@ def _by_themselves(module: nn.Module) -> list[nn.Module]:
 
 
 def _lists(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """Outermost lists of equal modules that have parts of their own, by name: what looks like blocks."""
+    """Returns what looks like blocks: outermost lists of equal modules with parts of their own, by name."""
     found: dict[str, list[nn.Module]] = {}
     for name, part in module.named_modules():
         if not isinstance(part, (nn.ModuleList, nn.Sequential)) or not len(part):

@@ -1,4 +1,4 @@
-"""Whether a cache is the one that was watched while it was filled."""
+"""Checks that a cache is the one that was watched while it was filled."""
 
 import weakref
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class OpenRows:
 
 
 def refer_to(cache: Any) -> Callable[[], Any] | None:
-    """A reference that does not keep a cache alive; None for none, and for what cannot be referred to."""
+    """Returns a weak reference to a cache; None without a cache, or if it takes none."""
     try:
         return None if cache is None else weakref.ref(cache)
     except TypeError:
@@ -34,7 +34,7 @@ def refer_to(cache: Any) -> Callable[[], Any] | None:
 
 
 def refuse_other_cache(opened: OpenRows, cache: Any) -> None:
-    """Holds the cache object against that of the pass before, where both are known."""
+    """Raises WatchError if the cache is not the object of the pass before, where both are known."""
     if cache is not None and opened.cache is not None and opened.cache() is not cache:
         raise WatchError(
             "past_key_values is another object than in the pass watched before: a copied cache, or that of "
@@ -43,14 +43,14 @@ def refuse_other_cache(opened: OpenRows, cache: Any) -> None:
 
 
 def mark_keys(k_BKJC: Tensor) -> Tensor:
-    """One number a key, [B, K, J] in float32, that hardly two different keys share."""
+    """Returns one number a key, float32 [B, K, J], that hardly two different keys share."""
     C = k_BKJC.shape[-1]
     weight_C = torch.arange(1, C + 1, device=k_BKJC.device, dtype=torch.float32).cos()
     return k_BKJC.detach().float() @ weight_C
 
 
 def refuse_other_keys(seen: Tensor, now: Tensor, windows: tuple[Window, ...], dtype: torch.dtype) -> None:
-    """Holds the marks of real cached keys against those when they were new.
+    """Compares the marks of real cached keys with those when they were new.
 
     Some modules keep something smaller and compute keys anew (DeepSeek's latent attention): those agree
     within rounding only.

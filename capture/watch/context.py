@@ -1,4 +1,4 @@
-"""`watch` and what it gives: the context in which a module is listened to, and its results."""
+"""`watch`, the context in which a module is listened to, and `Watched`, its results."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from .write import hash_weights, write_store
 
 
 class Watched:
-    """What a watched module did so far; it stays when the context is left."""
+    """Record of what a watched module did so far; it stays when the context is left."""
 
     def __init__(self, module: nn.Module, recorder: Recorder, name: str) -> None:
         self._module, self._recorder, self._name = module, recorder, name
@@ -32,7 +32,7 @@ class Watched:
 
     @property
     def num_sequences(self) -> int:
-        """Rows of all batches so far."""
+        """Number of rows of all batches so far."""
         return len(self._recorder.sequences)
 
     @property
@@ -54,7 +54,7 @@ class Watched:
         self._recorder.next_mask = mask
 
     def save(self, path: str | Path) -> None:
-        """Writes a store, as a capture's.
+        """Writes what was recorded to a store like that of a capture.
 
         Raises:
             WatchError: no forward pass was recorded.
@@ -67,7 +67,7 @@ class Watched:
         write_store(path, self._recorder, self._module, self._name, self._weights[1])
 
     def dataset(self) -> xr.Dataset:
-        """The store as `looptap.open` gives it, in memory."""
+        """Returns the store in memory, as `looptap.open` returns one."""
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "watched.zarr"
             self.save(path)

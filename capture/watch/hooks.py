@@ -11,7 +11,7 @@ from .record import Recorder
 
 
 class Link:
-    """What hooks reach the recorder by; a copy of it, deep or pickled, leads nowhere."""
+    """Leads hooks to the recorder; a copy of a link, deep or pickled, leads nowhere."""
 
     def __init__(self, recorder: Recorder | None = None, *modules: nn.Module) -> None:
         self._recorder, self._modules = recorder, modules
@@ -20,17 +20,17 @@ class Link:
         return Link, ()
 
     def close(self) -> None:
-        """Hooks that are left somewhere do nothing from now on."""
+        """Cuts the link: hooks that are left somewhere do nothing from now on."""
         self._recorder, self._modules = None, ()
 
     def recorder_of(self, module: nn.Module, index: int) -> Recorder | None:
-        """None for another module than the one that was watched."""
+        """Returns the recorder; None for a module that is not the one that was watched."""
         is_own = self._recorder is not None and self._modules[index] is module
         return self._recorder if is_own else None
 
 
 def register(link: Link, module: nn.Module, blocks: list[nn.Module]) -> Iterator[RemovableHandle]:
-    """Registers them one by one: the module's own around those of its blocks, in case it is one of them.
+    """Registers hooks one by one: the module's own around those of its blocks, in case it is one of them.
 
     Args:
         link: over the module and then its blocks.

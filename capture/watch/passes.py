@@ -25,7 +25,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 @dataclass(frozen=True, kw_only=True)
 class WatchSettings:
-    """What is measured; `watch` says what each field means and checks it."""
+    """Settings of a watch; `watch` explains and checks each field."""
 
     quantities: tuple[str, ...]
     sink_tokens: int
@@ -48,7 +48,7 @@ class WatchSettings:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What all block invocations share."""
+    """Sizes that all block invocations share."""
 
     width: int
     dtype: str
@@ -92,21 +92,21 @@ class Pass:
         self._block_input_ND: Tensor | None = None
 
     def enter(self, block: int, x_BTD: Tensor) -> None:
-        """A block begins."""
+        """Begins a block invocation."""
         self.order.append(block)
         self.values.append({})
         if "update_norm" in self.begun.settings.quantities:
             self._block_input_ND = pack(x_BTD, self.new.windows)
 
     def forget_block(self) -> None:
-        """The block that began did not end: as if it had not begun."""
+        """Forgets the block invocation that began and did not end."""
         self.order.pop()
         self.values.pop()
         del self.received[len(self.order) :], self.marks[len(self.order) :]
         self._block_input_ND = None
 
     def measure_attention(self, call: AttentionCall) -> None:
-        """The block's attention."""
+        """Measures the block's attention."""
         if self.all is None:
             self.all = place_all(self.begun.arguments, self.new, self.begun.opened, call.past)
         if call.past != self.all.past:
@@ -134,7 +134,7 @@ class Pass:
         self.received.append(received)
 
     def measure_residual(self, x_BTD: Tensor) -> None:
-        """What the block left."""
+        """Measures what the block left."""
         begun, depth, block = self.begun, len(self.order) - 1, self.order[-1]
         x_ND = pack(x_BTD, self.new.windows)
         measured_SN = residual_statistics(x_ND, self._block_input_ND, self.history.previous(block))
@@ -147,18 +147,18 @@ class Pass:
             self.states[depth] = x_ND
 
     def measure_gaps(self, structure: Schedule) -> None:
-        """Every invocation in a loop beside its block's last one; after the last block."""
+        """Measures gaps, of every invocation in a loop to its block's last; called after the last block."""
         for block in _looped(structure):
             for depth, gap in self.history.gaps(block):
                 self._put(depth, {"gap_norm": gap.norm_N, "gap_cosine": gap.cosine_N})
 
     def _put(self, depth: int, values: Mapping[str, Tensor]) -> None:
-        """Keeps what is wanted of the values of one invocation."""
+        """Keeps those values of one invocation that are wanted."""
         wanted = self.begun.settings.quantities
         self.values[depth] |= {name: x for name, x in values.items() if name in wanted}
 
     def _check_heads(self, call: AttentionCall) -> None:
-        """Every block has as many heads; key heads are counted without those that are copies."""
+        """Refuses blocks of different numbers of heads; key heads that are copies are not counted."""
         H = call.q_BHTC.shape[1]
         if self.sizes.num_heads is None:
             self.sizes = replace(self.sizes, num_heads=H, num_key_heads=_key_heads(call.k_BKJC))
@@ -169,7 +169,7 @@ class Pass:
             )
 
     def _check_cache(self, call: AttentionCall) -> None:
-        """Cached keys must be those that were seen when they were new."""
+        """Refuses cached keys that are not those that were seen when they were new."""
         marks, opened, depth = mark_keys(call.k_BKJC), self.begun.opened, len(self.order) - 1
         # a pass with more blocks than the one before is refused when it ends
         if call.past and opened is not None and depth < len(opened.marks):
@@ -178,12 +178,12 @@ class Pass:
 
 
 def _looped(structure: Schedule) -> set[int]:
-    """Blocks that run in a loop."""
+    """Returns the blocks that run in a loop."""
     return {block for loop in structure.loops for block in loop.blocks}
 
 
 def _key_heads(k_BKJC: Tensor) -> int:
-    """Key heads that differ: transformers copies each for the query heads that share it."""
+    """Returns the key heads that differ: transformers copies each for the query heads that share it."""
     K = k_BKJC.shape[1]
     for heads in range(1, K):
         if K % heads == 0:

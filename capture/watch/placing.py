@@ -1,4 +1,4 @@
-"""Where the real tokens of one forward pass stand: among its new columns, and among those of a cache."""
+"""Places of the real tokens of one forward pass: among its new columns, and among those of a cache."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .rows import Group, Window, groups, key_windows, read_windows, refuse_other
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The batch as the first block sees it."""
+    """The rows and new tokens of a pass as its first block sees them."""
 
     B: int
     T: int
@@ -18,7 +18,7 @@ class NewTokens:
 
     @property
     def starts(self) -> list[int]:
-        """Where each row begins among the packed tokens."""
+        """Start of each row among the packed tokens."""
         return [sum(window.size for window in self.windows[:row]) for row in range(len(self.windows))]
 
     @property
@@ -28,7 +28,7 @@ class NewTokens:
 
 @dataclass(frozen=True)
 class AllTokens:
-    """The same rows with what a cache holds of them."""
+    """The rows of a pass with the tokens that a cache holds of them."""
 
     past: int  # columns in the cache
     windows: tuple[Window, ...]  # real tokens of each row among all columns
@@ -87,7 +87,7 @@ def place_all(arguments: Arguments, new: NewTokens, opened: OpenRows | None, pas
 
 
 def place_without_attention(arguments: Arguments, new: NewTokens) -> AllTokens:
-    """The rows of a pass whose attention is not looked at.
+    """Returns the rows of a pass whose attention is not measured.
 
     Raises:
         WatchError: it goes on from a cache, and nothing tells of which rows.

@@ -1,4 +1,5 @@
-"""Recording: hooks tell of forward passes, blocks and attention; a pass that ends well is added to its rows.
+"""Records a module: hooks report forward passes, blocks and attention; a pass that ends well is added to its
+rows.
 
 Nothing is added before the end, so a pass that raises leaves no half sequence.
 """
@@ -55,7 +56,7 @@ class Recorder:
         self._open: OpenRows | None = None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward pass of the module."""
+        """Begins a forward pass; called before the module runs."""
         self._check_thread()
         # an interrupt may have left them
         self._begun = self._pass = self._running = self._refusal = None
@@ -70,7 +71,7 @@ class Recorder:
 
     @remembered
     def enter(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a block."""
+        """Begins a block; called before it runs."""
         self._check_thread()
         name, begun, run = self.names[block], self._begun, self._pass
         if begun is None:
@@ -104,7 +105,7 @@ class Recorder:
 
     @remembered
     def attend(self, *args: Any, **kwargs: Any) -> None:
-        """After an attention call, with its arguments."""
+        """Measures attention; called after an attention call, with its arguments."""
         run = self._pass
         if run is None or self._running is None:
             return
@@ -126,7 +127,7 @@ class Recorder:
 
     @remembered
     def leave(self, block: int, output: Any) -> None:
-        """After a block, whether it returned or raised."""
+        """Ends a block; called after it, whether it returned or raised."""
         run, name = self._pass, self.names[block]
         if self._is_foreign() or run is None or self._running != block:
             return  # entering it was refused, or there is nothing to record
@@ -147,7 +148,7 @@ class Recorder:
             run.measure_residual(x_BTD)
 
     def end(self) -> None:
-        """After a forward pass, whether it returned or raised."""
+        """Ends a forward pass; called after the module, whether it returned or raised."""
         if self._is_foreign():
             return
         handled, begun, run = self._handled, self._begun, self._pass
@@ -174,7 +175,7 @@ class Recorder:
         self.num_passes += 1
 
     def refuse(self, error: WatchError) -> None:
-        """The pass that runs is not to be recorded."""
+        """Refuses to record the pass that runs."""
         if not self._is_foreign():
             self._refusal = self._refusal or error
 
@@ -189,7 +190,7 @@ class Recorder:
             )
 
     def _residual(self, name: str, x: Any, verb: str, known: Sizes | None) -> tuple[Tensor, Sizes]:
-        """A block's input or output as [B, T, D], checked against all before it, and what they share."""
+        """Returns a block's input or output as [B, T, D], checked against all before it, and their sizes."""
         if not isinstance(x, Tensor) or x.is_nested or x.ndim not in (2, 3):
             what = f"a {type(x).__name__}"
             if isinstance(x, Tensor):
@@ -231,7 +232,7 @@ class Recorder:
         )
 
     def _add(self, run: Pass, structure: Schedule, state_depths: tuple[int, ...]) -> None:
-        """Everything as arrays, then row by row."""
+        """Adds what a pass left to its rows: all of it made arrays first, then row by row."""
         assert run.all is not None
         new, past = run.new, run.all.past
         arrays = _to_arrays(run, structure.depth)
@@ -287,6 +288,6 @@ def _to_numpy(x: Tensor) -> np.ndarray:
 
 
 def _to_stored(state_ND: Tensor) -> np.ndarray:
-    """NumPy has no bfloat16: its bits go as uint16."""
+    """Returns values as NumPy arrays; bfloat16, which NumPy lacks, as its bits in uint16."""
     state_ND = state_ND.cpu()
     return state_ND.view(torch.uint16).numpy() if state_ND.dtype == torch.bfloat16 else state_ND.numpy()

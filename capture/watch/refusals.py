@@ -8,7 +8,7 @@ from ...errors import WatchError
 
 
 def remembered(method: Callable[..., None]) -> Callable[..., None]:
-    """Tells a method's object what it refused, for a watched module may catch the error and go on."""
+    """Keeps a refusal in the method's object, for a watched module may catch the error and go on."""
 
     @wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:

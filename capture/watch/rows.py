@@ -1,4 +1,4 @@
-"""Which tokens of a padded batch are real, where they stand among the keys, and what a mask lets them see."""
+"""The real tokens of a padded batch, their place among the keys, and what a mask lets them see."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Window(NamedTuple):
 
 
 def read_windows(mask_BT: Tensor | None, B: int, T: int) -> tuple[Window, ...]:
-    """Each row's real tokens.
+    """Returns each row's real tokens.
 
     Args:
         mask_BT: not 0 where a token is real; without one every token is.
@@ -47,7 +47,7 @@ def read_windows(mask_BT: Tensor | None, B: int, T: int) -> tuple[Window, ...]:
 
 
 def refuse_other_axes(ids_shape: Sequence[int], B: int, T: int) -> None:
-    """Holds the shape of token ids [rows, tokens] against the first two axes of a residual.
+    """Compares the shape of token ids [rows, tokens] with the first two axes of a residual.
 
     Raises:
         WatchError: it is [tokens, rows], or all rows' tokens in one.
@@ -68,7 +68,7 @@ def refuse_other_axes(ids_shape: Sequence[int], B: int, T: int) -> None:
 
 
 def key_windows(earlier: Sequence[Window], new: Sequence[Window], past: int) -> tuple[Window, ...]:
-    """Each row's real tokens among the keys: those of a cache of `past` tokens, then the new ones.
+    """Returns each row's real tokens among the keys: those of a cache of `past` tokens, then the new ones.
 
     Raises:
         WatchError: padding stands between a row's earlier tokens and its new ones.
@@ -90,7 +90,7 @@ def key_windows(earlier: Sequence[Window], new: Sequence[Window], past: int) -> 
 
 
 def pack(x_BTD: Tensor, windows: Sequence[Window]) -> Tensor:
-    """The real tokens of all rows, [N, D]; always a copy, for modules that change a tensor in place."""
+    """Returns all rows' real tokens, [N, D]; always a copy, for modules that change a tensor in place."""
     return torch.cat(
         [row_TD[window.start : window.end] for row_TD, window in zip(x_BTD, windows, strict=True)]
     )
@@ -105,7 +105,7 @@ class Group(NamedTuple):
 
 
 def groups(queries: Sequence[Window], keys: Sequence[Window]) -> Iterator[Group]:
-    """Rows that can be measured as one, those without queries left out."""
+    """Returns groups of rows that can be measured as one; rows without queries are left out."""
     together: dict[tuple[Window, Window], list[int]] = {}
     for row, pair in enumerate(zip(queries, keys, strict=True)):
         together.setdefault(pair, []).append(row)
@@ -115,7 +115,7 @@ def groups(queries: Sequence[Window], keys: Sequence[Window]) -> Iterator[Group]
 
 
 def check_mask(mask: Tensor, group: Group, past: int) -> None:
-    """Holds what real tokens may see against which tokens are real.
+    """Compares what real tokens may see with which tokens are real.
 
     Args:
         mask: [B or 1, H or 1, T or 1, J], as attention is given it.
@@ -149,7 +149,7 @@ def check_mask(mask: Tensor, group: Group, past: int) -> None:
 
 
 def unseen_padding(row: int, why: str) -> WatchError:
-    """A real token's attention falls on padding: the module does not do what attention_mask says."""
+    """Returns the error for attention that falls on padding, of a module that ignores attention_mask."""
     return WatchError(
         f"row {row} of the batch is padded, and its real tokens attend to the padding ({why}): the module "
         "ignores attention_mask there; run rows of equal length together, or one at a time"
@@ -157,7 +157,7 @@ def unseen_padding(row: int, why: str) -> WatchError:
 
 
 def _first_row(is_bad: Tensor, group: Group) -> int | None:
-    """The batch's row of the first bad element; a mask for all rows says the group's first."""
+    """Returns the batch's row of the first bad element; the group's first for a mask of all rows."""
     if not is_bad.any():
         return None
     index = int(is_bad.flatten(1).any(1).nonzero()[0])

@@ -1,4 +1,4 @@
-"""The loop of a module, read off the order in which its blocks were called in one forward pass."""
+"""Finds the loop of a module from the order in which its blocks were called in one forward pass."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _SHOWN = 12  # how many runs of calls an error lists
 
 
 def find_structure(order: Sequence[int], names: Sequence[str]) -> Schedule:
-    """The loop as it was seen; injection cannot be, from outside.
+    """Returns the loop as it was seen; injection cannot be seen from outside.
 
     The prelude are the blocks called once before the first that is called again, the core is the cycle that
     repeats, the coda what follows it.
@@ -41,7 +41,7 @@ def find_structure(order: Sequence[int], names: Sequence[str]) -> Schedule:
 
 
 def show_order(order: Sequence[int], names: Sequence[str]) -> str:
-    """The calls in order, shortened: blocks that count up as one run, equal runs as one with a number."""
+    """Returns the calls in order as short text: blocks that count up as one run, equal runs with a number."""
     runs: list[tuple[str, int, int]] = []  # the name before its number, first and last number
     for block in order:
         stem, _, number = names[block].rpartition(".")

@@ -1,4 +1,4 @@
-"""What was recorded of each sequence so far: arrays that grow while a cache is decoded."""
+"""Record of each sequence so far: arrays that grow while a cache is decoded."""
 
 from collections.abc import Mapping
 
@@ -11,13 +11,13 @@ class WatchedSequence:
     def __init__(self) -> None:
         self.length = 0
         self.positions = np.empty(0, np.int64)
-        """Tokens whose states are kept."""
+        """Positions of the tokens whose states are kept."""
         self.states: list[np.ndarray] = []
-        """Their states, [kept, depth_state, hidden] in parts."""
+        """States of these tokens, [kept, depth_state, hidden] in parts."""
         self._arrays: dict[str, np.ndarray] = {}  # axis 0 has room to grow
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """One array, of `length` tokens."""
+        """Returns one array, of `length` tokens."""
         return self._arrays[name][: self.length]
 
     def extend(self, count: int, rows: Mapping[str, np.ndarray], received: np.ndarray | None) -> None:

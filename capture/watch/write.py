@@ -1,4 +1,4 @@
-"""What was recorded as a store: the layout, plan and commits of a capture, written at once."""
+"""Writes what was recorded to a store: the layout, plan and commits of a capture, at once."""
 
 import hashlib
 import time
@@ -147,7 +147,7 @@ def _make_plan(
 
 
 def _identity(module: nn.Module, name: str, weights: str) -> dict[str, Any]:
-    """Which module this is."""
+    """Returns what the plan records to identify a module."""
     return {
         "name": name,
         "spec": name,
@@ -157,9 +157,10 @@ def _identity(module: nn.Module, name: str, weights: str) -> dict[str, Any]:
 
 
 def hash_weights(module: nn.Module) -> str:
-    """Over names, shapes, types and bytes, a tensor at a time; without bytes where a tensor has none to read.
+    """Returns a hash over names, shapes, types and bytes, a tensor at a time.
 
-    That is on the meta device, sparse, quantised, or of a class of its own.
+    Bytes are left out of tensors that have none to read: on the meta device, sparse, quantised, or of a class
+    of their own.
     """
     digest = hashlib.sha256()
     for key, tensor in sorted(module.state_dict().items()):

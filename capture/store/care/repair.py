@@ -1,4 +1,4 @@
-"""Making a damaged store an unfinished one: what is wrong goes, and capturing again puts it back.
+"""Makes an unfinished store of a damaged one: removes what is wrong, which capturing again puts back.
 
 Every step leaves a store that is sound for readers of the ledger, so a repair may be killed anywhere and run
 again: first nothing says any more that the store is finished, then the units' ledger entries go, and only
@@ -22,7 +22,7 @@ from .verify import Problem, check_units, uncommitted_files, verify_store
 
 @dataclass(frozen=True)
 class Repair:
-    """What `repair_store` did."""
+    """The result of `repair_store`."""
 
     path: str
     problems: list[Problem]
@@ -30,16 +30,16 @@ class Repair:
     units_voided: list[int]
     """Units that were committed and are to do again."""
     files_removed: int
-    """Of voided units, of attempts that were killed, and what does not belong in the ledger."""
+    """Files that were removed: those of voided units and of killed attempts, and strays in the ledger."""
     files_restored: list[str]
     units_missing: list[int]
     """Units to do now."""
     irreparable: list[Problem]
-    """Written when the store was made, from what is not in it."""
+    """Problems of files that were written when the store was made, from what is not in it."""
 
 
 def repair_store(path: str | Path) -> Repair:
-    """Void every unit that is not as it was committed, and remove what killed attempts left.
+    """Voids every unit that is not as it was committed, and removes what killed attempts left.
 
     Raises:
         StoreLockedError: a driver is at work on the store.
@@ -79,7 +79,7 @@ def repair_store(path: str | Path) -> Repair:
 
 
 def clean(store: Store) -> None:
-    """Remove what killed attempts left, and void entries that they left in doubt.
+    """Removes what killed attempts left, and voids entries that they left in doubt.
 
     For the driver alone, while no worker runs.
     """
@@ -88,7 +88,7 @@ def clean(store: Store) -> None:
 
 
 def _void_doubtful(store: Store) -> None:
-    """Void entries that a later attempt may have made untrue: both were killed before either could tell.
+    """Voids entries that a later attempt may have made untrue, if both were killed before either noticed.
 
     Reads nothing of units whose entry is of their last attempt, which are all but a few.
     """
@@ -123,7 +123,7 @@ def _last_attempts(store: Store) -> dict[int, int]:
 
 
 def _reopen(store: Store) -> None:
-    """Make a finished store one that goes on, all of whose units are there."""
+    """Makes a finished store, all of whose units are committed, an unfinished one."""
     store.place.remove([COMPLETE])
     store.place.remove([SUMMARY])
     marks = [f"unit_done/{name}" for name in store.place.names("unit_done") if name != "zarr.json"]
@@ -138,7 +138,7 @@ def _remove_leftovers(store: Store) -> int:
 
 
 def _note(store: Store, problems: list[Problem]) -> None:
-    """Leave the reason with the attempt that had committed the unit, for `status`."""
+    """Writes the reason to the file of the attempt that had committed the unit, for `status`."""
     reasons = {problem.unit: str(problem) for problem in problems if problem.unit is not None}
     if not reasons:
         return
@@ -150,7 +150,7 @@ def _note(store: Store, problems: list[Problem]) -> None:
 
 
 def _restore(store: Store, key: str) -> bool:
-    """Write a file of the plan again from its copy in the group's zarr.json, if that is the same."""
+    """Writes a file of the plan again from its copy in the group's zarr.json, if that is the same."""
     try:
         recorded = json.loads(store.place.read(FILES))[key]
     except (ValueError, KeyError, TypeError, OSError):

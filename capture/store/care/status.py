@@ -13,16 +13,16 @@ from ..writing.commit import Store, entry_bytes
 
 @dataclass(frozen=True)
 class FailedAttempt:
-    """What an attempt at a unit noted when it failed."""
+    """A failed attempt at a unit, as it was noted."""
 
     unit: int
     attempt: int
     error: str
     host: str
     time: str
-    """When it failed, ISO."""
+    """Time at which it failed, ISO 8601."""
     done: bool
-    """Whether the unit is there by now."""
+    """Whether the unit is committed by now."""
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,30 @@ class StoreStatus:
     seconds: float
     """Work of all workers on the units that are done."""
     last_commit: str | None
-    """ISO time; None before the first."""
+    """Time of the last commit, ISO 8601; None before the first."""
     attempts: int
     """Attempts that were begun, at whatever unit."""
     failures: tuple[FailedAttempt, ...]
-    """By unit and attempt."""
+    """Failed attempts, ordered by unit and attempt."""
     driver: Driver | None
-    """None while nobody is at work."""
+    """The process at work on the store; None without one."""
     complete: bool
-    """Whether the store is closed: every unit is there."""
+    """Whether the store is closed, with every unit committed."""
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary for `json.dumps`, of the fields by name."""
+        """Returns a dictionary for `json.dumps`, of the fields by name."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Self:
-        """The status that `to_json` gave this dictionary for."""
+        """Returns the status that `to_json` made this dictionary of."""
         failures = tuple(FailedAttempt(**failure) for failure in document["failures"])
         driver = document["driver"] and Driver(**document["driver"])
         return cls(**document | {"failures": failures, "driver": driver})
 
 
 def store_status(path: str | Path) -> StoreStatus:
-    """How far a capture is, from its ledger.
+    """Returns how far a capture is, from its ledger.
 
     Raises:
         StoreError, StoreMissingError: there is no store of this format.

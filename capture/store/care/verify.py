@@ -1,4 +1,4 @@
-"""What is in a store, and whether it is what was written: every piece against the checksums of the ledger."""
+"""Verifies a store: compares every piece of it with the checksums of the ledger."""
 
 import io
 import json
@@ -24,7 +24,7 @@ _NUM_READERS = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """A file that is not what it should be; `unit` is None for what no unit wrote."""
+    """A file that is not what it should be; `unit` is None for a file that no unit wrote."""
 
     unit: int | None
     file: str
@@ -36,7 +36,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify_store` found."""
+    """The result of `verify_store`."""
 
     path: str
     units_done: list[int]
@@ -49,13 +49,13 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether all that is committed is sound; units may be missing."""
+        """Whether everything that is committed is sound; units may be missing."""
         return not self.problems
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What was recorded of a file when it was written."""
+    """The record of a file, made when it was written."""
 
     unit: int | None
     key: str
@@ -65,7 +65,7 @@ class _Written:
 
 
 def verify_store(path: str | Path) -> Report:
-    """Read every file of a store and compare size and crc32c with what was recorded when it was written.
+    """Reads every file of a store and compares size and crc32c with what was recorded when it was written.
 
     What lies between the pieces that were recorded is a hole that no reader looks at, and not looked at here.
 
@@ -100,13 +100,13 @@ def verify_store(path: str | Path) -> Report:
 
 
 def check_units(store: Store, units: list[int]) -> list[Problem]:
-    """What is wrong with these committed units."""
+    """Returns what is wrong with these committed units."""
     written, problems = _read_entries(store, units)
     return problems + _check_files(store.place, _sizes(store, written), written)
 
 
 def uncommitted_files(store: Store, todo: set[int], keys: list[str]) -> list[str]:
-    """Which of a store's files belong to units that are not committed."""
+    """Returns the files of a store that belong to units that are not committed."""
     found = []
     for key in keys:
         name, _, file = key.partition("/")
@@ -160,7 +160,7 @@ def _read_entries(store: Store, units: list[int]) -> tuple[list[_Written], list[
 
 
 def _sizes(store: Store, written: list[_Written]) -> dict[str, int]:
-    """Bytes of all files, by key, of the folders that these and the arrays are in."""
+    """Returns the bytes of all files, by key, in the folders of these and of the arrays."""
     folders = {file.key.rpartition("/")[0] for file in written} | set(store.arrays)
     return {
         f"{folder}/{name}".lstrip("/"): size
@@ -200,7 +200,7 @@ def _check_file(place: Place, num_bytes: int | None, file: _Written) -> Problem 
 
 
 def _check_metadata(store: Store, done: list[int]) -> Iterator[Problem]:
-    """Whether zarr-python opens every array, and a closed store says of itself what its ledger says."""
+    """Checks that zarr-python opens every array, and that a closed store's summary agrees with its ledger."""
     group = store.group()
     for name in [*str(group.attrs["coordinates"]).split(), *store.arrays]:
         try:

@@ -30,13 +30,13 @@ _WRITER = "looptap-writer"
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of an object without reading it."""
+    """Facts about an object, known without reading it."""
 
     e_tag: str
     writer: str | None
     num_bytes: int
     modified: datetime
-    """By the server's clock."""
+    """Time of the last change, by the server's clock."""
 
 
 class Bucket:
@@ -113,7 +113,7 @@ class Bucket:
                 obstore.delete(self.client, keys)
 
     def find(self, key: str) -> Found | None:
-        """What is known of an object; None where there is none."""
+        """Returns what is known of an object without reading it; None if there is none."""
         import obstore
 
         try:
@@ -126,7 +126,8 @@ class Bucket:
         return Found(str(meta["e_tag"]), writer, meta["size"], meta["last_modified"])
 
     def put(self, key: str, data: Bytes, *, writer: str, over: str | None) -> str:
-        """Put an object if the name is free, or while what has it is still `over`, an e_tag; returns its own.
+        """Puts an object if the name is free, or while what has it is still `over`, an e_tag; returns its
+        own.
 
         A request that was sent twice, because its answer got lost, may be refused on account of itself.
 
@@ -155,7 +156,7 @@ class Bucket:
             return found.e_tag
 
     def probe(self) -> datetime:
-        """Whether the server honours conditions; its time now.
+        """Checks that the server honours conditions; returns its time now.
 
         Raises:
             StoreError: it does not: attempts and drivers could not be kept apart.
@@ -203,7 +204,7 @@ class Bucket:
 
     @contextmanager
     def explained(self, task: str) -> Iterator[None]:
-        """Turns what obstore says into one line that says what to do; absence and conditions pass."""
+        """Turns errors of obstore into one line that says what to do; absence and failed conditions pass."""
         from obstore import exceptions as o
 
         try:
@@ -234,5 +235,5 @@ class Bucket:
 
 
 def make_token() -> str:
-    """Names one writer among all."""
+    """Returns a token that names one writer among all."""
     return f"{platform.node()}.{os.getpid()}.{secrets.token_hex(8)}"

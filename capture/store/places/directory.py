@@ -152,7 +152,7 @@ class LocalPlace:
         return str(self.path)
 
     def _put_back(self, staging_path: Path) -> None:
-        """Of a committed unit, what an attempt killed in `_take_away` had aside."""
+        """Puts back files of a committed unit that an attempt, killed in `_take_away`, had moved aside."""
         for path in staging_path.glob(f"{_ASIDE}*"):
             key = unquote(path.name.removeprefix(_ASIDE))
             if not key.startswith("."):  # an entry that was to be replaced is better missing
@@ -212,7 +212,7 @@ class LocalDraft:
         return self.path / quote(key, safe="")
 
     def _take_away(self, key: str, check: Callable[[Path], None]) -> None:
-        """Free a final name; what had it goes back if `check`, given where it is now, raises.
+        """Frees a final name; the file that had it goes back if `check`, given its new path, raises.
 
         Between deciding and doing, an attempt may be paused for any time, and the file be another by then:
         only after it was moved does it stay what it is.
@@ -244,7 +244,7 @@ def _unreadable(path: Path, error: OSError) -> StoreError:
 
 
 def _new_path(path: Path) -> Path:
-    """A name beside the store to build it under; leftovers of killed builders are removed on the way."""
+    """Returns a name beside the store to build it under; removes leftovers of killed builders on the way."""
     prefix = f".{path.name}.new-{machine()}-"
     for left in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
         pid, _, start = left.name.removeprefix(prefix).partition("-")

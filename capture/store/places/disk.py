@@ -21,7 +21,7 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems w
 
 
 def write_new(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Write a file that must not exist yet. Not synced: `sync` follows, for many files at once."""
+    """Writes a file that must not exist yet. Not synced: `sync` follows, for many files at once."""
     view = memoryview(data)
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
@@ -32,7 +32,7 @@ def write_new(path: Path, data: bytes | bytearray | memoryview) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Put a whole file in place of whatever has this name; readers see the old or the new one whole."""
+    """Replaces a file, or makes it; readers see the old or the new content whole."""
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     new.unlink(missing_ok=True)
     write_new(new, data)
@@ -42,7 +42,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def sync(paths: Iterable[Path]) -> None:
-    """Wait until files and directories are on the disk; in parallel, as one journal commit serves many."""
+    """Waits until files and directories are on the disk; in parallel, as one journal commit serves many."""
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(_sync_one, paths))
 
@@ -53,7 +53,7 @@ def sync_tree(root: Path) -> None:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Give a finished file its final name, unless something has that name.
+    """Gives a finished file its final name, unless something has that name.
 
     A hard link fails where the name is taken. File systems without hard links get a rename, which does not:
     there the name is looked at just before, and callers compare identities afterwards. A network file system
@@ -86,7 +86,7 @@ def _rename_new(source: Path, target: Path) -> None:
 
 
 def identity(path: Path) -> Identity | None:
-    """What tells a file from others, whatever it is renamed to; None where there is none."""
+    """Returns what tells a file from others, whatever it is renamed to; None if there is no file."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -95,7 +95,7 @@ def identity(path: Path) -> Identity | None:
 
 
 def checksum(path: Path) -> str:
-    """crc32c of a file's content, eight hex digits."""
+    """Returns the crc32c of a file's content, eight hex digits."""
     value = 0
     with open(path, "rb") as file:
         while block := file.read(8 << 20):
@@ -105,7 +105,7 @@ def checksum(path: Path) -> str:
 
 @contextmanager
 def full_disk_named(path: Path, task: str, needed_bytes: int) -> Iterator[None]:
-    """Turn "no space left" into a message that says what was being written and how much room it needs."""
+    """Turns "no space left" into a message that says what was being written and how much room it needs."""
     try:
         yield
     except OSError as error:

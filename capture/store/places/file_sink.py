@@ -32,7 +32,7 @@ class FileSink:
         self.is_direct: bool | None = None
 
     def write_at(self, offset: int, data: Any) -> None:
-        """Write a buffer at an offset.
+        """Writes a buffer at an offset.
 
         Raises:
             OSError: the disk is full or broken; how much of it was written is not known.
@@ -43,7 +43,7 @@ class FileSink:
             offset, view = offset + num_written, view[num_written:]
 
     def close(self, num_bytes: int) -> None:
-        """The file is complete and so long; it is not synced."""
+        """Completes the file, which is so long from now on; does not sync it."""
         os.ftruncate(self._descriptor, num_bytes)
         if self._cached_bytes >= _DROP_BYTES:  # only clean pages can be dropped
             os.fdatasync(self._descriptor)
@@ -51,7 +51,7 @@ class FileSink:
         self._close()
 
     def discard(self) -> None:
-        """Drop the file."""
+        """Drops the file."""
         self._close()
         self._path.unlink(missing_ok=True)
 

@@ -1,6 +1,4 @@
-"""What drivers' locks have in common, on a disk or in an object store: how long silence is borne, what is
-said to who comes second.
-"""
+"""The common part of drivers' locks on disks and in object stores: times, and a second driver's error."""
 
 from typing import Any
 
@@ -11,7 +9,7 @@ STALE_S = 60.0
 
 
 def locked(store: str, holder: dict[str, Any]) -> StoreLockedError:
-    """The error for a second driver, from what the lock says of the first: host, pid, silent_s."""
+    """Returns the error for a second driver, from what the lock says of the first: host, pid, silent_s."""
     return StoreLockedError(
         f"{store} is being written by process {holder['pid']} on {holder['host']} "
         f"(last sign of life {holder['silent_s']:.0f} s ago): wait for it or stop it; "

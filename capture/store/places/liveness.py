@@ -1,4 +1,4 @@
-"""Which process of which machine: who left a lock or an unfinished folder, and whether it still lives."""
+"""Identifies processes across machines: who left a lock or an unfinished folder, and whether it lives."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ import google_crc32c
 
 
 def machine() -> str:
-    """Tells where a process number means something: host, boot and process namespace, as eight hex digits."""
+    """Returns a hash of host, boot and process namespace, inside which a process number means something."""
     parts = [platform.node()]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         try:
@@ -19,7 +19,8 @@ def machine() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since boot; None if there is no such live process.
+    """Returns the start of a process of this machine, in clock ticks since boot; None if no such process
+    lives.
 
     Number and start together name a process for good, the number alone is used again. Where /proc is missing
     the start is 0 for any live process.

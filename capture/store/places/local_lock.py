@@ -75,7 +75,7 @@ def acquire(lock_path: Path) -> DriverLock:
 
 
 def holder_of(lock_path: Path) -> dict[str, Any] | None:
-    """What the lock says of a driver that is alive, with `silent_s`, seconds since it last said so."""
+    """Returns what the lock says of a live driver, with `silent_s`, seconds since its last sign of life."""
     try:
         holder = json.loads(lock_path.read_bytes())
         beat_s = lock_path.stat().st_mtime
@@ -89,7 +89,7 @@ def holder_of(lock_path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _guard(lock_path: Path) -> Iterator[None]:
-    """Serialise looking at the lock and changing it; the kernel opens this one when its holder dies."""
+    """Holds a file lock while the driver lock is read and changed; the kernel frees it if its holder dies."""
     descriptor = os.open(lock_path.with_name("driver.guard"), os.O_CREAT | os.O_RDWR, 0o644)
     try:
         try:
@@ -105,7 +105,7 @@ def _guard(lock_path: Path) -> Iterator[None]:
 
 
 def _file_system_time_s(directory: Path) -> float:
-    """Now by the clock that stamps the lock, which on a network file system is the server's."""
+    """Returns the time by the clock that stamps the lock, on a network file system the server's."""
     probe = directory / f"clock.{secrets.token_hex(8)}"
     try:
         probe.touch()

@@ -1,4 +1,4 @@
-"""One driver at a time, whatever place the store lies in."""
+"""Keeps drivers to one at a time, whatever place the store lies in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from .open import open_place
 
 @contextmanager
 def driver_lock(path: str | Path) -> Iterator[DriverLock | ObjectLock]:
-    """Hold the store's driver lock.
+    """Holds the store's driver lock.
 
     Raises:
         StoreLockedError: another driver is at work; the message names its host and process.
@@ -32,7 +32,7 @@ def driver_lock(path: str | Path) -> Iterator[DriverLock | ObjectLock]:
 
 
 def lock_holder(path: str | Path) -> dict[str, Any] | None:
-    """Who drives the store now (host, pid, silent_s), or None if nobody alive does."""
+    """Returns who drives the store now (host, pid, silent_s); None if nobody alive does."""
     place = open_place(path)
     if isinstance(place, LocalPlace):
         with os_errors_named(place.path, "read"):

@@ -1,4 +1,4 @@
-"""What one attempt puts into an object store: held in memory until the commit, then put on conditions."""
+"""Holds what one attempt writes to an object store in memory until the commit, then puts it on conditions."""
 
 import threading
 from collections.abc import Callable, Iterable

@@ -26,7 +26,7 @@ class ObjectLock:
     """
 
     def __init__(self, bucket: Bucket, over: str | None):
-        """Raises FileExistsError where another was quicker."""
+        """Takes the lock. Raises FileExistsError if another driver was quicker."""
         self._bucket, self._writer = bucket, make_token()
         self._num_beats = 0
         self._e_tag: str | None = None
@@ -37,7 +37,7 @@ class ObjectLock:
 
     @classmethod
     def acquire(cls, bucket: Bucket) -> "ObjectLock":
-        """Raises StoreLockedError with who holds it; StoreError from `Bucket.probe`."""
+        """Takes the lock. Raises StoreLockedError with who holds it; StoreError as `Bucket.probe` does."""
         now = bucket.probe()
         found = bucket.find(DRIVER_LOCK)
         if found is not None and (holder := _read(bucket, now)) is not None:
@@ -83,7 +83,7 @@ class ObjectLock:
                 continue  # the server may be back before the lock lapses
 
     def _put(self, over: str | None, released: bool = False) -> None:
-        """Put the lock with another content than before, so that nobody's condition holds any more."""
+        """Puts the lock with content that differs from before, so that nobody's condition holds any more."""
         self._num_beats += 1
         mine = {
             "host": platform.node(),
@@ -100,7 +100,7 @@ class ObjectLock:
 
 
 def object_lock_holder(bucket: Bucket) -> dict[str, Any] | None:
-    """As `lock_holder`, by this machine's clock: looking at a store must not write to it."""
+    """Returns what `lock_holder` does, by this machine's clock: looking at a store must not write to it."""
     return _read(bucket, datetime.now(UTC))
 
 

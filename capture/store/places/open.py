@@ -1,4 +1,4 @@
-"""From a path or URL to the place that it means."""
+"""Opens the place that a path or URL names."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from .objects import ObjectPlace
 
 
 def open_place(path: str | Path) -> LocalPlace | ObjectPlace:
-    """A local directory, or `s3://bucket/prefix`; nothing need be there yet.
+    """Opens a local directory or `s3://bucket/prefix`; nothing need be there yet.
 
     Raises:
         StoreAddressError: another kind of URL.

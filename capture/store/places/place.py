@@ -1,4 +1,4 @@
-"""Where a store's bytes lie: what the protocol (`writing/`) needs of a directory or of an object store.
+"""The place of a store's bytes: what the protocol (`writing/`) needs of a directory or of an object store.
 
 Keys are paths inside the store with slashes, such as `state/c.0.0.0` or `.looptap/ledger/7.json`.
 """
@@ -22,7 +22,7 @@ class Sink(Protocol):
     def write_at(self, offset: int, data: Any) -> None: ...
 
     def close(self, num_bytes: int) -> None:
-        """All was written; the file is that long, and holes in it are zeros."""
+        """Completes the file, which is that long; holes in it are zeros."""
         ...
 
     def discard(self) -> None: ...
@@ -32,17 +32,17 @@ class Draft(Protocol):
     """The files of one attempt at a unit, until they have their final names."""
 
     def open_sink(self, key: str) -> Sink:
-        """Start a file that will be published as `key`."""
+        """Starts a file that will be published as `key`."""
         ...
 
     def write(self, key: str, data: Bytes) -> None: ...
 
     def sync(self) -> None:
-        """Wait until all that was written survives a crash."""
+        """Waits until all that was written survives a crash."""
         ...
 
     def publish(self, key: str, fence: Callable[[], None]) -> None:
-        """Give a file its final name.
+        """Gives a file its final name.
 
         Args:
             fence: asked before and, where it can be, after what another attempt left under the name is
@@ -53,7 +53,7 @@ class Draft(Protocol):
         ...
 
     def sync_published(self, keys: Iterable[str]) -> None:
-        """Wait until these final names survive a crash."""
+        """Waits until these final names survive a crash."""
         ...
 
     def holds(self, key: str) -> bool:
@@ -61,11 +61,11 @@ class Draft(Protocol):
         ...
 
     def withdraw(self, key: str) -> None:
-        """Take the final name back, if it is this draft's file that has it."""
+        """Takes the final name back, if it is this draft's file that has it."""
         ...
 
     def discard(self) -> None:
-        """Drop what was written; what was published stays."""
+        """Drops what was written; what was published stays."""
         ...
 
 
@@ -78,11 +78,11 @@ class Place(Protocol):
         ...
 
     def names(self, folder: str) -> list[str]:
-        """What lies directly in a folder; nothing where there is none."""
+        """Returns the names that lie directly in a folder; none where there is no folder."""
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of the files that lie directly in a folder."""
+        """Returns the bytes of the files that lie directly in a folder."""
         ...
 
     def exists(self, key: str) -> bool:
@@ -90,27 +90,27 @@ class Place(Protocol):
         ...
 
     def read(self, key: str) -> bytes:
-        """Raises FileNotFoundError."""
+        """Reads a whole file. Raises FileNotFoundError."""
         ...
 
     def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
-        """Raises FileNotFoundError; fewer bytes where the file ends."""
+        """Reads a range of a file, less where the file ends. Raises FileNotFoundError."""
         ...
 
     def create(self, key: str, data: bytes) -> None:
-        """Make a file, for good, unless there is one: raises FileExistsError."""
+        """Makes a file, for good, unless there is one: raises FileExistsError."""
         ...
 
     def replace(self, key: str, data: bytes) -> None:
-        """Put a whole file in place of whatever has this name, for good."""
+        """Puts a whole file in place of whatever has this name, for good."""
         ...
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Remove files, for good; those that are gone already are no error."""
+        """Removes files, for good; those that are gone already are no error."""
         ...
 
     def make(self, fill: Callable[[Path], None]) -> None:
-        """Make the store from what `fill` puts into an empty directory: wholly there or not at all.
+        """Makes the store from what `fill` puts into an empty directory: wholly there or not at all.
 
         Raises:
             StoreExistsError: another process made one meanwhile.
@@ -124,15 +124,15 @@ class Place(Protocol):
     def begin(self, unit: int, number: int) -> Draft: ...
 
     def clean_drafts(self) -> None:
-        """Drop what killed attempts left. While no worker runs."""
+        """Removes what killed attempts left; to be called while no worker runs."""
         ...
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Apply a function that asks little more than this place, as is quickest here."""
+        """Applies a function that does little but ask this place, in the way that is quickest here."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Room that is left; None where nobody can know."""
+        """Returns the bytes that are free; None where that cannot be known."""
         ...
 
     def full_disk_named(self, task: str, needed_bytes: int) -> AbstractContextManager[None]:
@@ -140,5 +140,5 @@ class Place(Protocol):
         ...
 
     def zarr_store(self) -> Any:
-        """What zarr-python and xarray open to read it."""
+        """Returns what zarr-python and xarray open to read the store."""
         ...

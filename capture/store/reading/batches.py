@@ -25,21 +25,21 @@ _SCANNED_ROWS = 1 << 22  # of a coordinate, at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which rows come when: the same numbers always give the same batches."""
+    """The order of rows in batches: the same numbers always give the same batches."""
 
     batch_rows: int = 4096
     """Rows of a batch; the last one of an epoch may have fewer."""
     seed: int = 0
     epoch: int = 0
-    """Each is another order of the same rows."""
+    """Number of the epoch; each has another order of the same rows."""
     buffer_chunks: int = 256
     """Chunks whose rows are mixed with each other. Compressed or far ones are held in memory, two times."""
     rank: int = 0
-    """Which share of an epoch's chunks is wanted."""
+    """Number of the share of an epoch's chunks that is wanted, from 0."""
     num_ranks: int = 1
-    """Shares; together they hold every row once."""
+    """Number of shares; together they hold every row once."""
     start: int = 0
-    """Batches to leave out: where an earlier run stopped."""
+    """Number of batches to leave out at the start: those before an earlier run stopped."""
 
     def __post_init__(self) -> None:
         least = {"batch_rows": 1, "seed": 0, "epoch": 0, "buffer_chunks": 1, "num_ranks": 1, "start": 0}
@@ -53,7 +53,7 @@ class Order:
 def make_batches(
     store: str | Path, *, depths: Sequence[int] | None = None, decode: bool = False, **order: Any
 ) -> "Batches":
-    """Kept states of committed units in random order.
+    """Returns batches of kept states of committed units, in random order.
 
     Args:
         store: a local directory or s3://bucket/prefix.
@@ -109,7 +109,7 @@ class Batches:
         return max(0, -(-self.num_rows // self.order.batch_rows) - self.order.start)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Batches from `start` on."""
+        """Yields batches from `start` on."""
         size = self.order.batch_rows
         skip = self.order.start * size
         batch, filled = None, 0
@@ -128,7 +128,7 @@ class Batches:
                     batch = None
 
     def _windows(self, skip: int) -> Iterator[tuple[Gather, np.ndarray]]:
-        """What gathers rows of so many chunks, and the order to take them in; from the row `skip` on."""
+        """Yields a function that gathers rows of a window, and the order to take them in, from row `skip`."""
         size, num_chunks = self.order.buffer_chunks, len(self._chunks)
         ends = np.cumsum(self._counts[self._chunks])
         lasts = np.minimum(np.arange(size, num_chunks + size, size), num_chunks) - 1
@@ -148,7 +148,7 @@ class Batches:
         return [Chunk(self._rows(chunk), depth) for chunk, depth in chunks]
 
     def _rows(self, chunk: int) -> np.ndarray:
-        """A chunk's rows that hold a token's state."""
+        """Returns a chunk's rows that hold a token's state."""
         start = chunk * self._chunk_rows
         if chunk in self._picks:
             return start + self._picks[chunk]
@@ -162,7 +162,7 @@ def _coordinate(store: Store, name: str) -> Any:
 
 
 def _rows_of_chunks(store: Store, chunk_rows: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """How many rows of each chunk hold a committed state, and which, where those are not the first ones."""
+    """Returns the number of rows with a committed state in each chunk, and which, if not the first."""
     unit_rows = store.unit_rows("state")
     name = (
         "state_token" if store.metadata["state"]["dimension_names"][0] == "token_state" else "token_sequence"

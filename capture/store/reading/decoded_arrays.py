@@ -40,7 +40,7 @@ class LibraryArray:
         return self.__dict__ | {"_reader": None, "_pid": 0}
 
     def read(self, key: Key) -> np.ndarray:
-        """Values at the outer product of the axes' keys.
+        """Reads values at the outer product of the axes' keys.
 
         Raises:
             StoreError: a file that should be there is missing. Libraries would read fill values.
@@ -74,7 +74,7 @@ class LibraryArray:
 
 
 def _tensorstore() -> Any:
-    """tensorstore; None where it is not installed, or its threads stayed behind in a parent process."""
+    """Returns the module tensorstore; None if it is not installed, or its threads are a parent process's."""
     try:
         import tensorstore
     except ImportError:

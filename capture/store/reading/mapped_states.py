@@ -81,7 +81,7 @@ class MappedArray:
         return self._directory / f"c.{number}{'.0' * (len(self.shape) - 1)}"
 
     def read(self, key: Key) -> np.ndarray:
-        """Values at the outer product of the axes' keys.
+        """Reads values at the outer product of the axes' keys.
 
         Raises:
             StoreError: a file is missing or damaged.
@@ -109,7 +109,7 @@ class MappedArray:
         return values
 
     def read_depth(self, rows: slice | np.ndarray, depth: int | np.ndarray, out: np.ndarray) -> None:
-        """Rows of one depth, or single rows each of its own.
+        """Reads rows of one depth, or single rows each of a depth of its own.
 
         Args:
             out: [rows, hidden], may be strided.
@@ -140,7 +140,7 @@ class MappedArray:
             out[here] = part
 
     def will_need(self, rows: slice, depth: int) -> None:
-        """Have the kernel read rows ahead of `read_depth`."""
+        """Makes the kernel read rows ahead of `read_depth`."""
         for number, first, stop in self._spans(rows):
             self._region(number).will_need(first, stop, depth)
 
@@ -182,7 +182,7 @@ class _Region:
         self._lock = threading.Lock()
 
     def copy(self, first: int, stop: int, depth: int, out: np.ndarray) -> None:
-        """Neighbouring rows into out."""
+        """Copies neighbouring rows into out."""
         at = first // self._chunk_rows
         if stop <= (at + 1) * self._chunk_rows and (source := int(self._source[at, depth])) >= 0:
             source += first - at * self._chunk_rows  # of one chunk: in no more time than a plain map takes
@@ -202,7 +202,7 @@ class _Region:
                 self._mapping.will_need_run(source * self._row_bytes, (end - begin) * self._row_bytes)
 
     def gather(self, rows: np.ndarray, depth: int | np.ndarray, out: np.ndarray) -> None:
-        """Single rows, in any order, into a contiguous out."""
+        """Copies single rows, in any order, into a contiguous out."""
         chunks = rows // self._chunk_rows
         source = self._sources(chunks, depth)
         is_missing = source < 0
@@ -236,7 +236,7 @@ class _Region:
         return source
 
     def _load(self, place: int) -> None:
-        """Map a shard and read its index."""
+        """Maps a shard and reads its index."""
         path = self._shard_path(self._first_shard + place)
         here = slice(place * self._grid[0], (place + 1) * self._grid[0])
         with self._lock:

@@ -27,7 +27,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class Mapping:
-    """Room for a number of files, each mapped when it is added; a descriptor is held for none.
+    """Address space for a number of files, each mapped when it is added; no descriptors are kept open.
 
     Args:
         file_bytes: the most that a file holds.
@@ -47,7 +47,7 @@ class Mapping:
         self._resident_runs = self._untried_runs = 0
 
     def add(self, place: int, path: Path) -> np.ndarray:
-        """Map a file.
+        """Maps a file.
 
         Returns:
             its content, uint8.
@@ -75,7 +75,7 @@ class Mapping:
             raise OSError(ctypes.get_errno(), f"mapping it failed ({os.strerror(ctypes.get_errno())})")
 
     def will_need(self, starts: np.ndarray, num_bytes: int) -> None:
-        """Have the kernel read num_bytes bytes from each start on, unless they seem to be in memory."""
+        """Makes the kernel read num_bytes bytes from each start on, unless they seem to be in memory."""
         if all(map(self._is_resident, starts[:: max(1, len(starts) // _TRIED_PAGES)].tolist())):
             return
         starts = np.sort(starts)
@@ -85,7 +85,7 @@ class Mapping:
             self._advise(first, last)
 
     def will_need_run(self, start: int, num_bytes: int) -> None:
-        """The same for bytes that lie together; their last page tells, which reading ahead reaches last."""
+        """Does what `will_need` does for bytes that lie together, judged by their last page alone."""
         if self._untried_runs:
             self._untried_runs -= 1
         elif self._is_resident(start + num_bytes - 1):

@@ -1,4 +1,4 @@
-"""Opening a store as an xarray Dataset, lazily, with nothing in it that was not committed.
+"""Opens a store as an xarray Dataset, lazily, with nothing in it that was not committed.
 
 `xarray.open_zarr` opens a store without us; this adds three things. Uncompressed local states are mapped
 (`mapped_states.py`), which random rows need. bfloat16, stored as its bits, reads as float32. And while units
@@ -25,7 +25,7 @@ from .mapped_states import Key, MappedArray, can_map
 def open_store(
     path: str | Path, *, missing: Literal["mask", "raise"] = "mask", decode: bool = True
 ) -> xr.Dataset:
-    """The store as a lazy Dataset: a selection reads the files it touches and no others.
+    """Opens a store as a lazy Dataset: a selection reads the files it touches and no others.
 
     `unit_done` is what the ledger says now, and stays the Dataset's: units committed or voided later change
     nothing in it. Where it is 0, quantities are NaN (`lens_token` -1), `sequence_length` is 0 and
@@ -65,7 +65,7 @@ def open_store(
 
 
 def open_array(store: Store, name: str) -> MappedArray | LibraryArray:
-    """One array of a store as it lies there, with nothing masked: mapped if it can be."""
+    """Opens one array of a store as it lies there, with nothing masked: memory-mapped if it can be."""
     metadata = store.metadata[name]
     directory = store.path if isinstance(store.place, LocalPlace) else None
     if directory is not None and can_map(metadata):
@@ -74,7 +74,7 @@ def open_array(store: Store, name: str) -> MappedArray | LibraryArray:
 
 
 def to_float32(bits: np.ndarray) -> np.ndarray:
-    """bfloat16, given as uint16."""
+    """Returns bfloat16, given as its bits in uint16, as float32."""
     values = bits.astype(np.uint32)
     values <<= 16
     return values.view(np.float32)
@@ -83,7 +83,7 @@ def to_float32(bits: np.ndarray) -> np.ndarray:
 def iter_units(
     source: xr.Dataset | str | Path, variables: Iterable[str] | None = None
 ) -> Iterator[xr.Dataset]:
-    """Committed units one after the other, each loaded into memory: a store of any size can be gone through.
+    """Yields committed units, each loaded into memory, so that a store of any size can be gone through.
 
     Args:
         source: a store's path, or its Dataset with whole token, sequence and unit axes.
@@ -111,7 +111,7 @@ def iter_units(
 
 
 def _lazy(variable: xr.Variable, rows: "_UnitRows", decode: bool) -> xr.Variable:
-    """The same variable, masked and perhaps decoded as it is read."""
+    """Returns the same variable, masked and perhaps decoded as it is read."""
     attributes = dict(variable.attrs)
     if decode and attributes.get("bits_of") == "bfloat16":
         attributes["stored_as"] = attributes.pop("bits_of")
@@ -134,7 +134,7 @@ class _UnitRows(BackendArray):
         self._place = str(store)
 
     def decodes_bfloat16(self) -> None:
-        """From now on values are float32."""
+        """Makes values read as float32 from now on."""
         self._is_bfloat16, self.dtype = True, np.dtype(np.float32)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
@@ -184,7 +184,7 @@ class _UnitRows(BackendArray):
 
 
 def _to_slice_or_rows(key: Any, length: int) -> slice | np.ndarray:
-    """An axis's key as sources take it."""
+    """Returns an axis's key as sources take it."""
     if isinstance(key, slice):
         wanted = range(length)[key]
         if wanted.step == 1:

@@ -44,7 +44,7 @@ Window = list[Chunk]
 def iter_gathers(
     array: MappedArray | LibraryArray, windows: Iterator[Window]
 ) -> Generator[Gather, None, None]:
-    """For each window what gathers rows of it; good until the next one is asked for."""
+    """Yields a function for each window that gathers its rows; it is good until the next one is asked for."""
     return _mapped(array, windows) if isinstance(array, MappedArray) else _decoded(array, windows)
 
 

@@ -25,7 +25,7 @@ from .shard import ShardWriter
 
 
 def begin_attempt(store: Store, unit: int) -> "Attempt":
-    """Start an attempt at a unit, numbered above all before it.
+    """Starts an attempt at a unit, numbered above all before it.
 
     Raises:
         UnitTakenError: the unit is committed already.
@@ -68,7 +68,7 @@ class Attempt:
             self.discard()
 
     def write(self, name: str, rows: np.ndarray) -> None:
-        """Write the unit's rows of one array.
+        """Writes the unit's rows of one array.
 
         Args:
             rows: axis 0 up to the array's rows per unit, the rest is filled (NaN); other axes and dtype are
@@ -84,7 +84,7 @@ class Attempt:
         self._record(name, write_array(array, rows, self._open_sinks(name)))
 
     def open_writer(self, name: str, **options: Any) -> ShardWriter:
-        """Write one array piece by piece; it is closed at commit.
+        """Writes one array piece by piece; it is closed at commit.
 
         Args:
             options: as ShardWriter takes them.
@@ -93,7 +93,7 @@ class Attempt:
         return self._writers[name]
 
     def commit(self, receipt: dict[str, Any]) -> dict[str, Any]:
-        """Publish the unit: afterwards it is done, for good.
+        """Publishes the unit: afterwards it is done, for good.
 
         Args:
             receipt: what the worker knows, as JSON: num_sequences, num_tokens, seconds, non_finite (quantity
@@ -119,14 +119,14 @@ class Attempt:
         return entry
 
     def fail(self, error: str) -> None:
-        """Give the attempt up and keep the reason, for `status`."""
+        """Gives the attempt up and writes down the reason, for `status`."""
         self.discard()
         note = {"unit": self.unit, "attempt": self.number, "error": error}
         note |= {"host": platform.node(), "time": _now()}
         self.store.place.replace(attempt_key(self.unit, self.number), json.dumps(note).encode())
 
     def discard(self) -> None:
-        """Remove what was staged."""
+        """Removes what was staged."""
         for writer in self._writers.values():
             writer.abort()
         self._writers.clear()
@@ -169,7 +169,7 @@ class Attempt:
         return entry
 
     def _fence(self) -> None:
-        """Stop if a later attempt has begun, or one was committed before any file of ours was in place.
+        """Stops if a later attempt has begun, or one was committed before any file of ours was in place.
 
         An entry that appears once one is in place vouches for files that are not: it is an earlier attempt's,
         that was paused. It is replaced, and that attempt finds out by `_require_ours`.
@@ -178,7 +178,7 @@ class Attempt:
             raise self._taken()
 
     def _put(self, key: str) -> None:
-        """Give a file its final name; what an earlier, uncommitted attempt left there goes away."""
+        """Gives a file its final name; what an earlier, uncommitted attempt left there goes away."""
         try:
             self.draft.publish(key, self._fence)
         except FileExistsError:
@@ -198,7 +198,7 @@ class Attempt:
         return UnitTakenError(f"unit {self.unit} of {self.store} {what}: attempt {self.number} stops")
 
     def _withdraw(self) -> None:
-        """Take back what was published, the ledger entry first.
+        """Takes back what was published, the ledger entry first.
 
         If a later attempt has begun, it replaces the rest, and may have: that is left to it. An earlier one's
         entry that came meanwhile vouches for files that were replaced, and goes too.
@@ -214,7 +214,7 @@ class Attempt:
 
 
 class _NamedSink:
-    """Says of which unit there was no room for more; the error comes up in a writing thread."""
+    """A sink that names its unit in the error for a full disk, which comes up in a writing thread."""
 
     def __init__(self, sink: Sink, store: Store, unit: int):
         self._sink, self._store, self._unit = sink, store, unit
@@ -232,7 +232,7 @@ class _NamedSink:
 
 
 def entry_checksum(entry: dict[str, Any]) -> str:
-    """crc32c of a ledger entry without its checksum, eight hex digits."""
+    """Returns the crc32c of a ledger entry without its checksum, eight hex digits."""
     text = json.dumps({name: value for name, value in entry.items() if name != "checksum"})
     return f"{google_crc32c.value(text.encode()):08x}"
 

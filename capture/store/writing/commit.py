@@ -1,4 +1,4 @@
-"""A store being written unit by unit: a unit is wholly there or not there, whatever is killed and whenever.
+"""Writes a store unit by unit: a unit is wholly there or not there, whatever is killed and whenever.
 
 What an attempt at a unit writes (`attempt.py`) gets its final names only when all of it is safe, and one
 exclusive ledger entry, `.looptap/ledger/<u>.json`, is the commit. Units without an entry are to do.
@@ -39,7 +39,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
-        """Open a local directory or s3://bucket/prefix.
+        """Opens a local directory or s3://bucket/prefix.
 
         Raises:
             StoreMissingError, StoreError: there is no store of this format.
@@ -58,7 +58,7 @@ class Store:
         return self.place.path
 
     def zarr_store(self) -> Any:
-        """What xarray.open_zarr and zarr-python open to read it."""
+        """What xarray.open_zarr and zarr-python open to read the store."""
         return self.place.zarr_store()
 
     def group(self) -> zarr.Group:
@@ -66,34 +66,34 @@ class Store:
         return zarr.open_group(self.zarr_store(), mode="r", use_consolidated=True)
 
     def unit_rows(self, name: str) -> int:
-        """Rows of an array's axis 0 that one unit owns."""
+        """Returns the rows of an array's axis 0 that one unit owns."""
         return self.arrays[name]["shape"][0] // self.num_units
 
     def shard_keys(self, name: str, unit: int) -> list[str]:
-        """The files that hold one unit's rows of an array, in the order of rows."""
+        """Returns the keys of the files that hold one unit's rows of an array, in the order of rows."""
         shard_rows, *_ = shape = file_shape(self.arrays[name])
         k = self.unit_rows(name) // shard_rows
         return [f"{name}/c.{i}" + ".0" * (len(shape) - 1) for i in range(unit * k, (unit + 1) * k)]
 
     @cached_property
     def unit_bytes(self) -> int:
-        """What one unit takes before compression."""
+        """Bytes of one unit before compression."""
         arrays = self.arrays.values()
         sizes = (math.prod(array["shape"]) * np.dtype(array["data_type"]).itemsize for array in arrays)
         return sum(sizes) // self.num_units
 
     def done(self) -> list[int]:
-        """Units that are committed, in order."""
+        """Returns the units that are committed, in order."""
         stems = (name[:-5] for name in self.place.names(LEDGER) if name.endswith(".json"))
         return sorted(unit for unit in map(int, filter(str.isdecimal, stems)) if unit < self.num_units)
 
     def todo(self) -> list[int]:
-        """Units that are not committed, in order. Lists one directory and reads nothing else."""
+        """Returns the units that are not committed, in order. Lists one directory and reads nothing else."""
         done = set(self.done())
         return [unit for unit in range(self.num_units) if unit not in done]
 
     def entry(self, unit: int) -> dict[str, Any] | None:
-        """A unit's ledger entry; None while it is not committed.
+        """Reads a unit's ledger entry; None while it is not committed.
 
         Raises:
             StoreError: it is damaged.
@@ -108,12 +108,12 @@ class Store:
             ) from error
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """The ledger entries of all committed units, in order."""
+        """Reads the ledger entries of all committed units, in order."""
         for unit in self.done():
             yield cast(dict[str, Any], self.entry(unit))
 
     def finish(self) -> None:
-        """Close a store whose units are all committed: check sizes, write `unit_done` and the summary.
+        """Closes a store whose units are all committed: checks sizes, writes `unit_done` and the summary.
 
         May be repeated, and killed anywhere.
 
@@ -154,7 +154,7 @@ class Store:
 
 
 def _to_parquet(entries: Iterable[dict[str, Any]]) -> bytes:
-    """The ledger as one table, a row a unit: what sums and plots need as columns, the whole entry as JSON."""
+    """Returns the ledger as a table, a row a unit: columns for sums and plots, and the entry as JSON."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -181,5 +181,5 @@ def _to_parquet(entries: Iterable[dict[str, Any]]) -> bytes:
 
 
 def entry_bytes(entry: dict[str, Any]) -> int:
-    """What a unit takes in the store, by its ledger entry."""
+    """Returns the bytes of a unit in the store, from its ledger entry."""
     return sum(shard["bytes"] for shards in entry["shards"].values() for shard in shards)

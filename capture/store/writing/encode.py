@@ -17,12 +17,12 @@ assert sys.byteorder == "little", "arrays are stored little-endian, and written 
 
 
 def file_shape(array: dict[str, Any]) -> tuple[int, ...]:
-    """Shape of what one file holds: an array's chunk or shard, as the chunk grid has it."""
+    """Returns the shape of what one file holds: an array's chunk or shard, as the chunk grid has it."""
     return tuple(array["chunk_grid"]["configuration"]["chunk_shape"])
 
 
 def encode(metadata: dict[str, Any], values: np.ndarray) -> np.ndarray:
-    """The one chunk that a file of this array holds, as read-only uint8.
+    """Returns the one chunk that a file of this array holds, as read-only uint8.
 
     Rows missing at the end are filled. Nothing is left out, even if all of it is fill, so that every unit has
     the same files.
@@ -39,7 +39,7 @@ def encode(metadata: dict[str, Any], values: np.ndarray) -> np.ndarray:
 
 
 def write_array(metadata: dict[str, Any], rows: np.ndarray, sinks: list[Sink]) -> list[dict[str, Any]]:
-    """Write a unit's rows of one array, one sink a file.
+    """Writes a unit's rows of one array, one sink a file.
 
     Args:
         rows: axis 0 up to the unit's rows; other axes and dtype are the array's.

@@ -31,9 +31,9 @@ class Ring:
             self._free.put(memory[start : start + num_bytes])
 
     def take(self) -> np.ndarray:
-        """A free buffer with whatever it held before, uint8 [num_bytes]; waits for one."""
+        """Waits for a free buffer and returns it, with whatever it held before, uint8 [num_bytes]."""
         return self._free.get()
 
     def give(self, buffer: np.ndarray) -> None:
-        """The buffer is free again."""
+        """Takes a buffer back, which is free again."""
         self._free.put(buffer)

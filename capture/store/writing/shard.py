@@ -74,7 +74,8 @@ class ShardWriter:
         self._error: BaseException | None = None
 
     def take(self) -> np.ndarray:
-        """A buffer for `buffer_rows` rows of one depth, uint8, of unknown content; waits until one is free.
+        """Waits for a buffer for `buffer_rows` rows of one depth, uint8, and returns it; its content is
+        unknown.
 
         Raises:
             OSError: what was put earlier could not be written.
@@ -94,7 +95,7 @@ class ShardWriter:
         num_rows: int,
         ready: Callable[[], Any] = lambda: None,
     ) -> None:
-        """Hand rows over; the buffer is the ring's again, and not to be touched.
+        """Hands rows over; the buffer is the ring's again, and not to be touched.
 
         Args:
             place: which `buffer_rows` of the unit's rows these are, from 0.
@@ -110,7 +111,7 @@ class ShardWriter:
         self._pool.submit(self._write, index, block, depth, buffer, num_rows, ready)
 
     def close(self) -> list[dict[str, Any]]:
-        """Wait until all is written, and close the sinks.
+        """Waits until all is written, and closes the sinks.
 
         Returns:
             of each shard, in order: `bytes`, its length; `pieces`, [offset, length, crc32c in hex] of all but
@@ -125,7 +126,7 @@ class ShardWriter:
             raise
 
     def abort(self) -> None:
-        """Drop what was written. Buffers that were taken and not put stay with who took them."""
+        """Drops what was written. Buffers that were taken and not put stay with who took them."""
         self._error = self._error or RuntimeError("the writer was told to abort")
         self._pool.shutdown()
         for sink in self._sinks:
@@ -202,7 +203,7 @@ class ShardWriter:
 
 
 class _Shard:
-    """What is known of one shard's content so far."""
+    """Record of one shard's content so far."""
 
     def __init__(self, num_blocks: int, num_depths: int) -> None:
         self.index = np.full((num_blocks, num_depths, 2), _MISSING, "<u8")  # offset, length
@@ -212,7 +213,7 @@ class _Shard:
         self._lock = threading.Lock()
 
     def reserve(self, num_bytes: int) -> int:
-        """Offset of the next so many bytes."""
+        """Reserves so many bytes; returns their offset."""
         with self._lock:
             self.end += num_bytes
             return self.end - num_bytes
@@ -220,7 +221,7 @@ class _Shard:
     def add(
         self, block: int, depth: int, offset: int, lengths: Sequence[int], data: bytes | np.ndarray
     ) -> None:
-        """Note the places of neighbouring chunks, and their checksum."""
+        """Notes the places of neighbouring chunks, and their checksum."""
         ends = offset + np.cumsum(lengths)
         self.index[block : block + len(lengths), depth, 0] = ends - lengths
         self.index[block : block + len(lengths), depth, 1] = lengths
@@ -228,26 +229,26 @@ class _Shard:
 
 
 def buffer_rows(chunk_shape: Sequence[int], shard_shape: Sequence[int], itemsize: int) -> int:
-    """Rows of one depth that are written at once: whole chunks, that divide a shard, of about 4 MiB."""
+    """Returns the rows of a depth that are written at once: chunks of about 4 MiB that divide a shard."""
     chunk_bytes, num_blocks = math.prod(chunk_shape) * itemsize, shard_shape[0] // chunk_shape[0]
     divisors = (n for n in range(num_blocks, 1, -1) if num_blocks % n == 0)
     return chunk_shape[0] * next((n for n in divisors if n * chunk_bytes <= _WRITE_BYTES), 1)
 
 
 def buffer_bytes(metadata: dict[str, Any]) -> int:
-    """What a ring's buffers must hold to write this array."""
+    """Returns the bytes that a ring's buffers must hold to write this array."""
     (chunk, _), dtype = _read_codecs(metadata), np.dtype(metadata["data_type"])
     shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
     return buffer_rows(chunk, shard, dtype.itemsize) * math.prod(chunk[1:]) * dtype.itemsize
 
 
 def fill_of(metadata: dict[str, Any]) -> np.generic:
-    """What an array's unwritten elements read as."""
+    """Returns what an array's unwritten elements read as."""
     return np.dtype(metadata["data_type"]).type(metadata["fill_value"])  # "NaN" for floats
 
 
 def _read_codecs(metadata: dict[str, Any]) -> tuple[tuple[int, ...], Any]:
-    """Shape of a chunk, and its compressor or None.
+    """Returns the shape of a chunk, and its compressor or None.
 
     Raises:
         ValueError: not a layout that this writer writes.
