@@ -7,8 +7,10 @@ compared takes turns, and ratios are of one round: what a shared machine does me
 
 from dataclasses import asdict
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
+from ..errors import UnavailableError
 from .bench_settings import StoreBench
 
 
@@ -16,6 +18,10 @@ def bench_store(settings: StoreBench) -> None:
     """Runs the parts and prints one table and a line of JSON."""
     from .goals import Figure, print_figures
 
+    if "chaos" in settings.parts and find_spec("psutil") is None:
+        raise UnavailableError(
+            "the part chaos needs psutil: pip install psutil, or give --parts writing reading protocol"
+        )
     modules = {name: "chaos" if name == "chaos" else f"store_{name}" for name in settings.parts}
     figures: list[Figure] = []
     for name, module in modules.items():
