@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 
+from ..capture.store.plan import plan_of
 from .answers.rates import slowest_half_life
 from .answers.stages import STAGE_MEASURES
 from .depths import Depths, depths_of
@@ -89,7 +90,7 @@ def _converged(measures: xr.Dataset, depths: Depths, answers: Answers) -> Verdic
     said = "the slowest layer's median step over its norm"
     found = _of_series(CONVERGED, measures, depths, "relative_step_median", said)
     answer, recurrence, detail = found.answer, found.recurrence, found.detail
-    dtype = measures.attrs["plan"]["settings"]["dtype"]
+    dtype = plan_of(measures).settings.dtype
     rounding = rounding_step(EPSILON[dtype])
     if answer is False and found.value is not None and found.value <= rounding:
         answer = None

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import pandas as pd
 import xarray as xr
 
+from ..capture.store.plan import plan_of
 from ..capture.store.quantities import QUANTITIES
 from ..errors import CannotTellError, NothingCapturedError
 from .depths import Depths, depths_of
@@ -147,7 +148,7 @@ def why_missing(each: _Needing, dataset: xr.Dataset, depths: Depths) -> str | No
             if "recurrence" in QUANTITIES[name].axes:
                 return f"{name} is by recurrence, and the model has several loops"
     absent = [name for name in each.needs if name not in dataset]
-    if "exit_probability" in absent and not dataset.attrs["plan"]["model"].get("exit_gate"):
+    if "exit_probability" in absent and not plan_of(dataset).model.exit_gate:
         return "the model has no exit gate"
     if "state" in absent:
         return advice(depths, "no states are kept", "core")

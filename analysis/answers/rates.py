@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ...capture.store.plan import plan_of
 from ...errors import CannotTellError
 from ..depths import Depths
 from ..folds import STATISTICS, MeanFold, MedianFold, finite_mean
@@ -55,7 +56,7 @@ class _RatesFold:
                 f"{R} recurrences have {R - 1} steps and a rate takes {LEAST_STEPS}: "
                 f"capture again with --recurrences {LEAST_STEPS + 1} or more"
             )
-        self._dtype = dataset.attrs["plan"]["settings"]["dtype"]
+        self._dtype = plan_of(dataset).settings.dtype
         self._floor = rounding_step(EPSILON[self._dtype])
         self._log_rate, self._window = MeanFold(L), MeanFold(L)
         # of more rates than are kept from 0.0001 to 10 and within 0.2 %
