@@ -26,7 +26,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # EFBIG: a file size limit of 
 
 
 class UserError(Exception):
-    """Base of every error that a user can act on; what is raised is one of its subclasses."""
+    """Base of every error that a user can act on; only its subclasses are raised."""
 
     status: ClassVar[int]
     """Kind of the failure, as an HTTP status: 400, 404, 409, 422 or 503."""
@@ -290,7 +290,7 @@ class ArchitectureError(UserError, ValueError):
 
 @contextmanager
 def os_errors_named(path: str | os.PathLike[str], task: Literal["read", "written"]) -> Iterator[None]:
-    """Turns what the system refuses about a file that a user named into a FileError that names it."""
+    """Turns the system's errors about a file that a user named into a FileError that names it."""
     try:
         yield
     except (UserError, BrokenPipeError):  # some are OSErrors, and say what to do already

@@ -13,7 +13,7 @@ from .figures.pictures import FIGURE_FORMATS, save_figures
 from .findings import Findings, find
 from .registry import ANALYSES
 
-_TOGETHER = {"heads": heads, "sequences": sequences}  # whose analyses make one table
+_TOGETHER = {"heads": heads, "sequences": sequences}  # modules whose analyses make one table
 TABLE_FORMATS = ("parquet", "csv")
 
 

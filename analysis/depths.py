@@ -14,7 +14,7 @@ import xarray as xr
 
 from ..errors import CannotTellError
 
-STAGES = ("prelude", "core", "coda")  # of a Dataset that does not name its stages
+STAGES = ("prelude", "core", "coda")  # stages of a Dataset that does not name them
 Places = slice | np.ndarray
 
 

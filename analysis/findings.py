@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import xarray as xr
 
+from ..capture.store.plan import StoredPlan, plan_of
 from ..errors import CannotTellError, NothingCapturedError
 from .answers.feedforward import Reference, choose_reference
 from .answers.stages import STAGE_MEASURES, gathered
@@ -39,9 +39,9 @@ class Findings:
     reference: xr.Dataset | str = "not asked"
     """agreement of the stages with a feedforward model's, if a capture of one was given"""
 
-    @property
-    def plan(self) -> dict[str, Any]:
-        return self.measures.attrs["plan"]
+    @cached_property
+    def plan(self) -> StoredPlan:
+        return plan_of(self.measures)
 
     @property
     def depths(self) -> Depths:
@@ -65,7 +65,7 @@ class Findings:
     @property
     def units(self) -> tuple[int, int]:
         """Numbers of units: those done, and those in the plan."""
-        total = self.plan["num_units"]
+        total = self.plan.num_units
         return self.measures.attrs.get("units_done", total), total
 
 
@@ -78,11 +78,11 @@ def find(stores: Sequence[str | Path | xr.Dataset]) -> list[Findings]:
         NothingCapturedError: a store has no finished sequence; the message names it.
     """
     datasets = [each for store in stores for each in loops_apart(as_dataset(store))]
-    plans = [dataset.attrs["plan"] for dataset in datasets]
+    plans = [plan_of(dataset) for dataset in datasets]
     labels = make_labels(plans, [dataset.attrs.get("loop", "") for dataset in datasets])
     found = dict[int, Findings]()
-    for index in sorted(range(len(plans)), key=lambda index: plans[index]["model"]["core"] > 0):
-        plain = [(each.label, each.measures) for each in found.values() if not each.plan["model"]["core"]]
+    for index in sorted(range(len(plans)), key=lambda index: plans[index].model.core > 0):
+        plain = [(each.label, each.measures) for each in found.values() if not each.plan.model.core]
         reference = choose_reference(plans[index], plain)
         trained = trained_count(plans[index], plans)
         found[index] = _find_one(datasets[index], labels[index], trained, reference)
@@ -120,7 +120,7 @@ def _or_reason(gather: Callable[[], xr.Dataset]) -> xr.Dataset | str:
         return str(error)
 
 
-def make_labels(plans: Sequence[dict[str, Any]], loops: Sequence[str] = ()) -> list[str]:
+def make_labels(plans: Sequence[StoredPlan], loops: Sequence[str] = ()) -> list[str]:
     """Makes short labels: the model's name and notation and what else tells captures apart, or a number.
 
     Args:
@@ -143,13 +143,12 @@ def make_labels(plans: Sequence[dict[str, Any]], loops: Sequence[str] = ()) -> l
     ]
 
 
-def _label_parts(plan: dict[str, Any]) -> tuple[str, tuple[str, ...], str]:
+def _label_parts(plan: StoredPlan) -> tuple[str, tuple[str, ...], str]:
     """Returns what every label shows, what it adds if captures differ, and what if that is not enough."""
-    model, settings = plan["model"], plan["settings"]
-    name, spec = str(model["name"]), str(model.get("spec") or model["name"])
-    is_random = spec.startswith("random:")
-    short = "random" if is_random else name.rstrip("/").rsplit("/", 1)[-1]
-    norm = f"{model['norm']}-norm" if model["norm"] == "pre" else f"{model['norm']} norms"
-    extra = (norm, f"width {model['width']}", str(plan["data"]["name"]), str(settings["dtype"]))
-    tail = spec.rpartition(")")[2].lstrip("I,") if is_random else f"seed {settings['seed']}"
-    return f"{short} {str(model['notation']).replace('x', TIMES)}", extra, tail
+    model, settings = plan.model, plan.settings
+    short = "random" if model.is_random else model.name.rstrip("/").rsplit("/", 1)[-1]
+    norm = f"{model.norm}-norm" if model.norm == "pre" else f"{model.norm} norms"
+    extra = (norm, f"width {model.width}", plan.data.name, settings.dtype)
+    options = (model.spec or model.name).rpartition(")")[2].lstrip("I,")
+    tail = options if model.is_random else f"seed {settings.seed}"
+    return f"{short} {model.notation.replace('x', TIMES)}", extra, tail

@@ -92,7 +92,7 @@ class MedianFold:
 
     Args:
         num_depths: values at a time.
-        lowest: where the histogram begins; values below it count as 0 there.
+        lowest: lower end of the histogram; values below it count as 0 there.
         decades: how far it reaches.
         bins_per_decade: how fine it is.
     """

@@ -40,7 +40,7 @@ class StateRows:
     """Rows of `state` that belong to one sequence.
 
     Args:
-        window: of the store's array.
+        window: window over the store's array.
         rows: the sequence's rows of it; empty where none of its tokens is kept.
     """
 
@@ -58,7 +58,7 @@ class StateRows:
 
         Args:
             places: on the axis of kept depths.
-            every, first: of the tokens only the one at `first` and each `every` after it.
+            every, first: reads only the token at `first` and each `every` after it.
         """
         T, K, D = self.shape
         token_bytes = 4 * D * (K if isinstance(places, slice) else len(places))

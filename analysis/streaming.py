@@ -22,7 +22,7 @@ class Arrays(dict[str, np.ndarray]):
     others.
 
     Attributes:
-        states: of its kept tokens, read when asked for; None where the store keeps none.
+        states: states of its kept tokens, read when asked for; None where the store keeps none.
     """
 
     def __init__(self, quantities: Mapping[str, np.ndarray], states: StateRows | None = None) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 
+from ..capture.store.plan import plan_of
 from .answers.rates import slowest_half_life
 from .answers.stages import STAGE_MEASURES
 from .depths import Depths, depths_of
@@ -29,7 +30,7 @@ class Verdict:
 
     question: Question
     answer: bool | None
-    """None where the capture cannot tell; `detail` says why"""
+    """answer to the question; None if the capture cannot tell, and `detail` says why"""
     value: float | None
     recurrence: int | None
     """first recurrence from which the answer holds to the end"""
@@ -65,7 +66,7 @@ def verdicts(
     trained: int | str = "the trained count is not known",
     reference: xr.Dataset | str = "",
 ) -> list[Verdict]:
-    """The verdicts of one capture.
+    """Returns the verdicts of one capture.
 
     Args:
         measures: result of `measure`.
@@ -89,7 +90,7 @@ def _converged(measures: xr.Dataset, depths: Depths, answers: Answers) -> Verdic
     said = "the slowest layer's median step over its norm"
     found = _of_series(CONVERGED, measures, depths, "relative_step_median", said)
     answer, recurrence, detail = found.answer, found.recurrence, found.detail
-    dtype = measures.attrs["plan"]["settings"]["dtype"]
+    dtype = plan_of(measures).settings.dtype
     rounding = rounding_step(EPSILON[dtype])
     if answer is False and found.value is not None and found.value <= rounding:
         answer = None
@@ -118,7 +119,7 @@ def _stands_still(measures: xr.Dataset, depths: Depths) -> bool:
 
 
 def _ends(limits: xr.Dataset | str) -> str:
-    """Where the tokens end up at the last core layer, whose curve the paper classifies."""
+    """Says where the tokens end up at the last core layer, whose curve the paper classifies."""
     if isinstance(limits, str):
         return ""
     share_C = limits["share"].sel(statistic="value").isel(layer=-1)
@@ -177,7 +178,7 @@ def _repeated(measures: xr.Dataset, depths: Depths, answers: Answers, reference:
 
 
 def _beside(reference: xr.Dataset | str) -> str:
-    """The same correlations with a feedforward model's stages; nothing where there is none."""
+    """Returns the correlations with a feedforward model's stages as text; empty without such a model."""
     if isinstance(reference, str):
         return ""
     value = reference["correlation"].sel(statistic="value")
@@ -221,7 +222,7 @@ def _stable(measures: xr.Dataset, depths: Depths, trained: int | str) -> Verdict
 
 
 def _of_series(asked: Question, measures: xr.Dataset, depths: Depths, name: str, detail: str) -> Verdict:
-    """The answer that the slowest layer gives at the end, where a measure must be at most the threshold."""
+    """Returns the answer of the slowest layer at the end, for a measure that must stay under a threshold."""
     if name not in measures:
         return Verdict(asked, None, None, None, measures.attrs["missing"][name])
     worst_R = worst_over_layers(measures[name].sel(statistic="value").values, depths)
@@ -235,12 +236,12 @@ def _of_series(asked: Question, measures: xr.Dataset, depths: Depths, name: str,
 
 
 def worst_over_layers(value_D: np.ndarray, depths: Depths) -> np.ndarray:
-    """Largest value over the core's layers at every recurrence, [recurrences]; NaN where a layer has none."""
+    """Returns the largest value over the core's layers, [recurrences]; NaN where a layer has none."""
     return value_D[depths.core_RL].max(axis=1)
 
 
 def first_below(value_R: np.ndarray, threshold: float) -> int | None:
-    """First recurrence from which a series stays at or below a threshold to its end; None if it does not."""
+    """Returns the first recurrence from which a series stays at or below a threshold; None without one."""
     above = np.flatnonzero(~(value_R <= threshold))
     first = int(above[-1]) + 1 if len(above) else 0
     return first if first < len(value_R) else None

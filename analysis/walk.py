@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import pandas as pd
 import xarray as xr
 
+from ..capture.store.plan import plan_of
 from ..capture.store.quantities import QUANTITIES
 from ..errors import CannotTellError, NothingCapturedError
 from .depths import Depths, depths_of
@@ -22,14 +23,14 @@ from .streaming import Arrays, as_dataset, iter_sequences
 
 
 class Fold(Protocol):
-    """What has been learnt from the sequences so far. Its size does not grow with them."""
+    """Numbers folded from the sequences so far; their size does not grow with the sequences."""
 
     def add(self, arrays: Arrays) -> None:
         """Takes in one sequence: arrays [token, depth, ...], or [1, ...] for one value a sequence."""
         ...
 
     def result(self) -> xr.Dataset:
-        """The answer; CannotTellError where there is none."""
+        """Returns the answer. Raises CannotTellError if there is none."""
         ...
 
 
@@ -58,7 +59,7 @@ class Analysis:
 
 
 def walk(store: str | Path | xr.Dataset, analyses: Iterable[Analysis]) -> dict[str, xr.Dataset | str]:
-    """The answers of analyses from a store, in one reading of it.
+    """Returns the answers of analyses from a store, in one reading of it.
 
     Args:
         store: path of a store, or a Dataset laid out like one.
@@ -93,7 +94,7 @@ def walk(store: str | Path | xr.Dataset, analyses: Iterable[Analysis]) -> dict[s
 
 
 def answer(store: str | Path | xr.Dataset, analysis: Analysis) -> xr.Dataset:
-    """The Dataset of one analysis; CannotTellError where there is none."""
+    """Returns the Dataset of one analysis. Raises CannotTellError if there is none."""
     found = walk(store, [analysis])[analysis.name]
     if isinstance(found, str):
         raise CannotTellError(f"{analysis.name}: {found}")
@@ -101,7 +102,7 @@ def answer(store: str | Path | xr.Dataset, analysis: Analysis) -> xr.Dataset:
 
 
 def merged(answers: Mapping[str, xr.Dataset | str], names: Iterable[str], prefix: str) -> xr.Dataset:
-    """The variables `name` that analyses `prefix + name` found, in one Dataset.
+    """Returns the variables `name` that analyses `prefix + name` found, in one Dataset.
 
     Returns:
         with the attribute `missing` (name -> why it is absent).
@@ -136,7 +137,7 @@ class _Needing(Protocol):
 
 
 def why_missing(each: _Needing, dataset: xr.Dataset, depths: Depths) -> str | None:
-    """Why a store cannot answer what `each` asks, with what to capture; None if it can."""
+    """Says why a store cannot answer what `each` asks, and what to capture; returns None if it can."""
     num_recurrences = max(map(len, depths.loops), default=0)
     if each.first >= 0 and num_recurrences == 0:
         return "the model has no loop"
@@ -147,7 +148,7 @@ def why_missing(each: _Needing, dataset: xr.Dataset, depths: Depths) -> str | No
             if "recurrence" in QUANTITIES[name].axes:
                 return f"{name} is by recurrence, and the model has several loops"
     absent = [name for name in each.needs if name not in dataset]
-    if "exit_probability" in absent and not dataset.attrs["plan"]["model"].get("exit_gate"):
+    if "exit_probability" in absent and not plan_of(dataset).model.exit_gate:
         return "the model has no exit gate"
     if "state" in absent:
         return advice(depths, "no states are kept", "core")
@@ -161,7 +162,7 @@ _Each = TypeVar("_Each", bound=_Needing)
 
 
 def together(asked: Sequence[_Each]) -> list[tuple[list[_Each], list[str]]]:
-    """Groups that share quantities, directly or through others, each with all quantities it reads."""
+    """Returns groups that share quantities, directly or through others, each with all quantities it reads."""
     groups: list[tuple[list[_Each], set[str]]] = []
     for each in asked:
         group, quantities = [each], set(each.needs)
@@ -176,7 +177,7 @@ def together(asked: Sequence[_Each]) -> list[tuple[list[_Each], list[str]]]:
 
 
 def count_captured(dataset: xr.Dataset) -> dict[str, int]:
-    """Numbers of finished sequences and their tokens.
+    """Returns the numbers of finished sequences and of their tokens.
 
     Raises:
         NothingCapturedError: there is none.

@@ -45,9 +45,9 @@ class Run:
 
     seconds: float
     own_bytes: int
-    """Held at most, the interpreter and its libraries' data included, pages of files left out."""
+    """Most bytes held, with the data of the interpreter and its libraries, without pages of files."""
     resident_bytes: int
-    """Resident at most, pages of mapped files included."""
+    """Most resident bytes, with pages of mapped files."""
 
 
 def measure(settings: AnalysisBench) -> list[Figure]:

@@ -106,7 +106,7 @@ def _figures(
 
 
 def _imports_ray() -> bool:
-    """Seen in a fresh Python."""
+    """Whether a fresh Python loads Ray."""
     code = """
 import sys, tempfile
 from pathlib import Path
@@ -129,7 +129,7 @@ print("ray" in sys.modules)
 
 
 def _estimate(crowded_ms: float, scheduler_ms: float, commits_per_s: float) -> list[str]:
-    """Where so many GPUs would saturate what they share, from what was measured here."""
+    """Estimates where so many GPUs would saturate what they share, from what was measured here."""
     needed = GPUS / UNIT_S
     most = 1000 / (crowded_ms + scheduler_ms)
     states_per_s, files_per_s = needed * UNIT_BYTES / 1e9, needed * UNIT_FILES

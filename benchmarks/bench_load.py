@@ -131,7 +131,7 @@ def _load_shards(source: Any, dtype: str) -> Any:
 
 
 def _resident(field: str) -> int:
-    """Bytes, of this process."""
+    """Returns the resident bytes of this process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) * 1024
 

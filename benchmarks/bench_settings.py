@@ -1,4 +1,4 @@
-"""What a user can set of each benchmark; apart from what runs them, so that help loads nothing heavy."""
+"""Settings of each benchmark, apart from what runs them, so that help loads nothing heavy."""
 
 import os
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ class AnalysisBench:
     store: Annotated[Path | None, tyro.conf.arg(metavar="STORE")] = None
     """A store to analyse; one is made in a temporary directory if not given."""
     directory: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where the temporary store goes."""
+    """Directory for the temporary store."""
     gigabytes: float = 2.0
     """Size of the store that is made, GB of files."""
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "random:(10,10x32,10),width=72,heads=9"
-    """What the store that is made is of; the default has the layers and heads of SmolLM2-135M with a loop."""
+    """Model of the store that is made; the default has the layers and heads of SmolLM2-135M with a loop."""
     quantities: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = (
         "residual",
         "steps",
@@ -80,7 +80,7 @@ class EngineBench:
     repeats: int = 3
     """Nodes that are killed, one after the other."""
     directory: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """On the disk whose ledger is measured; a temporary directory if not given."""
+    """Directory on the disk whose ledger is measured; a temporary directory if not given."""
 
     def __post_init__(self) -> None:
         if self.units < 10 or self.repeats < 1 or not self.workers or min(self.workers) < 1:
@@ -93,7 +93,7 @@ class KernelsBench:
     """Time and memory of the kernels beside PyTorch's own operations, and the goals they are held to."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes a GPU if there is one."""
+    """Device to run on; auto takes a GPU if there is one."""
     model: str = "random:(30,0,0),width=576,heads=9"
     """Model of the whole forward pass on a CPU: a directory, Hub id or random: spec, feedforward or looped
     without a drawn initial state; the default has about the shape of SmolLM2-135M."""
@@ -135,7 +135,7 @@ class StoreBench:
     )
     """What to measure: writing, reading, protocol, chaos."""
     directory: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """On the disk to measure; a temporary directory if not given."""
+    """Directory on the disk to measure; a temporary directory if not given."""
     repeats: int = 5
     """Rounds, of which the median counts."""
     megabytes: int = 1024

@@ -56,11 +56,11 @@ os.fsync, os.pwrite = fsync, pwrite
 
 @dataclass
 class Tally:
-    """What an attack did and what it left."""
+    """The result of an attack: what it did and what it left."""
 
     num_units: int
     kills: Counter[str] = field(default_factory=Counter)
-    """By whom: worker, driver, orphan."""
+    """Kills by kind of process: worker, driver, orphan."""
     in_flight: int = 0
     """Kills that fell while some attempt had files staged."""
     full_disks: int = 0
@@ -165,7 +165,7 @@ class _Attack:
         self._driver = self._start_driver()
 
     def run(self) -> set[int]:
-        """The whole of it; returns the process numbers of the orphans."""
+        """Runs the whole capture; returns the process numbers of the orphans."""
         try:
             while self._tally.kills.total() < self._num_kills or self._missing():
                 self._wait()
@@ -186,14 +186,14 @@ class _Attack:
         return self._orphan_pids
 
     def _missing(self) -> list[str]:
-        """What has not gone wrong yet, of what must once."""
+        """Returns what must go wrong once and has not yet."""
         tally = self._tally
         seen = {"worker": tally.kills["worker"], "driver": tally.kills["driver"]}
         seen |= {"full": tally.full_disks, "pause": tally.pauses}
         return [what for what, times in seen.items() if not times]
 
     def _strike(self) -> None:
-        """One thing that goes wrong."""
+        """Lets one thing go wrong."""
         self._orphans = [orphan for orphan in self._orphans if orphan.poll() is None]
         if self._path.exists() and len(self._orphans) < NUM_ORPHANS and self._moments.random() < 0.3:
             self._orphans.append(orphan := self._start_orphan())
@@ -237,7 +237,7 @@ class _Attack:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
 
     def _wait(self) -> None:
-        """Until a few more units are committed, or for some time; so kills fall into start-ups too."""
+        """Waits until a few more units are committed, or for some time; so kills fall into start-ups too."""
         wanted = len(self._ledger()) + self._moments.randint(1, 8)
         end_s = time.monotonic() + self._moments.choice([0.5, 3.0, 30.0]) * self._moments.random()
         while len(self._ledger()) < wanted and time.monotonic() < end_s:

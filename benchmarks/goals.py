@@ -16,11 +16,11 @@ class Figure:
     """One measured number and its goal."""
 
     name: str
-    """Of the goal, such as S1."""
+    """Name of the goal, such as S1."""
     what: str
-    """What was measured, with its unit or as what ratio."""
+    """The thing that was measured, with its unit or as what ratio."""
     seen: float | None
-    """None where this machine cannot show it; `detail` says why."""
+    """Measured number; None where this machine cannot show it, and `detail` says why."""
     must: float
     stretch: float | None = None
     better: Literal["higher", "lower"]
@@ -39,7 +39,7 @@ class Figure:
 
 
 def print_figures(title: str, figures: Sequence[Figure], libraries: Sequence[str], **more: Any) -> None:
-    """The table, then one line of JSON with the figures, versions and `more`."""
+    """Prints the table, then one line of JSON with the figures, versions and `more`."""
     table = Table(title=title, box=None, pad_edge=False, title_justify="left")
     for column in ("", "what", "seen", "must", "stretch", "verdict"):
         table.add_column(column, justify="right" if column in ("seen", "must", "stretch") else "left")

@@ -52,7 +52,7 @@ _SHARE = 0.03  # by which counted bytes may be off
 
 @dataclass(frozen=True)
 class Context:
-    """What steps are run with."""
+    """Options that steps are run with."""
 
     device: str
     directory: Path
@@ -135,7 +135,7 @@ def check_concurrency(context: Context) -> dict[str, Any]:
 
 
 def count_bytes(context: Context) -> dict[str, Any]:
-    """What the residual norm moves through memory, beside the formula."""
+    """Counts the bytes that the residual norm moves through memory, beside the formula."""
     path = _find_tool("ncu")
     if path is None or context.device == "cpu":
         return {"status": "missing" if path is None else "not run", "tool": "ncu"}
@@ -228,7 +228,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What a command printed; nothing where it is not there or fails."""
+    """Returns what a command printed; nothing if it is not there or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     except OSError:
@@ -289,8 +289,11 @@ def main() -> None:
         parser.error("--collect needs --out: results/ is for GPUs")
     device = "cpu" if arguments.collect else "cuda"
     if device == "cuda" and not _has_gpu():
-        print("no GPU was found that this PyTorch can use: nothing was run. --collect --out FILE runs what "
-              "needs none.", file=sys.stderr)  # fmt: skip
+        print(
+            "no GPU was found that this PyTorch can use: nothing was run. --collect --out FILE runs what "
+            "needs none.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     record = run_plan(arguments.steps or list(PLAN), device, arguments.minutes, arguments.out)
     passed = ("ok", "not run", "missing") if device == "cpu" else ("ok", "missing")

@@ -171,7 +171,7 @@ _GROUPS: Mapping[str, Callable[[int, str], dict[str, Run]]] = {
 
 
 def _queries_keys_values(length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """As a model has them: parts of one matrix."""
+    """Returns queries, keys and values as a model has them: parts of one matrix."""
     H, K, C = HEADS
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(length, H + 2 * K, C, generator=generator)
@@ -233,7 +233,7 @@ def _num_bytes(results: Any) -> int:
 
 
 def _resident(field: str) -> int:
-    """Bytes, of this process."""
+    """Returns the resident bytes of this process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) * 1024
 

@@ -33,7 +33,7 @@ WORKSPACE_BYTES = 64 * 2**20  # that a Gram may take for itself
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured; the defaults are Ouro-1.4B's, 16384 tokens."""
+    """Sizes of what is measured; the defaults are Ouro-1.4B's, 16384 tokens."""
 
     tokens: int = 16_384
     width: int = 2048
@@ -50,7 +50,7 @@ TINY = Sizes(tokens=32, width=48, heads=2, head_width=16, lengths=(16,), gram_le
 
 @dataclass
 class Found:
-    """What one group measured."""
+    """The result of one group."""
 
     anchors: dict[str, float]
     rows: list[Row]
@@ -59,7 +59,7 @@ class Found:
 
 
 def bench_gpu(rounds: int) -> tuple[dict[str, float], list[Row], list[Goal]]:
-    """All groups, for `looptap bench kernels`."""
+    """Measures all groups, for `looptap bench kernels`."""
     found = [run(Timer(torch.device("cuda"), rounds), Sizes()) for run in GROUPS.values()]
     for group in found:
         for case, why in group.failures.items():

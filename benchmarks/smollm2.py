@@ -89,7 +89,8 @@ def convert(gguf_path: Path, out_dir: Path) -> None:
 
 
 def write_reference(model_dir: Path, path: Path, texts: Sequence[str] = REFERENCE_TEXTS) -> None:
-    """What transformers computes (float32, eager attention), each text by itself, for checks without it.
+    """Writes what transformers computes (float32, eager attention), each text by itself, for checks without
+    it.
 
     For text i: `i.text` uint8, its UTF-8; `i.input_ids` int64 [T]; `i.logits` [T, V]; `i.hidden.l` [T, D] for
     l from 0 (the embedding) to the number of layers, as transformers returns them: the last one is after the

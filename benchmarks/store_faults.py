@@ -1,4 +1,4 @@
-"""What is wrong with a finished store, beside one of the same plan that was captured in peace."""
+"""Faults of a finished store, beside one of the same plan that was captured in peace."""
 
 import os
 from pathlib import Path

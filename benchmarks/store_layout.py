@@ -75,11 +75,16 @@ def measure_opening(settings: StoreBench, folder: Path) -> Figure:
     axes = {"token": 64, "sequence": 4, "depth": 6, "depth_other": 6, "head": 2, "recurrence": 3}
     units = bare_plan(4, 64, 4)
     arrays = {
-        name: ArraySpec(q.axes, tuple(axes[a] * (4 if i == 0 else 1) for i, a in enumerate(q.axes)),
-                        axes[q.axes[0]], q.dtype, {})
+        name: ArraySpec(
+            q.axes,
+            tuple(axes[a] * (4 if i == 0 else 1) for i, a in enumerate(q.axes)),
+            axes[q.axes[0]],
+            q.dtype,
+            {},
+        )
         for name, q in QUANTITIES.items()
         if name != "state"
-    }  # fmt: skip
+    }
     num_coordinates = 28 - len(arrays) - 1  # one more is made with the store
     coordinates = {
         f"coordinate_{number}": (("token",), np.arange(256, dtype=np.int32), {})

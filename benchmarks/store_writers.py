@@ -33,7 +33,7 @@ Write = Callable[[], None]
 
 @dataclass(frozen=True)
 class Source:
-    """What is written: bfloat16 noise, one shard of it, which every shard of the unit gets again."""
+    """The data to write: bfloat16 noise, one shard of it, which every shard of the unit gets again."""
 
     token_major: np.ndarray  # uint16 [rows, depth, width]
     depth_major: np.ndarray  # the same values, uint16 [depth, rows, width]
@@ -59,7 +59,7 @@ def make_source(megabytes: int) -> Source:
 
 
 def make_writers() -> tuple[dict[str, Callable[[Path, Source], Write]], list[str]]:
-    """In the order in which they take turns; and libraries that are not installed."""
+    """Makes writers, in the order in which they take turns; returns also the libraries that are missing."""
     writers = {
         "raw": _raw,
         "ours": lambda folder, source: _ours(folder, source, "none"),
@@ -193,9 +193,14 @@ def _zarr(folder: Path, source: Source, config: dict[str, Any]) -> Write:
     rows, k = len(source.token_major), source.num_shards
     with zarr.config.set(config):
         array = zarr.create_array(
-            str(folder / "zarr.zarr"), shape=(k * rows, DEPTHS, WIDTH), dtype="uint16", fill_value=32704,
-            chunks=(_CHUNK_ROWS, 1, WIDTH), shards=(rows, DEPTHS, WIDTH), compressors=None,
-        )  # fmt: skip
+            str(folder / "zarr.zarr"),
+            shape=(k * rows, DEPTHS, WIDTH),
+            dtype="uint16",
+            fill_value=32704,
+            chunks=(_CHUNK_ROWS, 1, WIDTH),
+            shards=(rows, DEPTHS, WIDTH),
+            compressors=None,
+        )
 
     def write() -> None:
         with zarr.config.set(config):

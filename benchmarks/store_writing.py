@@ -107,7 +107,7 @@ def _figures(
     rounds: list[dict[str, Timing]], extra_mb: dict[str, float], num_bytes: int, missing: list[str]
 ) -> Iterator[Figure]:
     def speed(name: str, of: str | None = None) -> list[float]:
-        """In each round, MB/s or as a ratio."""
+        """Returns the speed of each round, MB/s or as a ratio."""
         if of is None:
             return [num_bytes / 1e6 / timings[name].seconds for timings in rounds]
         return [timings[of].seconds / timings[name].seconds for timings in rounds]
@@ -119,28 +119,45 @@ def _figures(
         return f"{name} {statistics.median(speed(name)):,.0f} MB/s, {cpu(name):.2f} CPU s/GB"
 
     for timings in rounds:  # the mean of what the disk gave just before and just after
-        both = Timing(*((getattr(timings["raw"], f) + getattr(timings["raw again"], f)) / 2 for f in
-                        ("seconds", "cpu_seconds")))  # fmt: skip
+        both = Timing(
+            *(
+                (getattr(timings["raw"], f) + getattr(timings["raw again"], f)) / 2
+                for f in ("seconds", "cpu_seconds")
+            )
+        )
         timings["raw"] = both
     absent = f"; not installed: {', '.join(missing)}" if missing else ""
     of_raw = speed("ours", "raw")
     yield Figure(
-        name="S1", what="uncompressed states, synced and committed, to raw", better="higher",
-        seen=statistics.median(of_raw), must=0.85, stretch=0.95,
+        name="S1",
+        what="uncompressed states, synced and committed, to raw",
+        better="higher",
+        seen=statistics.median(of_raw),
+        must=0.85,
+        stretch=0.95,
         detail=f"{min(of_raw):.2f} to {max(of_raw):.2f} in {len(of_raw)} rounds; {said('raw')}; "
         f"{said('ours')}; {said('ours copying')}",
-    )  # fmt: skip
+    )
     yield Figure(
-        name="S2", what="its CPU seconds per GB, to raw from 4 KiB pages", better="lower",
-        seen=cpu("ours") / cpu("raw, 4 KiB pages"), must=4, stretch=2,
+        name="S2",
+        what="its CPU seconds per GB, to raw from 4 KiB pages",
+        better="lower",
+        seen=cpu("ours") / cpu("raw, 4 KiB pages"),
+        must=4,
+        stretch=2,
         detail=f"{cpu('ours'):.3f} / {cpu('raw, 4 KiB pages'):.3f}, and raw from 2 MiB pages "
         f"{cpu('raw'):.3f}; checksums alone {_checksum_cpu():.3f}; copying {cpu('ours copying'):.3f}",
-    )  # fmt: skip
+    )
     others = "; ".join(f"{name} {value:,.1f}" for name, value in extra_mb.items() if name != "ours")
     yield Figure(
-        name="S3", what="its memory beyond the ring, MB", better="lower",
-        seen=extra_mb["ours"], must=64, stretch=4, detail=others,
-    )  # fmt: skip
+        name="S3",
+        what="its memory beyond the ring, MB",
+        better="lower",
+        seen=extra_mb["ours"],
+        must=64,
+        stretch=4,
+        detail=others,
+    )
     libraries = ("tensorstore direct", "tensorstore", "tensorstore transposing", "zarr-python", "zarrs")
     to_each = {n: statistics.median(speed("ours", n)) for n in libraries if n in rounds[0]}
     quickest = min(to_each, key=to_each.__getitem__)
@@ -151,9 +168,14 @@ def _figures(
         + "; " + "; ".join(map(said, to_each)) + absent,
     )  # fmt: skip
     yield Figure(
-        name="S5", what="lossless (blosc lz4 bitshuffle), to tensorstore, same codec", better="higher",
-        seen=statistics.median(speed("ours lossless", "tensorstore lossless")) if "tensorstore" not in missing
-        else None, must=1.0, stretch=1.2,
+        name="S5",
+        what="lossless (blosc lz4 bitshuffle), to tensorstore, same codec",
+        better="higher",
+        seen=statistics.median(speed("ours lossless", "tensorstore lossless"))
+        if "tensorstore" not in missing
+        else None,
+        must=1.0,
+        stretch=1.2,
         detail="; ".join(said(n) for n in ("ours lossless", "tensorstore lossless") if n in rounds[0])
         + absent,
-    )  # fmt: skip
+    )

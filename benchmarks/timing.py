@@ -1,4 +1,4 @@
-"""What benchmarks of the kernels say: rows of a table, and goals met or missed."""
+"""Results of the kernels' benchmarks: rows of a table, and goals met or missed."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ class Row:
     case: str
     seconds: float
     ratio: float
-    """Of its time to that of the case it is held against."""
+    """Ratio of its time to that of the case it is held against."""
     reference: str
     extra_bytes: int | None = None
     """Peak memory of a call beyond its inputs and results."""
@@ -45,7 +45,7 @@ class Goal:
 
 
 def table(rows: Iterable[Row]) -> list[str]:
-    """Lines for people."""
+    """Returns the table as lines for people."""
     lines = [f"{'':12}{'tokens':>7}  {'':34}{'time':>11}{'ratio':>8}{'extra memory':>15}"]
     for row in rows:
         memory = "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:12.1f} MB"

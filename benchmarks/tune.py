@@ -51,7 +51,7 @@ def list_candidates(entry: Entry, target: str) -> list[Settings]:
 
 
 def check(entry: Entry, target: str) -> str:
-    """Why a candidate is out; nothing if it may be launched."""
+    """Says why a candidate is out; nothing if it may be launched."""
     try:
         compiled = compile_row(entry, target)
     except Exception as error:  # whatever a compiler says, this candidate is not for it

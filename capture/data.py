@@ -86,7 +86,7 @@ def read_dataset(
 
     Args:
         tokenizer: for .jsonl and .txt; None where the model has none, which only token ids can do without.
-        field: of each .jsonl line. limit: only the first so many rows.
+        field: field of each .jsonl line. limit: only the first so many rows.
     Raises:
         DataError: no such file or kind, nothing in it, a row that does not fit; names the row, from 0.
     """

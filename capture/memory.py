@@ -26,7 +26,7 @@ def capture(
     Args:
         model: a directory, a Hub id or a `random:` spec.
         data: a file as on the command line, or texts, or token ids, one sequence each.
-        store: where to write or go on with a store, read lazily; without it all is in memory afterwards.
+        store: path of a store to write or go on with, read lazily; without it all is in memory afterwards.
         settings: any other of `CaptureSettings`, by its name on the command line.
     Returns:
         the store as `looptap.open` gives it.

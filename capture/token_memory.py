@@ -1,6 +1,4 @@
-"""What a token of a batch keeps in memory, in bytes, that steps, gaps, the lens and maps of all pairs of
-blocks are measured from.
-"""
+"""Bytes that a token of a batch keeps in memory for steps, gaps, the lens and maps of pairs of blocks."""
 
 from collections.abc import Collection
 
@@ -18,7 +16,7 @@ def kept_bytes(d: Description, quantities: Collection[str], dtype: str, *, last_
     patterns for attention_gap, the loop state for the lens.
 
     Args:
-        last_only: of the last recurrence alone, which a first run of two leaves behind.
+        last_only: counts the last recurrence alone, which a first run of two leaves behind.
     """
     states = sum(1 if last_only else loop.times for loop in d.loops) if "lens_kl" in quantities else 0
     steps = sum(len(loop.blocks) * (1 if last_only else loop.times) for loop in d.loops)

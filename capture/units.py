@@ -162,7 +162,7 @@ def array_specs(
 
     Args:
         quantities: their names, in the store's order.
-        sizes: of every axis but the first: depth, depth_other, recurrence, head, hidden, depth_state.
+        sizes: size of every axis but the first: depth, depth_other, recurrence, head, hidden, depth_state.
         state_dtype: the model's: float32, bfloat16 (kept as its bits) or float16.
         state_codec: "none" or "lossless".
     """

@@ -45,7 +45,7 @@ class Worker:
 
     Args:
         model: what the store's plan is of, in its dtype, on the device that it is to run on.
-        initial_states: where the plan reads them from a file.
+        initial_states: file of initial states, if the plan reads them from one.
     """
 
     def __init__(self, model: LoopedModel, store: Store, initial_states: StatesFile | None = None) -> None:

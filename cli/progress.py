@@ -1,4 +1,4 @@
-"""What a capture tells a person: the plan before it starts, one bar while it runs, a few lines at the end.
+"""Progress of a capture on a screen: the plan before it starts, a bar while it runs, lines at the end.
 
 All of it goes to stderr; what a command was asked to show (`tables.py`) goes to stdout.
 """
@@ -34,7 +34,7 @@ LINE_S = 10.0  # between lines where there is no bar
 
 
 def print_plan(plan: Plan) -> None:
-    """What the capture will take: sequences, units, disk, memory."""
+    """Prints what the capture will take: sequences, units, disk, memory."""
     d = plan.description
     table = Table.grid(padding=(0, 2))
     table.add_row(
@@ -67,7 +67,7 @@ def print_plan(plan: Plan) -> None:
 
 
 class UnitBar:
-    """Counts what ends: one bar on a terminal, a line now and then elsewhere.
+    """Counts units that end: one bar on a terminal, a line now and then elsewhere.
 
     Rates are over this run alone.
     """
@@ -113,7 +113,7 @@ class UnitBar:
             console.print(f"{self._num_done} of {self._num_units} units, {facts}, {self._left()} left")
 
     def _facts(self) -> list[str]:
-        """Few enough characters for 80 columns, bar and all."""
+        """Returns facts in few enough characters for 80 columns, bar and all."""
         rate = self._num_tokens / max(1e-9, time.monotonic() - self._began_s)
         facts = [
             f"{_short(self._num_tokens)} tokens",
@@ -162,7 +162,7 @@ def _to_line(event: Event) -> str | None:
 
 
 def _short(number: float, space: str = "") -> str:
-    """Three digits and a prefix: 12.3k."""
+    """Returns a number as three digits and a prefix: 12.3k."""
     for prefix in ("", "k", "M", "G"):
         if number < 999.5:
             return f"{number:.3g}{space}{prefix}"
@@ -171,7 +171,7 @@ def _short(number: float, space: str = "") -> str:
 
 
 class Halt:
-    """What Ctrl-C does while a command captures: once, units in flight are finished and none is begun; twice,
+    """Handles Ctrl-C while a command captures: once, units in flight are finished and none is begun; twice,
     it stops at once, as it does while no unit can be in flight yet.
 
     SIGTERM is a Ctrl-C, as jobs are told with it that their time is over.
@@ -202,7 +202,7 @@ class Halt:
 
 
 def print_outcome(outcome: Outcome, seconds: float) -> None:
-    """One line of result, one for anything that is not as it should be."""
+    """Prints one line of result, and one for anything that is not as it should be."""
     done = outcome.num_units - len(outcome.failures) - outcome.num_left
     before = f", {outcome.num_resumed} of them before" if outcome.num_resumed else ""
     console.print(
@@ -219,7 +219,7 @@ def print_outcome(outcome: Outcome, seconds: float) -> None:
 
 
 def run_with_progress(plan: Plan) -> Outcome:
-    """A capture as a person watches it: the plan, the bar, the outcome.
+    """Runs a capture and prints the plan, the bar and the outcome.
 
     Raises:
         KeyboardInterrupt: it was told to stop, and units are left.

@@ -1,4 +1,4 @@
-"""What a study of many captures tells a person: what all of it takes, and one bar for all of them."""
+"""Progress of a study on a screen: what all of its captures take, and one bar for all of them."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from .tables import to_size
 
 
 def run_all_with_progress(plans: Sequence[Plan]) -> list[Outcome]:
-    """Captures one after another as a person watches them: what they take, one bar, a line at the end.
+    """Runs captures one after another and prints what they take, one bar, and a line at the end.
 
     Raises:
         KeyboardInterrupt: it was told to stop, and captures are left.
@@ -100,7 +100,7 @@ def _study_bar(num_captures: int, expected_s: dict[str, float]) -> Iterator[_Stu
 
 
 def to_title(plan: Plan) -> str:
-    """A capture in a few characters: its store's name."""
+    """Returns a capture in a few characters: its store's name."""
     return str(plan.store).rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr")
 
 
@@ -110,7 +110,7 @@ def _is_done(plan: Plan) -> bool:
 
 
 def _print_plans(plans: Sequence[Plan], todo: Sequence[Plan], seconds: float) -> None:
-    """How many captures there are, and roughly what they take."""
+    """Prints how many captures there are, and roughly what they take."""
     table, dataset = Table.grid(padding=(0, 2)), plans[0].dataset
     before = f", {len(plans) - len(todo)} of them there" if len(todo) < len(plans) else ""
     table.add_row("captures", f"{len(plans)}{before}")
@@ -123,7 +123,7 @@ def _print_plans(plans: Sequence[Plan], todo: Sequence[Plan], seconds: float) ->
 
 
 def to_duration(seconds: float) -> str:
-    """Two digits and a unit."""
+    """Returns a duration as two digits and a unit."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"

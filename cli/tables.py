@@ -23,7 +23,7 @@ from ..capture.store.writing.commit import Store
 
 
 def make_console(stderr: bool) -> Console:
-    """Where plain text goes; lines are broken to fit a terminal, and left whole in a pipe or a file."""
+    """Makes a console for plain text; breaks lines to fit a terminal, and leaves them whole elsewhere."""
     console = Console(stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 10_000
@@ -34,7 +34,7 @@ console = make_console(stderr=False)
 
 
 def print_status(path: str | Path, status: StoreStatus) -> None:
-    """What `store_status` found."""
+    """Prints the result of `store_status`."""
     table = Table.grid(padding=(0, 2))
     done = f"{status.units_done} of {status.units_total}"
     table.add_row("units", done + (", complete" if status.complete else ""))
@@ -55,7 +55,7 @@ def print_status(path: str | Path, status: StoreStatus) -> None:
 
 
 def print_verified(report: Report) -> None:
-    """What `verify_store` found."""
+    """Prints the result of `verify_store`."""
     done, missing = len(report.units_done), len(report.units_missing)
     console.print(
         f"{report.path}: {done} of {done + missing} units; "
@@ -77,7 +77,7 @@ def print_verified(report: Report) -> None:
 
 
 def print_repaired(repair: Repair) -> None:
-    """What `repair_store` did, and what is left to do."""
+    """Prints the result of `repair_store`, and what is left to do."""
     console.print(f"{repair.path}: {len(repair.problems)} problems")
     for problem in repair.problems:
         console.print(f"  {problem}", style="red")
@@ -105,7 +105,7 @@ def print_repaired(repair: Repair) -> None:
 
 
 def print_store(path: str | Path) -> None:
-    """The plan that a store was made from."""
+    """Prints the plan that a store was made from."""
     plan = Store.open(path).plan
     model, data, settings = plan.model, plan.data, plan.settings
     table = Table.grid(padding=(0, 2))
@@ -127,7 +127,7 @@ def print_store(path: str | Path) -> None:
 
 
 def print_neurons(found: dict[str, Any]) -> None:
-    """Prediction and suppression neurons by block, as `summarise` gives them."""
+    """Prints prediction and suppression neurons by block, as `summarise` returns them."""
     first, *levels = ("most" if level == 1 else f"{level:.0%}" for level in found["quantiles"])
     names = ("block", "neurons", "prediction", "suppression", f"kurtosis {first}", *levels)
     table = Table(*names, box=None, padding=(0, 2, 0, 0))
@@ -145,7 +145,7 @@ def print_neurons(found: dict[str, Any]) -> None:
 
 
 def _start(d: Description) -> str:
-    """What the loop starts from, in words."""
+    """Says what the loop starts from."""
     if not d.core:
         return "no loop"
     if d.initial_state == "prelude":
@@ -155,7 +155,7 @@ def _start(d: Description) -> str:
 
 
 def print_model(source: ModelSource) -> None:
-    """A model's loop and sizes, and what a token of it takes in a store."""
+    """Prints a model's loop and sizes, and what a token of it takes in a store."""
     d = source.description
     itemsize = source.origin.dtype.itemsize
     absent = absent_quantities(d)
@@ -200,7 +200,7 @@ def print_model(source: ModelSource) -> None:
 
 
 def _interventions(settings: StoredSettings) -> list[str]:
-    """What a capture did otherwise than the model says."""
+    """Says what a capture changed in the model."""
     found = []
     if (start := settings.initial_state) is not None:
         found.append(f"initial state {start['file'] if isinstance(start, dict) else start}")
@@ -212,7 +212,7 @@ def _interventions(settings: StoredSettings) -> list[str]:
 
 
 def print_inspection(inspection: Inspection) -> None:
-    """The last token's way through the loop, a row a recurrence."""
+    """Prints what happens to the last token in the loop, a row a recurrence."""
     console.print(
         f"{plan_of(inspection.dataset).model.name}, {len(inspection.tokens)} tokens, "
         f"the last of them {inspection.tokens[-1]!r}"
@@ -239,7 +239,7 @@ def print_inspection(inspection: Inspection) -> None:
 
 
 def _print_contraction(found: Contraction, tokens: list[str]) -> None:
-    """The factor of the whole prompt, how tokens spread around it, and whether it is one of a fixed point."""
+    """Prints the whole prompt's factor, the spread of tokens around it, and whether it is a fixed point's."""
     factor_N = found.factor_N
     if not factor_N.isfinite().all():
         console.print(f"no contraction factor: after {found.recurrences} recurrences the state is not finite")
@@ -260,7 +260,7 @@ def _print_contraction(found: Contraction, tokens: list[str]) -> None:
 
 
 def _settled(step: float, epsilon: float) -> str:
-    """What a last step so long says of the state."""
+    """Says what a last step of this length means for the state."""
     if step <= CONVERGED_STEP:
         return ""
     if step <= rounding_step(epsilon):
@@ -269,7 +269,7 @@ def _settled(step: float, epsilon: float) -> str:
 
 
 def to_size(num_bytes: int) -> str:
-    """Bytes as a person says them."""
+    """Returns bytes as text for people."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
         if num_bytes >= 1024**power:
             return f"{num_bytes / 1024**power:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Verdicts as text on stdout."""
+"""Prints verdicts as text on stdout."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from ..analysis.findings import Findings
 
 
 def print_verdicts(findings: Sequence[Findings]) -> None:
-    """The answers of each capture, with the number that each rests on."""
+    """Prints the answers of each capture, with the number that each rests on."""
     table = Table("", *(each.label for each in findings), box=None, padding=(0, 2, 0, 0))
     for row in zip(*(each.verdicts for each in findings), strict=True):
         cells = []

@@ -21,14 +21,14 @@ from .library import register
 
 
 def make_cu_seqlens(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Where each of the packed sequences begins, and where the last one ends: int32 [S + 1]."""
+    """Returns where each of the packed sequences begins, and where the last one ends: int32 [S + 1]."""
     return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
 
 
 def attention(
     q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
 ) -> Tensor:
-    """Causal attention of packed sequences, [N, H, C] in q's dtype; nothing measured.
+    """Returns causal attention of packed sequences, [N, H, C] in q's dtype; measures nothing.
 
     Args:
         q_NHC, k_NKC, v_NKC: packed along N; H is a multiple of K; bfloat16, float16 or float32.
@@ -49,7 +49,7 @@ def attention_with_statistics(
     *,
     columns: bool = True,
 ) -> tuple[Tensor, AttentionStatistics]:
-    """The same attention, and its statistics in float32 whatever the dtype of q, k and v.
+    """Returns causal attention, and its statistics in float32 whatever the dtype of q, k and v.
 
     Args:
         sink_tokens: how many first keys of a sequence count as the sink. columns: whether what keys receive
@@ -71,7 +71,7 @@ def attention_statistics(
     is_causal: bool = False,
     sink_tokens: int = 1,
 ) -> AttentionStatistics:
-    """What `attention_with_statistics` measures, of a padded batch under any mask, without an output.
+    """Returns what `attention_with_statistics` measures, of a padded batch under any mask, without an output.
 
     Args:
         q_BHTC, k_BKJC: B sequences of T queries and J keys; H is a multiple of K.

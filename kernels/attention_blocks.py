@@ -82,7 +82,7 @@ def one_length(
     mask: Tensor | None = None,
     is_causal: bool = True,
 ) -> None:
-    """G sequences of one length; writes into out, whose tensors are [G, T, H] here (received [G, J, H]).
+    """Measures G sequences of one length; writes to out, tensors [G, T, H] here (received [G, J, H]).
 
     Args:
         values: v [G, J, K, C], and o [G, T, H, C] to write what the queries read of it.
@@ -134,7 +134,7 @@ def one_length(
 
 
 def _seen(mask: Tensor) -> slice:
-    """From the first to behind the last key that any of these queries sees; what it leaves out weighs 0."""
+    """Returns a slice from the first to the last key that any of these queries sees; others weigh 0."""
     most_J = mask.amax((0, 1, 2))
     seen = (most_J if mask.dtype == torch.bool else most_J > MASKED).nonzero()
     return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, len(most_J))

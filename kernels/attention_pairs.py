@@ -1,11 +1,11 @@
-"""How far apart the attention of several block invocations is, without a T×T matrix.
+"""Distances between the attention of several block invocations, without a T×T matrix.
 
-Two ways, because one does not do. Of a few recurrences of one layer, differences are taken element by element
-(`attention_chain`), and so are right even where a loop has nearly converged. Of all n invocations of a model
-only inner products are affordable, n² of them (`attention_gram`), and of them |A_a − A_b|² = G_aa + G_bb −
-2 G_ab keeps few digits of a small distance (`distance_from_gram`): on a GPU, where probabilities are rounded
-to float16, of one below a hundredth of the norms; on a CPU, where they are float32 and the products float64,
-of one below a millionth.
+There are two ways, because one does not do. Of a few recurrences of one layer, differences are taken element
+by element (`attention_chain`), and so are right even where a loop has nearly converged. Of all n invocations
+of a model only inner products are affordable, n² of them (`attention_gram`), and of them |A_a − A_b|² = G_aa
++ G_bb − 2 G_ab keeps few digits of a small distance (`distance_from_gram`): on a GPU, where probabilities are
+rounded to float16, of one below a hundredth of the norms; on a CPU, where they are float32 and the products
+float64, of one below a millionth.
 
 On a CPU both go past the queries a block at a time, as `attention_blocks.py`; on CUDA they are kernels of
 `gpu/`.
@@ -19,9 +19,8 @@ from torch import Tensor
 from .attention_blocks import QUERIES_PER_BLOCK, runs
 from .library import register
 
-STRIP_BYTES = (
-    32 * 2**20
-)  # of the probabilities of all invocations that exist at a time on a CPU, in two dtypes
+# bytes of the probabilities of all invocations that exist at a time on a CPU, in two dtypes
+STRIP_BYTES = 32 * 2**20
 
 
 def attention_chain(
@@ -141,7 +140,7 @@ def _attention_gram_cpu(
 def _gram_of_equal_lengths(
     q_nNHC: Tensor, k_nNKC: Tensor, lse_nNH: Tensor, size: int, scale: float
 ) -> Tensor:
-    """[G, H, n, n] of G sequences, float64."""
+    """Returns the inner products of G sequences of one length, float64 [G, H, n, n]."""
     n, N, H, _ = q_nNHC.shape
     layers = _by_head(*(x.unflatten(1, (-1, size)).flatten(0, 1) for x in (q_nNHC, k_nNKC, lse_nNH)))
     gram_GHnn = torch.zeros(N // size, H, n, n, dtype=torch.float64)
@@ -154,13 +153,13 @@ def _gram_of_equal_lengths(
 
 
 def _by_head(q_GTHC: Tensor, k_GTKC: Tensor, lse_GTH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q [G, H, T, C], k [G, K, C, T] in float32, lse [G, H, T, 1]."""
+    """Returns q [G, H, T, C] and k [G, K, C, T] in float32, and lse [G, H, T, 1]."""
     k_GKCT = k_GTKC.float().permute(0, 2, 3, 1).contiguous()
     return q_GTHC.transpose(1, 2), k_GKCT, lse_GTH.transpose(1, 2).unsqueeze(-1)
 
 
 def _probabilities(q_GHTC: Tensor, k_GKCT: Tensor, lse_GHT1: Tensor, start: int, scale: float) -> Tensor:
-    """Attention of the block of queries at `start` to the keys up to its end, float32 [G, H, B, end]."""
+    """Returns the attention of the queries of the block at `start` to keys before its end, [G, H, B, end]."""
     G, H, T, C = q_GHTC.shape
     K, end = k_GKCT.shape[1], min(start + QUERIES_PER_BLOCK, T)
     # the heads that share a key head stand in the rows of one matrix product
@@ -172,7 +171,7 @@ def _probabilities(q_GHTC: Tensor, k_GKCT: Tensor, lse_GHT1: Tensor, start: int,
 
 
 def _numbered_runs(cu_seqlens_S: Tensor) -> Iterator[tuple[slice, int, list[int]]]:
-    """`runs`, and which sequences they are."""
+    """Yields `runs` with the numbers of their sequences."""
     bounds = cu_seqlens_S.tolist()
     place = 0
     for rows, size in runs(cu_seqlens_S):

@@ -1,8 +1,8 @@
-"""The logit lens: what next-token distribution a state holds, and how far that is from a later state's.
+"""The logit lens: the next-token distribution that a state holds, and its distance from a later state's.
 
-Logits exist for a few thousand tokens of the vocabulary at a time and never for all of it. What they sum to
-is carried along and rescaled whenever a larger logit turns up, as flash attention does along its keys. With z
-a state's logits, x their difference to the last state's, m the largest so far and e = exp(z − m):
+Logits exist for a few thousand tokens of the vocabulary at a time and never for all of it. Sums over
+them are carried along and rescaled whenever a larger logit turns up, as flash attention does along its keys.
+Let z be a state's logits, x their difference to the last state's, m the largest so far and e = exp(z − m):
 
     W = Σe    entropy = ln W − Σ e (z − m) / W    KL = Σ e x / W + ln (Σ e exp(−x) / W)
 
@@ -22,7 +22,7 @@ SMALL = 0.5  # largest |x| for which the expm1 form is taken; above, its sums ma
 
 
 class LensStatistics(NamedTuple):
-    """Of R states of N tokens each."""
+    """Statistics of R states of N tokens each."""
 
     kl_RN: Tensor  # float32, KL(p ‖ p_last), nats
     entropy_RN: Tensor  # float32, nats
@@ -98,7 +98,7 @@ class _Fold:
         self.top = top
 
     def result(self, log_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """KL, entropy, token; [N] each."""
+        """Returns KL divergence, entropy and token, [N] each."""
         log_weight = self.weight.log()
         log_ratio = torch.where(
             self.largest_shift <= SMALL,

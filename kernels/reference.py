@@ -1,4 +1,4 @@
-"""What every operation of this folder means, in float64 and with the T×T matrix written out.
+"""The meaning of every operation of this folder, in float64 and with the T×T matrix written out.
 
 Only tests and benchmarks import this file. It is meant to be read beside a formula, not to be run on anything
 large.

@@ -1,4 +1,4 @@
-"""The residual add with its norms, and what is measured of the residual that it leaves.
+"""The residual add with its norms, and the statistics of the residual that it leaves.
 
 A block ends each of its halves with the same four moves: norm the branch (Ouro, OLMo-2), add it, norm the
 stream (Huginn), norm the input of the next branch (pre-norm). One function does them in any combination,
@@ -54,8 +54,8 @@ def residual_norm(
     stream_weight_D: Tensor | None = None,
     next_weight_D: Tensor | None = None,
 ) -> Residual:
-    """x + branch, with an RMS norm wherever a weight is given: on the branch, on the sum, before the next
-    branch.
+    """Returns x + branch, with an RMS norm wherever a weight is given: on the branch, on the sum, before the
+    next branch.
 
     Args:
         x_ND: residual stream, [N, D]. branch_ND: attention or MLP output, same shape and dtype.
@@ -77,7 +77,9 @@ def residual_norm_statistics(
     previous_ND: Tensor | None = None,
     last_ND: Tensor | None = None,
 ) -> tuple[Residual, Tensor]:
-    """The same, and what is measured of the stored, rounded residual: float32 [7, N], rows as STATISTICS.
+    """Returns what `residual_norm` does, and statistics of the stored, rounded residual.
+
+    The statistics are float32 [7, N], in the order of STATISTICS.
 
     Args:
         block_input_ND: what update_norm is measured from. previous_ND: what step_norm and step_cosine are.
@@ -103,7 +105,7 @@ def residual_statistics(
     previous_ND: Tensor | None = None,
     last_ND: Tensor | None = None,
 ) -> Tensor:
-    """What is measured of residuals that are there already, on any device.
+    """Returns the statistics of residuals that are there already, on any device.
 
     Args:
         x_ND: residuals as they are stored, float [N, D].
@@ -130,18 +132,18 @@ def residual_statistics(
 
 
 def row_norm(x_ND: Tensor) -> Tensor:
-    """‖x‖₂ of every row, float32 [N]."""
+    """Returns ‖x‖₂ of every row, float32 [N]."""
     return torch.linalg.vector_norm(x_ND, dim=-1, dtype=torch.float32)
 
 
 def row_peak(x_ND: Tensor) -> Tensor:
-    """max_j |x_j| of every row, float32 [N]."""
+    """Returns max_j |x_j| of every row, float32 [N]."""
     # two passes: on a CPU at D = 576 aminmax takes 18 times as long, the ∞-norm 24 times
     return torch.maximum(x_ND.amax(-1), -x_ND.amin(-1)).float()
 
 
 def distance(x_ND: Tensor, reference_ND: Tensor, norm_N: Tensor, reference_norm_N: Tensor) -> Distance:
-    """How far each row of x is from its reference, as ‖x − y‖₂ and as a cosine.
+    """Returns the distance of each row of x from its reference, as ‖x − y‖₂ and as a cosine.
 
     Near 1 the cosine comes from 1 − cos = (‖x−y‖² − (‖x‖−‖y‖)²) / (2‖x‖‖y‖), whose terms are small when the
     two are close: float32 keeps 1 − cos to a relative error near 1e-5 where the plain formula loses it all.

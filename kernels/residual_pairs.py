@@ -1,7 +1,7 @@
-"""How alike the residuals of all block invocations are, and how much one sequence's tokens differ.
+"""Similarity of the residuals of all block invocations, and entropy of one sequence's residuals.
 
-Plain PyTorch on any device: one matrix product each, over pieces of tokens or of channels so that copies in
-float32 or float64 stay small.
+Both are plain PyTorch on any device: one matrix product each, over pieces of tokens or of channels so that
+copies in float32 or float64 stay small.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PIECE_BYTES = 32 * 2**20  # of a copy in the precision of the sums
+PIECE_BYTES = 32 * 2**20  # one copy in the precision of the sums
 
 
 def residual_similarity(x_nND: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -37,8 +37,8 @@ def residual_similarity(x_nND: Tensor, lengths: Sequence[int]) -> Tensor:
 def residual_entropy(x_ND: Tensor, lengths: Sequence[int]) -> Tensor:
     """Matrix-based entropy of each sequence's residuals: −Σ λ ln λ of their Gram matrix over its trace, nats.
 
-    0 where all tokens have one direction, ln T where T tokens are orthogonal and of one length. Of X Xᵀ and
-    Xᵀ X, whose nonzero eigenvalues are the same, the smaller is taken: memory is that of min(T, D)² numbers.
+    It is 0 where all tokens have one direction, ln T where T tokens are orthogonal and of one length. X Xᵀ
+    and Xᵀ X have the same nonzero eigenvalues, so the smaller is taken: memory is min(T, D)² numbers.
 
     Args:
         x_ND: residuals of packed sequences. lengths: tokens of each, adding up to N.

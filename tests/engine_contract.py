@@ -33,7 +33,7 @@ class Files:
 
     directory: Path
     seconds: float = 0.0
-    """That a unit takes."""
+    """Seconds that a unit takes."""
     raises: dict[int, int] = field(default_factory=dict)
     """Unit -> how many times."""
     kills: dict[int, int] = field(default_factory=dict)
@@ -127,7 +127,7 @@ def is_alive(pid: int) -> bool:
 
 
 class PoolContract:
-    """Of any pool; `make_pool` is a fixture of the subclass."""
+    """The contract of any pool; `make_pool` is a fixture of the subclass."""
 
     limits = QUICK
 
@@ -179,7 +179,7 @@ class PoolContract:
 
 
 class ProcessPoolContract(PoolContract):
-    """Of pools whose workers are processes of their own, so that they can die."""
+    """The contract of pools whose workers are processes of their own, so that they can die."""
 
     def test_what_waits_behind_a_running_unit_is_given_back(self, make_pool: MakePool, tmp_path):
         files = Files(tmp_path, waits=True)

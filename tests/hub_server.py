@@ -26,7 +26,7 @@ class Request:
     method: str
     path: str
     name: str
-    """Of the file, without its folder; empty where none was asked for."""
+    """Name of the file, without its folder; empty if none was asked for."""
     first_byte: int
     status: int
     authorization: str | None
@@ -40,7 +40,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     token: str | None = None
-    """Without it the repository is not there, or not to be read if it is gated."""
+    """Token without which the repository is not there, or not to be read if it is gated."""
     is_gated: bool = False
 
 
@@ -53,7 +53,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.cuts: dict[str, int] = {}
-        """By file name: bytes after which its next transfer of more than these breaks off."""
+        """Bytes, by file name, after which its next transfer of more than these breaks off."""
         self.stalls: dict[str, int] = {}
         """The same, but the client is left waiting until it goes away."""
         self.stalled = threading.Event()
@@ -77,7 +77,7 @@ class Hub:
         return {request.name for request in self.requests if request.name}
 
     def num_bytes(self, name: str) -> int:
-        """That went out of a file."""
+        """Returns the bytes of a file that were sent."""
         return sum(request.num_bytes for request in self.requests if request.name == name)
 
 

@@ -58,13 +58,18 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     stamp_path, now = root / "build" / "kernels-passed.json", fingerprint(root)
     before = json.loads(stamp_path.read_text())["fingerprint"] if stamp_path.exists() else None
     if when == "changed" and before == now:
-        print("kernels: not tested, as nothing has changed since all of their tests passed here; "
-              "make kernels runs them again")  # fmt: skip
+        print(
+            "kernels: not tested, as nothing has changed since all of their tests passed here; "
+            "make kernels runs them again"
+        )
         return 0
     is_part = when == "changed" and before is None
     if is_part:
-        print("kernels: a part of their tests runs, as they have never all passed here; make kernels, or "
-              "make test-all, runs them all", flush=True)  # fmt: skip
+        print(
+            "kernels: a part of their tests runs, as they have never all passed here; make kernels, or "
+            "make test-all, runs them all",
+            flush=True,
+        )
     for interpret, paths, part in TIERS:
         command = [sys.executable, "-m", "pytest", *paths, *options, *(["-k", part] if is_part else [])]
         environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}

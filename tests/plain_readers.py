@@ -61,7 +61,7 @@ def tensorstore_plain(path, names):
 
 @reader
 def tensorstore_bfloat16(path, names):
-    """Those kept as bits, as what they are."""
+    """Reads arrays that are stored as bits of bfloat16 as bfloat16."""
     values = {}
     for name in names:
         metadata = json.loads((Path(path) / name / "zarr.json").read_bytes())

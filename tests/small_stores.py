@@ -51,7 +51,7 @@ def write_unit(attempt: Attempt, salt: int = 0) -> Attempt:
 
 
 def leave_files(store: Store, unit: int) -> None:
-    """As an attempt that is killed before its ledger entry: all its files have their names."""
+    """Leaves files like an attempt that is killed before its ledger entry: all of them have their names."""
     attempt = write_unit(begin_attempt(store, unit), salt=9)
     for name in store.arrays:
         for key in store.shard_keys(name, unit):

@@ -86,7 +86,9 @@ def make_states(
 
 
 def tokens_of(unit: int, unit_tokens: int) -> int:
-    """Of unit 0 all, then less and less: whole chunks, then whole shards are missing."""
+    """Returns a unit's tokens: unit 0 is full, then less and less: whole chunks, then whole shards are
+    missing.
+    """
     return [unit_tokens, max(1, unit_tokens - 7), max(1, unit_tokens // 3), 1][unit % 4]
 
 

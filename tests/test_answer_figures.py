@@ -74,8 +74,10 @@ def test_a_large_map_is_drawn_as_means_of_its_cells(dataset, findings):
     assert "a cell is the mean of 2 depths or fewer a side" in figure.notes[0]
     edges = set()
     for _, row in table.iloc[::97].iterrows():
-        spans = [slice(int(row[a] + 0.5), int(row[b] + 0.5)) for a, b in
-                 (("other_from", "other_to"), ("from", "to"))]  # fmt: skip
+        spans = [
+            slice(int(row[a] + 0.5), int(row[b] + 0.5))
+            for a, b in (("other_from", "other_to"), ("from", "to"))
+        ]
         assert row["value"] == pytest.approx(whole_DD[spans[0], spans[1]].mean(), rel=1e-12)
         edges |= {row["from"], row["other_from"]}
     assert len(edges) > 100

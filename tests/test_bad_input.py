@@ -268,7 +268,7 @@ def test_a_store_path_that_holds_something_else(message, tmp_path):
 
 
 def capture(arguments: list[object], cwd: Path) -> subprocess.CompletedProcess:
-    """As a user runs it."""
+    """Runs a capture as a user does."""
     command = [sys.executable, "-m", "looptap", "capture", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 

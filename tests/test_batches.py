@@ -124,7 +124,7 @@ def test_rows_are_mixed(tmp_path):
 
 
 def test_chunks_come_in_random_order(tmp_path):
-    """Also where the buffer holds one: a long epoch does not drift from one end of the store to the other."""
+    """They do so even if the buffer holds one: a long epoch does not drift through the store."""
     store = fill(make_states(tmp_path / "run.zarr", 4096, kept=None, num_units=1), [0])
     batches = make_batches(store.path, batch_rows=512, buffer_chunks=1, seed=0)
     chunks = [(int(b[0, 0]) + 1000 * int(b[0, 1])) // 512 + 8 * int(b[0, 2]) for b in batches]

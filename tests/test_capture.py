@@ -214,7 +214,7 @@ def test_values_do_not_depend_on_units_and_batches(whole, settings):
 
 @pytest.mark.parametrize("quantities", [("all",), ("residual", "gaps")])
 def test_running_the_loop_twice_changes_no_bit(quantities):
-    """In bfloat16, where two ways of computing attention would show in the second digit."""
+    """The model is in bfloat16, where two ways of computing attention would show in the second digit."""
     kept, twice = (
         looptap.capture(
             TINY, ROWS, quantities=quantities, dtype="bfloat16", gap_memory_gib=bound, batch_tokens=64
@@ -318,8 +318,10 @@ def test_selected_states_are_rows_of_all_states(whole, tokens):
         kept.setdefault(sequence_id, []).append(position)
         np.testing.assert_allclose(state, everything[sequence_id][position][[2, 8, 9]], atol=1e-5, rtol=1e-5)
     wanted = {
-        "all": lambda n: list(range(n)), "last": lambda n: [n - 1], "every:4": lambda n: list(range(0, n, 4))
-    }  # fmt: skip
+        "all": lambda n: list(range(n)),
+        "last": lambda n: [n - 1],
+        "every:4": lambda n: list(range(0, n, 4)),
+    }
     if tokens in wanted:
         assert kept == {i: wanted[tokens](n) for i, n in enumerate(LENGTHS) if n}
 

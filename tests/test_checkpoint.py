@@ -166,13 +166,17 @@ def test_tensors_that_are_not_the_wirings_are_named(tmp_path, name):
         path = copy_model(name, tmp_path / f"renamed{number}", lambda t, role=role: t.update(odd=t.pop(role)))
         assert "not known odd (in model" in (said := refusal(path))
         assert f"missing {role}" in said or role in optional(name)
-        path = copy_model(name, tmp_path / f"longer{number}", lambda t, role=role: t.update(
-            {role: torch.cat([t[role], t[role]])}))  # fmt: skip
+        path = copy_model(
+            name,
+            tmp_path / f"longer{number}",
+            lambda t, role=role: t.update({role: torch.cat([t[role], t[role]])}),
+        )
         rows, *others = sound[role].shape
         says = f"{role} is {[2 * rows, *others]} where the config says {[rows, *others]} (in model"
         assert says in refusal(path)
-        path = copy_model(name, tmp_path / f"typed{number}", lambda t, role=role: t.update(
-            {role: t[role].double()}))  # fmt: skip
+        path = copy_model(
+            name, tmp_path / f"typed{number}", lambda t, role=role: t.update({role: t[role].double()})
+        )
         said = refusal(path)
         assert "one of F32, BF16, F16 is wanted" in said and f"F64 is {role} (in model" in said
         path = copy_model(name, tmp_path / f"missing{number}", lambda t, role=role: t.pop(role))
@@ -184,13 +188,14 @@ def test_tensors_that_are_not_the_wirings_are_named(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_transposed_tensors_are_named(tmp_path, name):
-    """Those that are not square: a square one has the right shape, and only its numbers could tell."""
+    """Square tensors are left out: transposed, they keep their shape, and only their numbers could tell."""
     sound = weights_of(name)
     oblong = [role for role in roles(sound) if sound[role].ndim == 2 and len(set(sound[role].shape)) == 2]
     assert len(oblong) >= 3
     for number, role in enumerate(oblong):
-        path = copy_model(name, tmp_path / f"{number}", lambda t, role=role: t.update(
-            {role: t[role].T.contiguous()}))  # fmt: skip
+        path = copy_model(
+            name, tmp_path / f"{number}", lambda t, role=role: t.update({role: t[role].T.contiguous()})
+        )
         wanted = list(sound[role].shape)
         assert f"{role} is {wanted[::-1]} where the config says {wanted} (in model" in refusal(path)
 
@@ -198,10 +203,11 @@ def test_transposed_tensors_are_named(tmp_path, name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("value", "says"), [("nan", "holds NaN"), ("-inf", "holds infinite values")])
 def test_numbers_that_are_none_are_named(tmp_path, name, value, says):
-    """In the last place of each kind of tensor; a load and a plan's hash both find it."""
+    """One stands in the last place of each kind of tensor; a load and a plan's hash both find it."""
     for number, role in enumerate(roles(weights_of(name))):
-        path = copy_model(name, tmp_path / f"{number}", lambda t, role=role: t[role].view(-1)[-1:].fill_(
-            float(value)))  # fmt: skip
+        path = copy_model(
+            name, tmp_path / f"{number}", lambda t, role=role: t[role].view(-1)[-1:].fill_(float(value))
+        )
         source = find_model(str(path))
         with pytest.raises(ModelError, match=f"model.*safetensors: {role} holds") as caught:
             assert source.origin.weights_sha256
@@ -242,7 +248,7 @@ TIED = {"llama": "model.embed_tokens.weight", "huginn": "transformer.wte.weight"
 
 @pytest.mark.parametrize("name", TIED)
 def test_a_tied_head_stored_again_must_be_the_same(tmp_path, name):
-    """In the same file and in another shard."""
+    """The head is stored in the same file and in another shard."""
     original = TIED[name]
     tensors = weights_of(name)
     tensors["lm_head.weight"] = tensors[original].clone()
@@ -288,8 +294,9 @@ def test_huginns_rotary_table(tmp_path):
     """It may be missing, or kept in another dtype than the weights; it is compared, and never used."""
     whole = logits_of(GOLDEN / "huginn", "huginn")
     for label, table in (("bf16", torch.bfloat16), ("f16", torch.float16)):
-        path = copy_model("huginn", tmp_path / label, lambda t, table=table: t.update(
-            freqs_cis=t["freqs_cis"].to(table)))  # fmt: skip
+        path = copy_model(
+            "huginn", tmp_path / label, lambda t, table=table: t.update(freqs_cis=t["freqs_cis"].to(table))
+        )
         assert torch.equal(logits_of(path, "huginn"), whole)
     for label, change in (
         ("swapped", lambda t: t.update(freqs_cis=t["freqs_cis"].flip(-1))),
@@ -306,7 +313,7 @@ def test_huginns_rotary_table(tmp_path):
 
 
 def with_frequencies(tensors, theta=10_000.0):
-    """As the files of older Llamas, in float32 beside weights of any dtype."""
+    """Adds frequencies like those in files of older Llamas, float32 beside weights of any dtype."""
     C = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0] // 2  # two key heads
     for layer in range(5):
         frequency = theta ** (-torch.arange(0, C, 2).float() / C)

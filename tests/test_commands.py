@@ -251,7 +251,7 @@ def test_info_of_a_model(looptap_command):
 
 @pytest.mark.slow
 def test_a_reader_that_has_seen_enough():
-    """As `looptap info MODEL | head -1`: no message, and no success."""
+    """A reader such as `looptap info MODEL | head -1` gets no message, and no success."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "looptap", "info", MODEL]
@@ -287,7 +287,7 @@ HELP = [
 
 
 def help_of(*command: str) -> str:
-    """As a terminal of 80 columns gets it."""
+    """Returns the help as a terminal of 80 columns gets it."""
     environment = os.environ | {"COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         [sys.executable, "-m", "looptap", *command, "--help"],

@@ -56,7 +56,7 @@ def test_jsonl_lines(tmp_path, end, ascii_only):
 
 @pytest.mark.parametrize("limit", [None, 2])
 def test_rows_at_hand_are_those_of_a_file(tmp_path, limit):
-    """As `looptap.capture` wrote one for them before: what was begun so is gone on with."""
+    """`looptap.capture` used to write a file of such rows: a capture begun from that file can go on."""
     texts = [*TEXTS, "two\nlines\r\n"]
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -1,7 +1,12 @@
-"""Pages about the repository name what is there: files, make targets, commands, arrows, model families."""
+"""Pages about the repository name what is there: files, make targets, commands, arrows, model families.
 
+Docstrings stand alone: none of the package begins with a word that only the name above it completes.
+"""
+
+import ast
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,8 @@ SUFFIXES = "py|md|toml|json|jsonl|html"
 # what pages name that is not here: parts of checkpoints and of stores, what is made
 FOREIGN = {"config.json", "tokenizer.json", "zarr.json", "report.html", "utils.py"}
 STORES = (".looptap/", "<")  # beginnings of keys inside a store
+# a docstring that begins with one of these is half a sentence, whose other half is a name
+HALVES = "after and as at before but by from in of on or that those to where whose with without"
 
 # the paths of a page are in the text between backticks, and each line of a block of code is such a text
 BACKTICKS = re.compile(r"`([^`\n]+)`")
@@ -107,6 +114,25 @@ def named_commands(text: str) -> set[tuple[str, str]]:
     return {found for code in snippets_of(text) for found in pattern.findall(code)}
 
 
+def docstrings_of(source: str) -> Iterator[tuple[int, str]]:
+    """Yields line and text of every docstring: of modules, classes, functions and fields."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Expr(ast.Constant(str(text))):
+                yield node.lineno, text
+
+
+def half_docstrings(root: Path) -> list[str]:
+    """Returns docstrings of the package at root that begin with one of HALVES, as path:line: the word."""
+    found = []
+    for path in source_paths(root):
+        for line, text in docstrings_of((root / path).read_text(encoding="utf-8")):
+            first = text.split(maxsplit=1)[0]
+            if first.lower() in HALVES.split():
+                found.append(f"{path}:{line}: {first}")
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_are_there(page):
     assert missing_paths(text_of(page)) == []
@@ -168,6 +194,23 @@ def test_lines_can_be_read():
             n for n, line in enumerate(text_of(page).splitlines(), 1) if len(line) > 150 and line[0] != "|"
         ]
         assert long == [], f"{page} has lines of over 150 characters"
+
+
+def test_docstrings_stand_alone():
+    assert half_docstrings(ROOT) == []
+
+
+def test_half_a_docstring_is_found(tmp_path):
+    files = {
+        "whole.py": '"""Offset of a file, as bytes."""\n\n\ndef offset():\n    """Returns it."""\n',
+        "kernels/half.py": 'class Half:\n    size: int\n    """\n    of the file"""\n\n    def key(self):\n'
+        '        """And its key."""\n        return "Of what?"\n',
+        "tests/test_half.py": '"""As a user does it."""\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert half_docstrings(tmp_path) == ["kernels/half.py:3: of", "kernels/half.py:7: And"]
 
 
 def test_a_page_that_names_what_is_not_there_is_found():

@@ -70,7 +70,7 @@ class TestProcesses(ProcessPoolContract):
             assert time.monotonic() - began_s < 30
 
     def test_a_worker_ends_with_its_pipe(self, make_pool, tmp_path):
-        """Where the kernel does not tell it that its driver died, this does; in the middle of a unit."""
+        """The pipe tells it that its driver died where the kernel does not, even in the middle of a unit."""
         files = Files(tmp_path, long=frozenset({0}))
         with make_pool(files, 1) as pool:
             pool.start(0)
@@ -173,7 +173,7 @@ def test_who_works_is_not_of_the_plan(settings):
 
 
 def test_a_run_whose_lock_was_taken_over_stops(settings):
-    """As after this process was stopped for minutes: whoever holds the lock now drives."""
+    """It is taken over as if this process had been stopped for minutes: whoever holds the lock now drives."""
 
     def taken_over() -> bool:
         (settings.run.store / ".looptap" / "driver.lock").unlink(missing_ok=True)
@@ -294,7 +294,7 @@ with Processes(files, 2) as pool:
 @pytest.mark.parametrize("how", ["sleeps", "hangs"])
 @pytest.mark.slow
 def test_workers_die_with_their_driver(tmp_path, how):
-    """Also where no thread of theirs could notice that the pipe has ended."""
+    """They die even if no thread of theirs could notice that the pipe has ended."""
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), how])
     files = Files(tmp_path)
     while len(files.workers()) < 2:

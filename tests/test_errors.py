@@ -108,7 +108,7 @@ def test_a_plain_raise_is_found(tmp_path, code, fault):
 
 
 def test_no_other_module_defines_an_error():
-    """Those that begin with _ are caught in their own module."""
+    """Errors that begin with _ are caught in their own module."""
     found = []
     for part in ("capture", "analysis", "cli", "benchmarks", "kernels"):
         for path in (ROOT / part).rglob("*.py"):
@@ -133,7 +133,7 @@ def test_an_error_that_travels_comes_back_equal(cls):
 
 
 def test_an_error_comes_back_from_another_process(tmp_path):
-    """As a worker raises it: the class and its message, through a pickle on a pipe."""
+    """A worker's error arrives with its class and message, through a pickle on a pipe."""
     code = (
         "import pickle, sys\nfrom looptap.capture.models.load import find_model\n"
         "try:\n    find_model('/no/such/directory')\nexcept Exception as error:\n"
@@ -268,7 +268,7 @@ def store(tmp_path_factory) -> Path:
 
 
 def paths(directory: Path) -> dict[str, Path]:
-    """Where nothing can be written: a directory, below a file, on a full disk, a name that is too long."""
+    """Paths that cannot be written: a directory, below a file, on a full disk, a name that is too long."""
     (directory / "file").write_text("mine")
     (directory / "folder").mkdir()
     return {

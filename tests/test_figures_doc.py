@@ -8,9 +8,12 @@ from looptap.analysis.studies import architecture_figures, boundary_figures, dep
 
 TEXT = (Path(__file__).parents[1] / "docs" / "figures.md").read_text()
 STUDIES = (
-    architecture_figures.distance_by_recurrence, boundary_figures.convergence_map,
-    boundary_figures.convergence_boundary, depth_figures.stages_by_count, depth_figures.ends_by_count,
-)  # fmt: skip
+    architecture_figures.distance_by_recurrence,
+    boundary_figures.convergence_map,
+    boundary_figures.convergence_boundary,
+    depth_figures.stages_by_count,
+    depth_figures.ends_by_count,
+)
 ASKED = {*range(2, 53), 63}  # 2 to 12, 13 to 18, 19 to 31, 32 and 33, 34 to 52, 63
 
 

@@ -15,7 +15,7 @@ TOLERANCE = 1e-4  # the references differ among themselves by up to 3e-5
 
 
 class Maps(Listening):
-    """Also every attention map, from the queries and keys that attention is run with."""
+    """A tap that also keeps every attention map, from the queries and keys that attention is run with."""
 
     def __init__(self):
         super().__init__()
@@ -206,7 +206,7 @@ def test_packed_equals_single(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_errs_no_more_than_plain_torch(name):
-    """From the same rounded weights and states; both stored sequences, as one alone would compare luck."""
+    """Both start from the same rounded weights and states; of one sequence alone luck would be compared."""
     model = load_model(str(GOLDEN / name), dtype="bfloat16")
     batch, _, initial_ND = batch_of(name)
     initial_ND = None if initial_ND is None else initial_ND.bfloat16()

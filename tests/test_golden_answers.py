@@ -140,7 +140,7 @@ def test_profiles_agree_as_defined(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_that_can_be_asked_of_a_fixture_is_answered(name):
-    """And what cannot says why."""
+    """Questions that have no answer say why."""
     (findings,) = find([replayed(name)[0]])
     why = {key: found for key, found in findings.answers.items() if isinstance(found, str)}
     assert all(why.values())

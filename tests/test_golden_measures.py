@@ -43,8 +43,9 @@ def replayed(name: str):
             continue
         size = [sizes[axis] for axis in (about.axes[1], about.axes[0], *about.axes[2:])]
         is_token = quantity == "lens_token"
-        values[quantity] = torch.full(size, -1 if is_token else float("nan"), dtype=torch.int32 if is_token
-                                      else torch.float32)  # fmt: skip
+        values[quantity] = torch.full(
+            size, -1 if is_token else float("nan"), dtype=torch.int32 if is_token else torch.float32
+        )
     tap, states, maps, head_inputs, after = (
         Statistics(d, Buffers(values), model=model),
         [],
@@ -76,8 +77,10 @@ def replayed(name: str):
     sequences = []
     for s in range(S):
         rows = slice(s * T, (s + 1) * T)
-        of = {q: value[:, slice(s, s + 1) if QUANTITIES[q].axes[0] == "sequence" else rows]
-              for q, value in values.items()}  # fmt: skip
+        of = {
+            q: value[:, slice(s, s + 1) if QUANTITIES[q].axes[0] == "sequence" else rows]
+            for q, value in values.items()
+        }
         sequences.append({q: value.transpose(0, 1).numpy() for q, value in of.items()})
     shape = (d.prelude, d.core, R, d.coda)
     x_ST2LD = torch.stack([torch.stack(pair) for pair in states], 2).unflatten(1, (S, T)).movedim(1, 0)

@@ -116,8 +116,9 @@ def test_a_value_that_is_no_number_is_left_out_of_its_head_alone():
     found = heads(make_dataset(sequences, SHAPE))["sink_score"]
     value = found.sel(statistic="value", depth=2).values
     each = [definitions(a_LHTT, SHAPE)["sink_score"][2] for a_LHTT in maps]
-    np.testing.assert_allclose(value, [(each[0] + each[1])[0] / 2, each[1][1], (each[0] + each[1])[2] / 2],
-                               rtol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+        value, [(each[0] + each[1])[0] / 2, each[1][1], (each[0] + each[1])[2] / 2], rtol=1e-6
+    )
     assert found.sel(statistic="sequences", depth=2).values.tolist() == [2, 1, 2]
 
 

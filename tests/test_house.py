@@ -172,7 +172,7 @@ def differ_by_a_letter(one: str, other: str) -> bool:
 
 
 def loaded_by(code: str, names: set[str], cwd: Path) -> set[str]:
-    """Which of the modules a fresh Python has loaded after running code."""
+    """Returns those of the modules that a fresh Python has loaded after running code."""
     code = f"{code}\nimport sys\nprint('loaded:', *({names!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

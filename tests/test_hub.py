@@ -43,7 +43,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def environment(hub, tmp_path) -> dict[str, str]:
-    """Of a user with an empty cache, no login and no network but the server."""
+    """The environment of a user with an empty cache, no login and no network but the server."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     kept = {name: value for name, value in kept.items() if not name.lower().endswith("_proxy")}
     return {
@@ -281,9 +281,12 @@ def test_a_stopped_run_leaves_whole_files_alone(hub, environment, capture, tmp_p
     hub.stalls = {"model-2-of-3.safetensors": 200_000}
     command = [sys.executable, "-m", "looptap", "capture", ID, "--data", "ids.npy", "--store", "run.zarr"]
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "120"},
-        stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        command,
+        cwd=tmp_path,
+        env=environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "120"},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert hub.stalled.wait(60)
         process.send_signal(stop)
         stderr = process.communicate(timeout=60)[1]  # half of what the library would wait for its server
@@ -300,7 +303,7 @@ def test_a_stopped_run_leaves_whole_files_alone(hub, environment, capture, tmp_p
 
 
 def test_a_token_is_sent_to_the_hub_alone(hub, run, tmp_path):
-    """From HF_TOKEN or a stored login; without one there is no such repository."""
+    """The token is from HF_TOKEN or a stored login; without one there is no such repository."""
     commit = hub.add(ID, golden_files())
     hub.repositories[ID].token = "secret"
     refused = message_of(run("info", ID))
@@ -523,7 +526,7 @@ def test_a_directory_goes_before_the_hub(hub, run, tmp_path):
 
 
 def test_info_reads_headers_alone(hub, run, tmp_path):
-    """Of 17 MiB of weights no more than the library asks for at once."""
+    """No more of 17 MiB of weights is read than the library asks for at once."""
     files = large_files()
     commit = hub.add(ID, files)
     (tmp_path / "directory").mkdir()

@@ -63,7 +63,7 @@ def test_nothing_else_moves_a_state():
 
 
 def test_the_plain_normal_is_the_generators_own():
-    """As in stores of earlier captures, to the bit."""
+    """Draws are those in stores of earlier captures, to the bit."""
     rows = [
         np.random.Generator(np.random.Philox(key=[5, i])).standard_normal((n, 6), dtype=np.float32)
         for i, n in ((2, 3), (9, 4))

@@ -195,8 +195,10 @@ def test_select_halves():
     d = find_model(TINY).description
     assert select_halves((), d) == frozenset()
     assert select_halves(("mlp:core[1]@0,last", "attention:all"), d) == {
-        (2, "mlp"), (8, "mlp"), *((depth, "attention") for depth in range(10)),
-    }  # fmt: skip
+        (2, "mlp"),
+        (8, "mlp"),
+        *((depth, "attention") for depth in range(10)),
+    }
 
 
 def test_a_store_goes_on_with_the_same_interventions_only(tmp_path):

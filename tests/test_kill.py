@@ -134,7 +134,7 @@ def test_a_stop_finishes_what_is_in_flight(tmp_path, calm_store, name, options):
 
 @pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["", "workers"])
 def test_ctrl_c_twice_stops_at_once(tmp_path, options):
-    """In the middle of a unit that would take minutes."""
+    """The second Ctrl-C comes in the middle of a unit that would take minutes."""
     np.save(tmp_path / "ids.npy", np.zeros((2, 65_536), np.int32))
     path = tmp_path / "run.zarr"
     capture = start(tmp_path / "ids.npy", path, *options, unit_tokens=65_536)

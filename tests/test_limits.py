@@ -180,7 +180,7 @@ def mixed() -> xr.Dataset:
 
 
 def kinds_of(dataset: xr.Dataset) -> list[np.ndarray]:
-    """Of every sequence the kinds [token, layer], -1 where one was not finite, read off its values."""
+    """Returns the kinds [token, layer] of every sequence, -1 where not finite, read off its values."""
     found = []
     spans = zip(dataset["sequence_start"].values, dataset["sequence_length"].values, strict=True)
     for start, length in spans:

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_peak_memory_of_loading(tmp_path, stored):
-    """In the stored dtype and in the other, 200 MB in eight shards."""
+    """Peaks are measured in the stored dtype and in the other, of 200 MB in eight shards."""
     path = tmp_path / "model"
     write_checkpoint(path, LoadBench(megabytes=200, stored=stored))
     sizes = [file.stat().st_size for file in path.glob("*.safetensors")]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from looptap.analysis.folds import BAND_Z, MeanFold, MedianFold
 from looptap.analysis.measures import MEASURES, measure
 from looptap.analysis.thresholds import CONVERGED_STEP
 from looptap.analysis.verdicts import first_below, verdicts
+from looptap.capture.store.plan import plan_of
 from looptap.capture.store.quantities import GROUPS, QUANTITIES
 from looptap.errors import CannotTellError, NothingCapturedError
 from looptap.tests.synthetic import (
@@ -404,14 +406,11 @@ def test_tables_hold_every_number():
 
 
 def test_labels_tell_captures_apart():
+    base = plan_of(make_dataset(random_sequences([4], SHAPE)[0], SHAPE))
+
     def plan(**model):
-        base = {
-            "name": "random:(0,2x4,0)I,norm=pre,width=8",
-            "notation": "(0,2x4,0)I",
-            "norm": "pre",
-            "width": 8,
-        }
-        return {"model": base | model, "data": {"name": "d"}, "settings": {"dtype": "float32", "seed": 0}}
+        own = {"name": "random:(0,2x4,0)I,norm=pre,width=8", "notation": "(0,2x4,0)I", "norm": "pre"}
+        return replace(base, model=replace(base.model, **own | {"width": 8, "spec": None} | model))
 
     assert make_labels([plan()]) == ["random (0,2\N{MULTIPLICATION SIGN}4,0)I"]
     assert make_labels([plan(), plan(norm="ouro")]) == [

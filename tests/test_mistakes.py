@@ -237,9 +237,12 @@ def test_the_stored_numbers_notice(name, make, least):
 
 @pytest.mark.parametrize("name", ["huginn", "retro-olmo2"])
 def test_1_one_wiring_for_all(tmp_path, name):
-    """With half of what tells it apart the checkpoint is refused; with none it is read, and is wrong."""
-    half = copy_model(name, tmp_path / "half", lambda t: t.pop(
-        next(key for key in t if "norm_3." in key or "q_norm" in key)))  # fmt: skip
+    """A checkpoint with half of what tells it apart is refused; with none it is read, and is wrong."""
+    half = copy_model(
+        name,
+        tmp_path / "half",
+        lambda t: t.pop(next(key for key in t if "norm_3." in key or "q_norm" in key)),
+    )
     with pytest.raises(ModelError, match=r"missing transformer\.\w+\.\d\.(norm_3|attn\.q_norm)"):
         find_model(str(half))
     model = load_model(str(read_as_llama(name, tmp_path)))
@@ -252,9 +255,11 @@ def test_12_heads_tables_and_unknown_tensors(tmp_path):
     changes = {
         "head": (lambda t: t["lm_head.weight"].add_(1), "lm_head.weight differs"),
         "table": (lambda t: t["freqs_cis"].mul_(0.9), "freqs_cis holds other rotary angles"),
-        "unknown": (lambda t: t.update({"transformer.core_block.0.norm_5.weight": torch.ones(64)}),
-                    r"not known transformer\.core_block\.0\.norm_5\.weight"),
-    }  # fmt: skip
+        "unknown": (
+            lambda t: t.update({"transformer.core_block.0.norm_5.weight": torch.ones(64)}),
+            r"not known transformer\.core_block\.0\.norm_5\.weight",
+        ),
+    }
     for label, (change, says) in changes.items():
         with pytest.raises(ModelError, match=says):
             load_model(str(copy_model("huginn", tmp_path / label, change)))

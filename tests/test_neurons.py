@@ -231,8 +231,11 @@ def dataset(shares, stages, label="random:test"):
          "kurtosis": [3.1, 4.0, 9.0, 40.0]}
         for (stage, layer), (a, b) in zip(stages, shares, strict=True)
     ]  # fmt: skip
-    made.attrs["plan"]["model"]["neurons"] = {"threshold": 10.0, "quantiles": [0.5, 0.9, 0.99, 1.0],
-                                              "blocks": blocks}  # fmt: skip
+    made.attrs["plan"]["model"]["neurons"] = {
+        "threshold": 10.0,
+        "quantiles": [0.5, 0.9, 0.99, 1.0],
+        "blocks": blocks,
+    }
     return made
 
 

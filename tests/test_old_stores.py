@@ -49,7 +49,7 @@ def test_they_open_and_verify(stores, name):
 
 @pytest.mark.parametrize("name", ["whole", "half"])
 def test_a_plan_read_is_the_plan_that_was_written(stores, name):
-    """To the byte, and its hash follows from its fields."""
+    """They agree to the byte, and the hash follows from the fields."""
     text = (stores / f"{name}.zarr" / ".looptap" / "plan.json").read_text()
     plan = StoredPlan.from_json(json.loads(text))
     assert json.dumps(plan.to_json(), indent=1) == text

@@ -43,8 +43,11 @@ def inputs(dtype: torch.dtype) -> dict[str, tuple]:
 
 
 def test_every_operation_is_among_them():
-    ours = {name.split("::")[1].partition(".")[0] for name in torch._C._dispatch_get_all_op_names()
-            if name.startswith("looptap::")}  # fmt: skip
+    ours = {
+        name.split("::")[1].partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("looptap::")
+    }
     assert ours == inputs(torch.float32).keys()
 
 

@@ -60,9 +60,12 @@ def test_another_description_is_another_model(tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     np.save(tmp_path / "ids.npy", np.arange(48).reshape(2, 24))
     settings = CaptureSettings.of(
-        model=str(tmp_path / "model"), data=tmp_path / "ids.npy", store=tmp_path / "s", unit_tokens=24,
+        model=str(tmp_path / "model"),
+        data=tmp_path / "ids.npy",
+        store=tmp_path / "s",
+        unit_tokens=24,
         quantities=("residual_norm",),
-    )  # fmt: skip
+    )
     run_capture(make_plan(settings))
     assert run_capture(make_plan(settings)).num_resumed == 2
     changes = {
@@ -164,7 +167,7 @@ def test_the_plan_is_json_and_says_what_was_asked(settings):
 
 
 def test_the_hash_is_stable(settings, tmp_path):
-    """Over another store path, another process, and the time; the data may lie elsewhere under its name."""
+    """The hash depends on no store path, process or time; the data may lie elsewhere under its name."""
     wanted = make_plan(settings).stored().hash
     (tmp_path / "other").mkdir()
     moved = tmp_path / "other" / "data.txt"

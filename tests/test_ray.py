@@ -102,7 +102,7 @@ def remove_node(nodes: Cluster) -> float:
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["without", "with"])
 def test_a_node_is_removed(nodes, tmp_path, is_replaced, capsys):
-    """Without a spare node the run goes on with what is left; with one a new worker comes."""
+    """The run goes on with what is left if there is no spare node; with one a new worker comes."""
     files, events, removed_s = Files(tmp_path, seconds=1.0), [], None
     num_units = 24 if is_replaced else 14
     with Actors(files, 0, 3) as pool:
@@ -217,7 +217,7 @@ def test_the_driver_is_killed_and_run_again(nodes, calm, tmp_path):
 
 
 def test_ctrl_c_with_a_cluster_of_its_own(calm, tmp_path):
-    """As a terminal sends it: to every process of the group, so also to those that Ray started."""
+    """Ctrl-C goes to every process of the group, as from a terminal, so also to those that Ray started."""
     path = tmp_path / "run.zarr"
     capture = start(calm, path, "--workers", "1")
     wait_for_units(capture, path, 3)

@@ -26,7 +26,7 @@ NUM_UNITS = 4
 
 
 def fill(store: Store) -> None:
-    """As a capture does it: what is to do, then the end."""
+    """Fills a store as a capture does: what is to do, then the end."""
     with driver_lock(store.path):
         clean(store)
         for unit in store.todo():
@@ -194,7 +194,7 @@ def test_repair_keeps_out_of_a_drivers_way(store):
 
 
 def test_killed_anywhere_in_a_repair(tmp_path, monkeypatch):
-    """Before each thing that it removes or replaces; after each, a repair and a capture mend the store."""
+    """A repair is killed before each thing it removes or replaces; another and a capture mend the store."""
     calm = open_or_create(tmp_path / "calm.zarr", NUM_UNITS)
     fill(calm)
     steps = 0

@@ -225,8 +225,11 @@ def test_analysis_draws_every_figure(tmp_path):
 def test_any_choice_of_quantities_makes_a_page(tmp_path, kept):
     sequences, states = random_sequences([5, 6], SHAPE)
     some = kept if kept != ("state",) else ("residual_peak",)
-    dataset = make_dataset([{k: v for k, v in s.items() if k in some} for s in sequences], SHAPE,
-                           states=states if kept == ("state",) else None)  # fmt: skip
+    dataset = make_dataset(
+        [{k: v for k, v in s.items() if k in some} for s in sequences],
+        SHAPE,
+        states=states if kept == ("state",) else None,
+    )
     page = page_of(tmp_path, dataset)
     assert page.json(**{"class": "spec"}) or kept == ("step_norm",)
 

@@ -126,7 +126,7 @@ def test_two_loops_one_after_the_other():
 
 
 def test_one_stack_inside_the_others_loop():
-    """As HRM-Text's: the low stack's recurrences count on through the high one's."""
+    """The loops are HRM-Text's: the low stack's recurrences count on through the high one's."""
     schedule = Schedule(phases=TWO_STACKS)
     assert schedule.notation == "((2x3,2)x2)" and (schedule.num_blocks, schedule.depth) == (4, 16)
     runs = [("low", 0), ("low", 1), ("low", 2), ("high", 0), ("low", 3), ("low", 4), ("low", 5), ("high", 1)]
@@ -215,7 +215,7 @@ class QueriesKeys(Plain):
 
 
 def by_hand(model, batch: Packed, run):
-    """Which block ran at each depth and what it was given and left, in float64; and what the head reads."""
+    """Returns which block ran at each depth, what it was given and left, float64, and what the head reads."""
     straights = [Straight(model) for _ in batch.lengths]
     calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 

@@ -46,9 +46,9 @@ class Worker:
     is_ready: bool = False
     is_silent: bool = False
     units: list[int] = field(default_factory=list)
-    """That it will run, as it sees it: the scheduler may have taken them away."""
+    """Units that it will run, as it sees it: the scheduler may have taken them away."""
     held: list[int] = field(default_factory=list)
-    """That nobody else may have."""
+    """Units that nobody else may have."""
     suspect: int | None = None
     is_given_up: bool = False
 
@@ -268,7 +268,7 @@ class Workers(RuleBasedStateMachine):
                 assert (held.units if held else []) == worker.held
 
     def teardown(self):
-        """From here on nothing goes wrong any more; it must come to an end, and every unit to its own."""
+        """Lets nothing go wrong any more: the run must come to an end, and every unit to its own."""
         if not hasattr(self, "scheduler"):
             return
         for _ in range(200):
@@ -312,7 +312,7 @@ def ready(scheduler: Scheduler, *workers: int, now_s: float = 0.0) -> None:
 
 
 def started(num_units: int, num_workers: int, **limits) -> Scheduler:
-    """With all its workers ready, and nothing given yet."""
+    """Returns a scheduler with all its workers ready, and nothing given yet."""
     scheduler = Scheduler(range(num_units), Limits(**limits))
     assert scheduler.tick(0, num_workers) == [Start(worker) for worker in range(num_workers)]
     ready(scheduler, *range(num_workers))

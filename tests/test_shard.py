@@ -206,8 +206,10 @@ def test_statistics_are_one_zstd_chunk(tmp_path, num_rows, rest, dtype):
 
 # of 64 depths of 1024, 512 MiB are 4096 rows, which do not always divide a unit; a prime number of rows
 # is one chunk, whatever its size
-@pytest.mark.parametrize(("unit_rows", "expected"), [(4096, 4096), (16384, 4096), (20480, 4096), (5120, 2560),
-                                                     (512, 512), (5003, 5003)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("unit_rows", "expected"),
+    [(4096, 4096), (16384, 4096), (20480, 4096), (5120, 2560), (512, 512), (5003, 5003)],
+)
 def test_shards_stay_within_512_mib(unit_rows, expected):
     spec = ArraySpec(
         ("token", "depth_state", "hidden"), (unit_rows, 64, 1024), unit_rows, "uint16", {}, "none"
@@ -225,8 +227,9 @@ def test_shards_that_make_no_unit_are_refused():
 def test_other_layouts_are_refused(tmp_path):
     root = str(tmp_path / "x.zarr")
     blosc = zarr.codecs.BloscCodec()
-    deep = zarr.create_array(root, name="deep", shape=(8, 4, 2), chunks=(4, 2, 2), shards=(8, 4, 2),
-                             dtype="f4", compressors=None)  # fmt: skip
+    deep = zarr.create_array(
+        root, name="deep", shape=(8, 4, 2), chunks=(4, 2, 2), shards=(8, 4, 2), dtype="f4", compressors=None
+    )
     packed = zarr.create_array(root, name="packed", shape=(8, 4), chunks=(4, 1), shards=(8, 4), dtype="f4")
     for array in (deep, packed):
         with pytest.raises(ValueError, match="shards of this layout cannot be written"):
@@ -266,7 +269,7 @@ def test_failed_write_reaches_the_producer(tmp_path, good_writes, codec):
     offsets = []
 
     def run_full(offset: int) -> None:
-        """And have room again afterwards."""
+        """Fails one write as a full disk does; there is room again afterwards."""
         offsets.append(offset)
         if len(offsets) == good_writes + 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

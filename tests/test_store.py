@@ -114,7 +114,7 @@ def run_unit(store: Store, unit: int) -> dict:
 
 
 def stream_states(store: Store, unit: int) -> None:
-    """As a worker hands states over, chunk by chunk; the error of a writing thread comes up in this one."""
+    """Hands states over as a worker does, chunk by chunk; errors of a writing thread come up in this one."""
     with begin_attempt(store, unit) as attempt:
         writer = attempt.open_writer("state_wide")
         for depth in range(writer.num_depths):

@@ -339,7 +339,7 @@ def test_an_attempt_that_fails_takes_an_untrue_entry_with_it(tmp_path, monkeypat
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_files_that_were_swapped_are_not_committed(tmp_path, monkeypatch, step):
-    """Before the entry, or just after it: where names can be overwritten, a late attempt may do so."""
+    """A late attempt may swap them before the entry or just after it, if names can be overwritten."""
     store = open_or_create(tmp_path / "run.zarr", 2)
     attempt, calls = write_unit(begin_attempt(store, 1)), iter(range(2))
     really, victim = attempt.draft.sync_published, store.path / store.shard_keys("state", 1)[1]

@@ -62,7 +62,7 @@ def run_all(plans) -> list[Outcome]:
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory) -> list[Path]:
-    """Of a grid like the paper's."""
+    """Stores of a grid like the paper's."""
     captured = run_architecture_study(settings_in(tmp_path_factory.mktemp("paper")), run_all)
     assert captured.complete
     return list(captured.stores)
@@ -264,7 +264,7 @@ def worst_medians(dataset: xr.Dataset, above: str) -> np.ndarray:
 
 
 def least_cosine(dataset: xr.Dataset) -> float:
-    """Of the last tokens of all sequences, between every two layers."""
+    """Least cosine between any two layers, over the last tokens of all sequences."""
     x_SLD = dataset["state"].values.astype(float)
     unit_SLD = x_SLD / np.linalg.norm(x_SLD, axis=-1, keepdims=True)
     return np.einsum("sld,smd->slm", unit_SLD, unit_SLD).mean(axis=0).min()

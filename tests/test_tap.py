@@ -92,7 +92,7 @@ def listen(model) -> Listening:
 
 
 def sequence_quantities(d, heard: Listening, values) -> dict[str, torch.Tensor]:
-    """Those of whole sequences, from matrices written out."""
+    """Quantities of whole sequences, from matrices written out."""
     wanted = {}
     for name in GROUPS["distances"]:
         wanted[name] = torch.full_like(values[name].double(), float("nan"))
@@ -123,7 +123,7 @@ def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_statistic_is_what_its_definition_says(dtype):
-    """From copied residuals, queries and keys, in float64."""
+    """Statistics are compared with copied residuals, queries and keys, in float64."""
     model = small(dtype=dtype)
     d, heard, values = model.description, listen(model), measure(model, sink_tokens=2)
     wanted = {name: torch.full_like(value.double(), float("nan")) for name, value in values.items()}
@@ -195,7 +195,7 @@ def test_undefined_values_stand_exactly_where_the_contract_says():
 @pytest.mark.parametrize("recurrences", [1, 2, 5])  # 1: the first recurrence is the last
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_keeping_states_and_running_twice_agree_to_the_bit(recurrences, dtype):
-    """Also where attention is measured, which then rounds otherwise than the plain one."""
+    """They agree even if attention is measured, which then rounds otherwise than the plain one."""
     model = small(recurrences, dtype)
     some = (("lens_kl", "lens_token"), ("gap_norm", "lens_kl"), ("attention_gap",), ("attention_step",))
     for names in (GROUPS["all"], GROUPS["gaps"], *some):

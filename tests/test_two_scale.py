@@ -30,9 +30,12 @@ def test_scales_equal_their_definitions_at_every_depth():
         is_end = is_core and layer == CORE - 1
         want = dict.fromkeys(found.data_vars, None)
         for name, defined in (
-            ("path", is_end), ("step", is_end and recurrence > 0), ("ratio", is_end and recurrence > 0),
-            ("block_ratio", is_core and recurrence > 0), ("step_change", is_core and recurrence > 1),
-        ):  # fmt: skip
+            ("path", is_end),
+            ("step", is_end and recurrence > 0),
+            ("ratio", is_end and recurrence > 0),
+            ("block_ratio", is_core and recurrence > 0),
+            ("step_change", is_core and recurrence > 1),
+        ):
             if defined:
                 want[name] = band([scale(name, q, depth) for q in sequences])
         for name, values in want.items():

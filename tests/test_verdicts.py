@@ -1,5 +1,7 @@
 """The report's verdicts on dynamics with known answers: what converges, what seems to, what lasts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -9,6 +11,7 @@ from looptap.analysis.questions import STABLE_GAP
 from looptap.analysis.thresholds import REPEATED_STAGES
 from looptap.analysis.trained import trained_count
 from looptap.analysis.verdicts import Verdict
+from looptap.capture.store.plan import StoredPlan, plan_of
 from looptap.tests.synthetic import (
     RNG_SEED,
     contraction,
@@ -23,7 +26,7 @@ HUB = "hub/Looped-1B"
 
 
 def verdict(name: str, *stores: xr.Dataset) -> Verdict:
-    """Of the first of the captures."""
+    """Returns a verdict of the first capture."""
     (found,) = (each for each in find(stores)[0].verdicts if each.question.name == name)
     return found
 
@@ -145,13 +148,15 @@ def test_a_capture_of_the_models_own_count_says_what_was_trained():
 
 
 def test_what_was_trained_is_read_from_captures_of_the_same_weights_alone():
-    beyond, own = on_a_way([9, 0.2, 0], recurrences=3).attrs["plan"], on_a_way([9, 0]).attrs["plan"]
+    beyond, own = plan_of(on_a_way([9, 0.2, 0], recurrences=3)), plan_of(on_a_way([9, 0]))
     assert trained_count(beyond, [own]) == 2
-    own["model"]["weights_sha256"] = "bb"
-    assert "beside a capture" in str(trained_count(beyond, [own]))
-    own["model"]["weights_sha256"] = beyond["model"]["weights_sha256"] = None
-    assert "beside a capture" in str(trained_count(beyond, [own]))
-    assert "random" in str(trained_count(on_a_way([1, 0], name="random:(0,1x2,0)").attrs["plan"]))
+    assert "beside a capture" in str(trained_count(beyond, [with_weights(own, "bb")]))
+    assert "beside a capture" in str(trained_count(with_weights(beyond, None), [with_weights(own, None)]))
+    assert "random" in str(trained_count(plan_of(on_a_way([1, 0], name="random:(0,1x2,0)"))))
+
+
+def with_weights(plan: StoredPlan, weights: str | None) -> StoredPlan:
+    return replace(plan, model=replace(plan.model, weights_sha256=weights))
 
 
 def test_every_verdict_says_its_threshold_where_it_is_from_and_its_figure():

@@ -141,7 +141,7 @@ def test_rows_of_several_calls_are_numbered_in_order():
 
 
 def test_ids_are_those_of_the_input():
-    """By name, by place, by keyword; never a mask, positions or labels; -1 for embeddings."""
+    """Ids are found by name, place or keyword; never a mask, positions or labels; -1 for embeddings."""
     model, ids = tiny_llama(), torch.arange(1, 9).view(1, 8)
     embedded = model.get_input_embeddings()(ids)
     calls = [
@@ -245,7 +245,7 @@ def test_residuals_that_a_module_changes_in_place():
 
 
 def test_steps_alone_are_those_with_gaps():
-    """Without gaps only one state a block is kept, with them one a recurrence."""
+    """Steps alone keep one state a block, gaps one a recurrence."""
     ids, found = torch.arange(18).view(2, 9), []
     for quantities, most in ((["steps"], 1), (["steps", "gaps"], 3)):
         module, kept = make_looped(), []

@@ -42,7 +42,7 @@ MASKS = {
         causal(T, J) & (torch.rand(B, H, T, J, generator=torch.Generator().manual_seed(1)) < 0.3)
         | torch.eye(T, J, dtype=torch.bool).roll(J - T, 1)
     ),
-}  # fmt: skip
+}
 
 
 def random_qk(B, H, K, T, J, C=8, scale=1.0):
@@ -134,7 +134,7 @@ CALLS = {
     "repeated keys": (repeated, {"is_causal": True}),
     "wide values": (wide_values, {"is_causal": True}),
     "operator": (operator, {"is_causal": True}),
-}  # fmt: skip
+}
 CALLS |= {
     name: (gqa(attn_mask=mask), {"mask": mask})
     for name, mask in {

@@ -319,7 +319,7 @@ HOW = {
     "causal alone": lambda mask: {"attn_mask": causal(mask.shape[1])},
     "causal alone, added": lambda mask: {"attn_mask": causal(mask.shape[1]).float().log()},
     "all": lambda mask: {"attn_mask": torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool)},
-}  # fmt: skip
+}
 HANDLED = {
     "left": ("keys", "causal and keys", "added"),
     "right": ("ignored, causal", "keys", "causal and keys", "added", "causal alone", "causal alone, added"),
@@ -351,7 +351,7 @@ def test_a_mask_that_the_module_may_ignore(how, side):
 
 
 def test_a_mask_that_is_set_by_hand():
-    """For a module without attention_mask; it holds for one pass."""
+    """The mask is for a module without attention_mask; it holds for one pass."""
     module = make_looped()
     ids, mask = padded("right")
     with torch.no_grad(), looptap.watch(module) as watched:
@@ -367,9 +367,12 @@ def test_a_mask_that_is_set_by_hand():
     for name in single.dataset().data_vars:
         for row in range(4):
             torch.testing.assert_close(
-                sequence_values(dataset, name, row), sequence_values(single.dataset(), name, row),
-                atol=1e-5, rtol=1e-5, equal_nan=True,
-            )  # fmt: skip
+                sequence_values(dataset, name, row),
+                sequence_values(single.dataset(), name, row),
+                atol=1e-5,
+                rtol=1e-5,
+                equal_nan=True,
+            )
 
 
 def test_a_row_of_padding_alone_has_no_slots(llama):

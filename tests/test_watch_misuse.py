@@ -91,7 +91,7 @@ def test_padding_by_place_behind_star_arguments():
 
 
 def test_arguments_that_are_no_padding():
-    """Of one value, of another shape, an encoder's, or called otherwise."""
+    """Arguments of one value, of another shape, an encoder's, or of another name."""
     module, binary = Stack(), IDS % 2
     fine = {"mask": torch.ones(2, 6), "pad": RIGHT[:, :5], "encoder_attention_mask": RIGHT, "types": RIGHT}
     with torch.no_grad(), looptap.watch(module) as watched:

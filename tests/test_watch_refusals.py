@@ -68,7 +68,7 @@ def refused(module, run, message, blocks=None, **settings):
         ({"blocks": []}, "blocks is empty"),
         ({"blocks": ["core.0", "core.0.q"]}, r"core\.0\.q is inside core\.0"),
     ],
-)  # fmt: skip
+)
 def test_settings(settings, message):
     module = make_looped()
     before = traces(module)
@@ -201,7 +201,7 @@ BLIND = "a token that its mask lets see nothing, or not itself: that is padding"
         (masked(torch.stack([SEEN, NOTHING])[:, None]), f"row 1 has {BLIND}"),
         (masked(torch.full((6, 6), float("nan"))), f"row 0 has {BLIND}"),
     ],
-)  # fmt: skip
+)
 def test_attention_that_is_not_one_matrix(call, message):
     module = make_looped()
     module.core[1].attend = call  # not the first block, so that others tell how many heads there are
@@ -256,8 +256,9 @@ def test_two_stacks():
     ):
         run(decoder_input_ids=ids)
     assert [sequence_values(encoder.dataset(), "token_id", row).tolist() for row in range(2)] == [
-        IDS[0].tolist(), IDS[1, :3].tolist(),
-    ]  # fmt: skip
+        IDS[0].tolist(),
+        IDS[1, :3].tolist(),
+    ]
     assert sequence_values(decoder.dataset(), "token_id", 1).tolist() == ids[1].tolist()
     # its blocks call attention twice
     with (
@@ -302,7 +303,7 @@ def wrapped(change):
         (lambda blocks, x: blocks[1](blocks[0](x).bfloat16()), r"blocks\.1 is given .* in bfloat16 where"),
         (lambda blocks, x: blocks[0](blocks[1](blocks[0](x))), r"not one cycle.*: blocks\.0-1, blocks\.0"),
     ],
-)  # fmt: skip
+)
 def test_calls_that_have_no_structure(run, message):
     module = Calls(run)
     if "bfloat16" in message:
@@ -439,7 +440,7 @@ def other_rows(cache):
         (other_rows, "sees 6 earlier tokens of 1 rows, .* left 2 rows of 6"),
         (lambda cache: cache.layers[1].keys.mul_(1.01) is None, "its cache holds other keys .*edited"),
     ],
-)  # fmt: skip
+)
 def test_caches_that_changed(change, message):
     decode(tiny_llama(), lambda cache: change(cache) or None, message)
 

@@ -66,7 +66,7 @@ def test_a_quantity_that_is_accepted_is_written(name):
 
 
 def test_watching_takes_on_what_blocks_show():
-    """Those it refuses read the head or compare whole sequences."""
+    """Quantities that watching refuses read the head or compare whole sequences."""
     refused = [name for name in QUANTITIES if watched(name) is None]
     assert {QUANTITIES[name].group for name in refused} == {"lens", "exit", "distances"}
 

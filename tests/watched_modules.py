@@ -94,7 +94,7 @@ class Looped(nn.Module):
 
 
 def make_looped(seed=0, **sizes) -> Looped:
-    """With weights large enough that attention is not uniform."""
+    """Makes a looped module with weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
     module = Looped(**sizes).eval()
     with torch.no_grad():

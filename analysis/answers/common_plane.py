@@ -82,7 +82,7 @@ class _PlaneFold:
         self._place, self._scatter = 0, Scatter(D)
 
     def add(self, arrays: Arrays) -> None:
-        assert arrays.states is not None  # as it is asked for where states are kept
+        assert arrays.states is not None  # the analysis is asked for only if states are kept
         for x_TKD in arrays.states.blocks(self._places, self._every, -self._place % self._every):
             x_PD = x_TKD.reshape(-1, x_TKD.shape[-1])
             finite_P = np.isfinite(x_PD).all(axis=1)
@@ -160,7 +160,7 @@ def trajectories(
 
     Args:
         store: path of a store, or a Dataset laid out like one.
-        sequence_ids: which sequences (rows in the data), of each its last kept token; the first
+        sequence_ids: sequences by their row in the data, of each the last kept token; the first
             `MOST_PATHS` with kept states if left out.
         components: how many principal components; as many as there are dimensions at most.
     Returns:

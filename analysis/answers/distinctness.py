@@ -28,7 +28,7 @@ class _DistinctnessFold:
         self._num_tokens, self._bad = 0, 0
 
     def add(self, arrays: Arrays) -> None:
-        assert arrays.states is not None  # as it is asked for where states are kept
+        assert arrays.states is not None  # the analysis is asked for only if states are kept
         total_2LL, total_size, num_finite = np.zeros_like(self._pairs.mean), 0.0, 0
         for x_TLD in arrays.states.blocks(self._places):
             finite = np.isfinite(x_TLD).all(axis=(1, 2))

@@ -10,11 +10,11 @@ stages. Which layers are held against which is our reading.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from ...capture.store.plan import StoredPlan, plan_of
 from ..trained import same_weights
 from ..walk import Analysis
 from .stages import STAGE_MEASURES, gathered, reference_profiles, resampled, stages_of
@@ -26,11 +26,11 @@ class Reference:
 
     label: str
     profiles: Mapping[str, np.ndarray]
-    """by measure, [layer]"""
+    """mean profiles by measure, [layer]"""
     missing: Mapping[str, str]
     """measure -> why it has no profile"""
     layers: str
-    """which layers these are, in words"""
+    """names of these layers, in words"""
 
     def analyses(self) -> list[Analysis]:
         """Returns the analyses to ask of the looped capture's walk."""
@@ -40,7 +40,7 @@ class Reference:
         """Returns what the walk found, as `stage_agreement` does.
 
         Args:
-            num_layers: of the core.
+            num_layers: number of the core's layers.
         Returns:
             with `profile` [measure, layer], the reference's at the core's layers, and the attributes
             `reference` and `layers`, which say what was compared with.
@@ -54,24 +54,24 @@ class Reference:
         return found.assign_attrs(reference=self.label, layers=self.layers)
 
 
-def choose_reference(plan: Mapping[str, Any], plain: Sequence[tuple[str, xr.Dataset]]) -> Reference | str:
+def choose_reference(plan: StoredPlan, plain: Sequence[tuple[str, xr.Dataset]]) -> Reference | str:
     """Returns the feedforward capture over the same data to compare a loop with, or why there is none.
 
     Args:
-        plan: of the looped capture.
+        plan: plan of the looped capture.
         plain: labels and measures of the feedforward captures beside it. One of the same weights is chosen
             before others, then the first.
     """
-    if not plan["model"]["core"]:
+    if not plan.model.core:
         return "the model has no loop"
     if not plain:
         return "no capture of a feedforward model stands beside it"
-    fitting = [each for each in plain if each[1].attrs["plan"]["data"] == plan["data"]]
+    fitting = [each for each in plain if plan_of(each[1]).data == plan.data]
     if not fitting:
         return f"{plain[0][0]} was captured over other data"
-    own = [each for each in fitting if same_weights(each[1].attrs["plan"], plan)]
+    own = [each for each in fitting if same_weights(plan_of(each[1]), plan)]
     label, curves = (own or fitting)[0]
-    window = re.match(r"(\d+)-(\d+)x", str(plan["settings"].get("loop") or "")) if own else None
+    window = re.match(r"(\d+)-(\d+)x", plan.settings.loop or "") if own else None
     layers, words = slice(None), "all its layers"
     if window is not None:
         first, last = int(window[1]), int(window[2])

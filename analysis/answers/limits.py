@@ -32,10 +32,10 @@ FIXED_POINT, ORBIT, SLIDER, UNKNOWN = range(len(LIMITS))
 TAU = 0.05  # paper, appendix C
 RHO = 0.9  # paper, appendix C
 LEAST_RECURRENCES = 12  # the last two thirds are 8: fewer show no orbit of 2 four times over
-# of a lag's mean squared difference, which is twice the variance where nothing repeats: it is as good as the
-# least one up to this factor, which is noise, or below this share of the variance
+# a lag's mean squared difference is twice the variance where nothing repeats: the lag is as good as the best
+# up to this factor, which is noise, and agrees below this share of the variance
 _SAME, _AGREES = 2.0, 0.1
-_BLOCK_BYTES = 2**22  # of one block of series, so that lags are compared in the cache
+_BLOCK_BYTES = 2**22  # one block of series, so that lags are compared in the cache
 
 
 def classify(cosine_RS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +128,7 @@ class _Shares:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.count, self.total, self.sequences = (np.zeros(shape) for _ in range(3))
-        self._squares = np.zeros((3, *shape))  # of count and count, count and total, total and total
+        self._squares = np.zeros((3, *shape))  # sums of count², count · total and total²
 
     def add(self, count: np.ndarray, total: np.ndarray) -> None:
         total = np.broadcast_to(total, count.shape)
@@ -177,7 +177,7 @@ class _LimitsFold:
             flat = is_TLC.reshape(len(is_TLC), -1).astype(np.float32)
             self._pairs += (flat.T @ flat).astype(np.int64)
             layers_TC = is_TLC.sum(axis=1)
-            needed_CC = 1 + np.eye(C, dtype=int)  # of the same limit, a second layer
+            needed_CC = 1 + np.eye(C, dtype=int)  # a limit paired with itself needs two layers
             both_CC += ((layers_TC[:, :, None] > 0) & (layers_TC[:, None, :] >= needed_CC)).sum(axis=0)
             with_C += (layers_TC > 0).sum(axis=0)
         self._shares.add(count_LC, count_LC.sum(axis=1, keepdims=True))
@@ -207,7 +207,7 @@ class _LimitsFold:
             raise CannotTellError("no token has a finite cosine after every recurrence")
         L, C = self._shares.count.shape
         pairs_LCLC = self._pairs.reshape(L, C, L, C)
-        total_LCL = pairs_LCLC.sum(axis=3, keepdims=True)  # of tokens with finite cosines at both layers
+        total_LCL = pairs_LCLC.sum(axis=3, keepdims=True)  # tokens with finite cosines at both layers
         with np.errstate(invalid="ignore"):
             conditional_LCLC = pairs_LCLC / total_LCL
         layers, tokens = np.arange(L), {"units": "tokens"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from ...capture.store.plan import plan_of
 from ...errors import CannotTellError
 from ..depths import Depths
 from ..folds import STATISTICS, MeanFold, MedianFold, finite_mean
@@ -55,10 +56,10 @@ class _RatesFold:
                 f"{R} recurrences have {R - 1} steps and a rate takes {LEAST_STEPS}: "
                 f"capture again with --recurrences {LEAST_STEPS + 1} or more"
             )
-        self._dtype = dataset.attrs["plan"]["settings"]["dtype"]
+        self._dtype = plan_of(dataset).settings.dtype
         self._floor = rounding_step(EPSILON[self._dtype])
         self._log_rate, self._window = MeanFold(L), MeanFold(L)
-        # of more rates than are kept from 0.0001 to 10 and within 0.2 %
+        # if there are more rates than are kept, the median is right within 0.2 % from 0.0001 to 10
         self._tokens = MedianFold(L, lowest=1e-4, decades=5, bins_per_decade=1024)
         self._fitted_L, self._refused_L, self._bad_L = (np.zeros(L, np.int64) for _ in range(3))
 
@@ -128,7 +129,7 @@ def slowest_half_life(found: xr.Dataset | str) -> float:
     """Recurrences in which the steps of the slowest layer halve; infinite where they do not.
 
     Args:
-        found: as `rates` returns it, or the reason why there is none, which gives NaN.
+        found: result of `rates`, or the reason why there is none, which gives NaN.
     """
     if isinstance(found, str):
         return np.nan

@@ -95,7 +95,7 @@ def trajectory(
 
     Args:
         store: path of a store, or a Dataset laid out like one.
-        sequence_id: which sequence (its row in the data); the first with a kept state if left out. Its last
+        sequence_id: the sequence, by its row in the data; the first with a kept state if left out. Its last
             kept token is shown.
         components: how many principal components.
     Returns:

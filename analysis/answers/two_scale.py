@@ -91,7 +91,7 @@ class _AccelerationFold:
         self._curves = _ByDepth(dataset, units | {"step_turn": "cosine"})
 
     def add(self, arrays: Arrays) -> None:
-        assert arrays.states is not None  # as it is asked for where states are kept
+        assert arrays.states is not None  # the analysis is asked for only if states are kept
         T, _, D = arrays.states.shape
         if T == 0:
             return
@@ -117,7 +117,7 @@ class _AccelerationFold:
 
 
 def _kept_runs(layer_R: np.ndarray, kept: Mapping[int, int]) -> list[list[int]]:
-    """Depths of a layer that are kept at three or more successive recurrences."""
+    """Returns the depths of a layer that are kept at three or more successive recurrences."""
     groups = groupby(layer_R.tolist(), key=lambda depth: depth in kept)
     runs = [list(run) for is_kept, run in groups if is_kept]
     return [run for run in runs if len(run) > 2]

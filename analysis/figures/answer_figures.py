@@ -118,7 +118,7 @@ def answer_figure(
         layers: gives a panel's marks, of its own table and those of all panels, which share axes.
         caption: what is drawn. seen: gives what a capture shows, "" for nothing.
         note: gives what else a reader must know of a capture, "" for nothing.
-        height: of a panel, pixels.
+        height: height of a panel, pixels.
     """
     drawn, absent = drawn_of(findings, analysis)
     if not drawn:
@@ -208,8 +208,11 @@ def _rates_table(found: xr.Dataset) -> pd.DataFrame:
 
 def _rates_layers(table: pd.DataFrame, tables: Sequence[pd.DataFrame]) -> list[alt.Chart]:
     last = max(int(np.max(table["layer"])) for table in tables)
-    x = alt.X("layer:Q", scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False),
-              axis=alt.Axis(title="layer", format="d", tickMinStep=1))  # fmt: skip
+    x = alt.X(
+        "layer:Q",
+        scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False),
+        axis=alt.Axis(title="layer", format="d", tickMinStep=1),
+    )
     options = _y(tables, "rate (factor per recurrence)", [1.0])
     base = alt.Chart().transform_filter("isValid(datum.value)").encode(x=x)
     bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.4, color=DEPTH_COLOR)
@@ -260,8 +263,11 @@ def curve(
 ) -> list[alt.Chart]:
     """Lines over recurrences with their bands."""
     last = max(int(np.max(table["recurrence"])) for table in tables)
-    x = alt.X("recurrence:Q", scale=alt.Scale(domain=[0, max(last, 1)], nice=False),
-              axis=alt.Axis(title="recurrence", format="d", tickMinStep=1))  # fmt: skip
+    x = alt.X(
+        "recurrence:Q",
+        scale=alt.Scale(domain=[0, max(last, 1)], nice=False),
+        axis=alt.Axis(title="recurrence", format="d", tickMinStep=1),
+    )
     options = _y(tables, title, [])
     base = alt.Chart().transform_filter("isValid(datum.value)").encode(x=x)
     paint: dict[str, Any] = {"color": color if color is not None else alt.value(DEPTH_COLOR)}

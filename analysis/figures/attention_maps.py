@@ -15,7 +15,7 @@ from .words import number, place
 
 WEIGHT_COLORS = ("#f4f5f7", "#c9dbea", "#86b0d3", "#3f7fb5", "#1d4d8c", "#0a1f4d")
 MOST_MAPS = 60  # more are too small and too many to compare by eye
-GRID_BYTES, HEAD_BYTES = 2_000_000, 3_000_000  # of a page, for means over heads and for single heads
+GRID_BYTES, HEAD_BYTES = 2_000_000, 3_000_000  # of one page: means over heads, single heads
 _WEIGHT_BYTES = 3  # a weight in thousandths and a comma: most are below 100
 _NOT_FINITE = -1
 

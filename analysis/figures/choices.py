@@ -14,7 +14,7 @@ import altair as alt
 
 ALL = -1
 EVERYWHERE = ("layer", "recurrence")  # what the page lets a reader choose once for all figures
-FADED = 0.1  # of the opacity of what is not chosen: still seen, no longer in the way
+FADED = 0.1  # share of its opacity that what is not chosen keeps: still seen, no longer in the way
 
 
 @dataclass(frozen=True, kw_only=True)

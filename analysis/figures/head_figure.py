@@ -24,9 +24,9 @@ from .marks import Figure, Panel, chosen_place
 from .panels import means_over
 from .words import number
 
-_LEAST = 1e-8  # of the largest value: below it is rounding
+_LEAST = 1e-8  # share of the largest value; what is below it is rounding
 _CHOSEN: dict[str, int] = dict.fromkeys((*EVERYWHERE, "head"), ALL)
-_WIDE = 400  # from so many depths on a cell is thinner than a pixel where two maps stand side by side
+_WIDE = 400  # number of depths from which on a cell of two maps side by side is thinner than a pixel
 _LABEL = SHORT_LABEL.replace(".6~g", ".3~g")  # a legend's ends are no round numbers
 
 

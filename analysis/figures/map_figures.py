@@ -94,8 +94,11 @@ def _map_layers(unit: str, table: pd.DataFrame, tables: Sequence[pd.DataFrame]) 
     x = alt.X(
         "from:Q", scale=alt.Scale(**scale), axis=alt.Axis(title="depth (block invocations)", format="d")
     )
-    y = alt.Y("other_from:Q", scale=alt.Scale(**scale, reverse=True),
-              axis=alt.Axis(title="depth", format="d", grid=False))  # fmt: skip
+    y = alt.Y(
+        "other_from:Q",
+        scale=alt.Scale(**scale, reverse=True),
+        axis=alt.Axis(title="depth", format="d", grid=False),
+    )
     shades = alt.Scale(scheme="viridis", domain=domain)
     color = alt.Color("value:Q", title=unit, scale=shades)
     edge = alt.Stroke("value:Q", title=unit, scale=shades)  # or the page shows between neighbours

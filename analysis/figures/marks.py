@@ -22,7 +22,7 @@ RECURRENCE_COLORS = ("#4fb58c", "#2c93a8", "#2b66a8", "#2a3a8c", "#1c1347")
 LAYER_COLORS = ("#e39a2d", "#d96b3a", "#bf3f55", "#8a2a6b", "#4a1a55")
 GROUP_COLORS = {"recurrence": RECURRENCE_COLORS, "layer": LAYER_COLORS}
 DEPTH_COLOR = "#4a4a48"
-CHOSEN_COLOR = "#bf3f55"  # of what a reader has chosen, where lines have no colour of their own
+CHOSEN_COLOR = "#bf3f55"  # for what a reader has chosen, if lines have no colour of their own
 FONT = "Inter, Helvetica Neue, Arial, sans-serif"  # vl-convert brings its own for the last
 FEW_LINES, _SOME_LINES = 16, 48  # up to here: bands beside the lines; from here on: hairlines
 
@@ -61,7 +61,7 @@ class Figure:
     name: str
     title: str
     paper: str
-    """which figures of arXiv 2604.11791 it answers to"""
+    """figures of arXiv 2604.11791 that it answers to"""
     subtitle: str
     columns: int
     panels: Sequence[Panel]
@@ -188,9 +188,14 @@ def grouped_lines(
             alt.Chart()
             .transform_filter(f"{shown} && isValid(datum.{y}_low)")
             .mark_area(opacity=0.13, clip=True)
-            .encode(x=place, y=alt.Y(f"{y}_low:Q", **y_options), y2=f"{y}_high:Q", detail=f"{group}:N",
-                    fill=alt.Fill(f"{group}:Q", scale=color_scale(group, domain), legend=None))
-        )  # fmt: skip
+            .encode(
+                x=place,
+                y=alt.Y(f"{y}_low:Q", **y_options),
+                y2=f"{y}_high:Q",
+                detail=f"{group}:N",
+                fill=alt.Fill(f"{group}:Q", scale=color_scale(group, domain), legend=None),
+            )
+        )
         layers = [area if alone else area.encode(opacity=fading(0.13, group)), line]
     if single:  # a line needs two points
         layers.append(base.mark_point(filled=True, size=18, opacity=1))

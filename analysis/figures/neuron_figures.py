@@ -26,10 +26,14 @@ def neurons(findings: Sequence[Findings]) -> Figure | None:
     tables = {f"neurons {each.label}": _table(found) for each, found in drawn}
     most = max(float(found["share"].sum("kind").max()) for _, found in drawn)
     panels = [
-        Panel(label=each.label, data=data, columns=tuple(tables[data].columns),
-              layers=[*_shading(found), _bars(found, most)])
+        Panel(
+            label=each.label,
+            data=data,
+            columns=tuple(tables[data].columns),
+            layers=[*_shading(found), _bars(found, most)],
+        )
         for (each, found), data in zip(drawn, tables, strict=True)
-    ]  # fmt: skip
+    ]
     thresholds = dict.fromkeys(f"{found.attrs['threshold']:g}" for _, found in drawn)
     caption = "Share of each block's MLP neurons whose effect on the logits, read through the final norm and "
     caption += "the head, has heavy tails over the vocabulary, by the sign of its skew: prediction neurons "
@@ -105,9 +109,12 @@ def _shading(found: xr.Dataset) -> list[alt.Chart]:
     base = alt.Chart(alt.InlineData(values=spans))
     shades = alt.Scale(domain=list(STAGE_COLORS), range=list(STAGE_COLORS.values()))
     rectangles = base.mark_rect().encode(
-        x=_x("from", found), x2="to:Q", y=alt.value(0), y2=alt.value("height"),
+        x=_x("from", found),
+        x2="to:Q",
+        y=alt.value(0),
+        y2=alt.value("height"),
         fill=alt.Fill("stage:N", legend=None, scale=shades),
-    )  # fmt: skip
+    )
     names = base.mark_text(align="left", dx=4, dy=10, fontSize=10.5, color="#77766f")
     return [rectangles, names.encode(x=_x("from", found), y=alt.value(0), text="stage:N")]
 

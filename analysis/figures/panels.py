@@ -25,7 +25,7 @@ from .choices import ALL, EVERYWHERE
 from .marks import FEW_LINES, Figure, Panel, depth_lines, grouped_lines
 from .words import captioned
 
-_WIDE = 100  # from this many depths on a panel takes the whole width
+_WIDE = 100  # number of depths from which on a panel takes the whole width
 _WIDEST_BAND = 3  # a band this many times as wide as what curves run through would only grey the panel
 
 

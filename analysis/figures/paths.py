@@ -15,7 +15,7 @@ from .marks import DEPTH_COLOR, Figure, Panel, color_by, color_scale
 from .panels import group_domain
 from .words import number
 
-MOST_POINTS = 1500  # of one capture: more would cover one another on a screen
+MOST_POINTS = 1500  # points of one capture: more would cover one another on a screen
 _POINT, _SMALL_POINT = 26, 14  # square pixels
 _CLOSED = 0.01  # a path whose last two laps differ by less than 1 % of the lap's width has closed to the eye
 

@@ -131,9 +131,14 @@ def profiles_beside_the_reference(findings: Sequence[Findings]) -> Figure | None
         group="recurrence",
         group_domain=domain,
         absent=absent,
-        caption=[caption, *(f"In {each.label} the dashed line is {found.attrs['reference']} "
-                            f"({found.attrs['layers']})." for each, found in drawn)],
-    )  # fmt: skip
+        caption=[
+            caption,
+            *(
+                f"In {each.label} the dashed line is {found.attrs['reference']} ({found.attrs['layers']})."
+                for each, found in drawn
+            ),
+        ],
+    )
 
 
 def _depth_seen(each: Findings) -> str:

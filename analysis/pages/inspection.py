@@ -112,7 +112,7 @@ def _lens_seen(lens: Sequence[Lens], findings: Findings) -> str:
         since = max((index + 1 for index, top in enumerate(tops) if top != token), default=0)
         text += f"; it is on top from recurrence {since} on"
     text += "."
-    coda = int(findings.plan["model"]["coda"])
+    coda = findings.plan.model.coda
     if coda and len(findings.depths.core_RL):
         blocks = f"coda's {coda} blocks are" if coda > 1 else "coda's one block is"
         text += f" The {blocks} left out here, so this is not what the whole model predicts."

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...capture.store.plan import StoredPlan
 from ...errors import os_errors_named
 from ..findings import Findings
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def unchecked_charts() -> Iterator[None]:
-    """Makes charts without comparing each with the schema, which the tests do: twice as quick."""
+    """Leaves out the comparison of each chart with the schema, which the tests make: twice as quick."""
     from altair.utils import schemapi
 
     with schemapi.debug_mode(False):
@@ -71,18 +72,18 @@ def write_page(page: str, out_path: str | Path) -> Path:
     return out_path
 
 
-def model_facts(plan: dict[str, Any]) -> dict[str, str]:
+def model_facts(plan: StoredPlan) -> dict[str, str]:
     """Returns facts about the model that a plan runs, and how it runs it."""
-    model, settings = plan["model"], plan["settings"]
+    model, settings = plan.model, plan.settings
     return {
-        "Model": str(model.get("spec") or model["name"]),
-        "Notation": str(model["notation"]),
-        "Loop": f"{model['core']} layers, {model['recurrences']} recurrences" if model["core"] else "none",
+        "Model": model.spec or model.name,
+        "Notation": model.notation,
+        "Loop": f"{model.core} layers, {model.recurrences} recurrences" if model.core else "none",
         "Injection, norms": "not seen: the module was watched"
-        if model["norm"] == "unknown"
-        else f"{model.get('injection') or 'none'}, {model['norm']}",
-        "Parameters": f"{model['num_parameters']:,}" if model.get("num_parameters") else "not recorded",
-        "Type, device": f"{settings['dtype']}, {settings['device']}",
+        if model.is_watched
+        else f"{model.injection or 'none'}, {model.norm}",
+        "Parameters": f"{model.num_parameters:,}" if model.num_parameters else "not recorded",
+        "Type, device": f"{settings.dtype}, {settings.device}",
     }
 
 

@@ -67,9 +67,14 @@ def render(findings: Sequence[Findings], title: str | None = None) -> str:
         verdicts=[_verdict_row(row) for row in zip(*(each.verdicts for each in findings), strict=True)],
         missing=_missing(findings),
         numbers=[_numbers(each) for each in findings],
-        plans=[(each.label, json.dumps(each.plan, indent=2, ensure_ascii=False)) for each in findings],
+        plans=[(each.label, _document(each)) for each in findings],
         definitions=[MEASURES[name] for name in _TABLE_MEASURES],
     )
+
+
+def _document(each: Findings) -> str:
+    """The plan as it stands in the store."""
+    return json.dumps(each.measures.attrs["plan"], indent=2, ensure_ascii=False)
 
 
 def _title(findings: Sequence[Findings]) -> str:
@@ -94,14 +99,14 @@ def _facts(findings: Sequence[Findings]) -> list[tuple[str, list[str]]]:
     rows: dict[str, list[str]] = {}
     for each in findings:
         plan, measures = each.plan, each.measures.attrs
-        data = plan["data"]
+        data = plan.data
         done, total = each.units
         facts = model_facts(plan) | {
-            "Data": str(data["name"]) + (f", field {data['field']}" if data.get("field") else ""),
+            "Data": data.name + (f", field {data.field}" if data.field else ""),
             "Captured": f"{measures['num_sequences']:,} sequences, {measures['num_tokens']:,} tokens",
             "Units done": f"{done:,} of {total:,}" + ("" if done == total else ": unfinished"),
             "Non-finite values": f"{int(each.measures['non_finite'].sum()):,}",
-            "Planned on": str(plan.get("created", "not recorded")),
+            "Planned on": plan.created or "not recorded",
         }
         for name, value in facts.items():
             rows.setdefault(name, []).append(value)

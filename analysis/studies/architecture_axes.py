@@ -12,7 +12,7 @@ from ..figures.marks import LAYER_COLORS, spread_colors
 
 # the axes that are numbers, in words
 WORDS = {name: name.replace("_", " ") for name in AXES if name not in ("norm", "injection")}
-# whose numbers a figure takes the nearest values to where it does not vary an axis
+# a figure that does not vary an axis takes the value nearest to the paper's
 _PAPER = Cell("pre", True)
 
 

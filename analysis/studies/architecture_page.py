@@ -17,7 +17,7 @@ from .architecture_axes import WORDS, column, label_of, values_of, varying
 from .architecture_figures import figures_of
 from .architecture_study import DISTANCES_AFTER, ArchitectureStudy, architecture_study
 
-_MOST_ROWS = 24  # that stand open on the page
+_MOST_ROWS = 24  # rows of a table that stand open on the page
 # what a combination's row shows beside its verdicts: title and definition
 _COLUMNS = {
     **{f"distance_after_{times}": f"distance after {times}" for times in DISTANCES_AFTER},
@@ -65,7 +65,7 @@ def write_architecture_study(stores: Sequence[str | Path | xr.Dataset], out_dir:
     Returns:
         paths written, the page last.
     Raises:
-        ArchitectureError: as `architecture_study`.
+        ArchitectureError: what `architecture_study` refuses.
     """
     out_dir, paths = Path(out_dir), []
     study = architecture_study(stores)

@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from ...capture.store.cell import AXES, cell_of
+from ...capture.store.plan import plan_of
 from ...errors import ArchitectureError
 from ..answers.rates import slowest_half_life
 from ..depths import depths_of
@@ -85,8 +86,8 @@ def architecture_study(stores: Sequence[str | Path | xr.Dataset]) -> Architectur
         rows.append(row)
         axes = {name: row[name] for name in [*AXES, "seed"]}
         curves.append(pd.DataFrame(axes | {"recurrence": range(len(distance_R)), "distance": distance_R}))
-        data = dataset.attrs["plan"]["data"]
-        captured.setdefault(str(data), (str(data["name"]), row["num_sequences"], row["num_tokens"]))
+        data = plan_of(dataset).data
+        captured.setdefault(data, (data.name, row["num_sequences"], row["num_tokens"]))
     if not captured:
         raise ArchitectureError("no store was given")
     if len(captured) > 1:
@@ -108,7 +109,7 @@ def architecture_study(stores: Sequence[str | Path | xr.Dataset]) -> Architectur
 
 def _ask(dataset: xr.Dataset) -> tuple[dict[str, object], np.ndarray]:
     """Returns a capture's row, and its distance to the last state, [recurrence] without the last."""
-    axes = vars(cell_of(dataset.attrs["plan"]["model"]))
+    axes = vars(cell_of(plan_of(dataset).model))
     if missing := int((dataset["unit_done"].values == 0).sum()):
         raise ArchitectureError(f"{missing} units of a capture are missing: run the study again, it goes on")
     if lacking := [name for name in ("step_norm", "gap_norm") if name not in dataset]:

@@ -30,7 +30,7 @@ _MAP_STOPS = [ROUNDING, 1e-5, CONVERGED_STEP, 3e-2, 1.0]
 _MAP_COLORS = ["#2a3a8c", "#2c93a8", "#f4f3ef", "#e39a2d", "#bf3f55"]
 _INK = "#23231f"
 _MAP_HEIGHT = 330
-_FOOT = 1.4  # from a lone value on an axis to the edges of its cells, a factor
+_FOOT = 1.4  # factor from a lone value on an axis to the edges of its cells
 
 
 def convergence_map(study: ArchitectureStudy) -> Figure | None:
@@ -122,12 +122,16 @@ def _map_panel(label: str, part: pd.DataFrame, line: list[dict[str, Any]], table
     )
     above = min(10.0, _MAP_HEIGHT / len(values_of(table, "embedding_std")) / 6)  # the line
     dark = f"datum.last_step > 0.2 || datum.last_step < {_MAP_STOPS[1] / 4}"
-    words = alt.Chart().mark_text(fontSize=10.5, dy=-above).encode(
-        x=alt.X("gain:Q", **x),
-        y=alt.Y("embedding_std:Q", **y),
-        text="answer:N",
-        color=alt.condition(dark, alt.value("#ffffff"), alt.value("#33332f")),
-    )  # fmt: skip
+    words = (
+        alt.Chart()
+        .mark_text(fontSize=10.5, dy=-above)
+        .encode(
+            x=alt.X("gain:Q", **x),
+            y=alt.Y("embedding_std:Q", **y),
+            text="answer:N",
+            color=alt.condition(dark, alt.value("#ffffff"), alt.value("#33332f")),
+        )
+    )
     names = ("gain", "embedding_std", "last_step", "converged", "seeds")
     near = [alt.Tooltip(f"{name}:Q", title=name.replace("_", " "), format=".3~g") for name in names]
     edges = [f"{name}_{end}" for name in ("gain", "embedding_std") for end in ("from", "to")]

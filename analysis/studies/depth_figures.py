@@ -18,7 +18,7 @@ from ..figures.words import number
 from ..measures import MEASURES
 from .depth_study import ENDS, PLACE_MEASURES
 
-_MOST_NAMES = 12  # of places below a panel
+_MOST_NAMES = 12  # names of places below a panel
 _WIDEST_BAND = 3  # times what the lines run through, as for the report's figures
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ...capture.store.plan import plan_of
 from ...errors import os_errors_named
 from ..figures.marks import Figure
 from ..figures.pictures import save_figures
@@ -27,7 +28,7 @@ def write_depth_study(stores: Sequence[str | Path | xr.Dataset], own: int, out_d
     Returns:
         paths written, the page last.
     Raises:
-        StudyError: as `depth_study`.
+        StudyError: what `depth_study` refuses.
     """
     out_dir = Path(out_dir)
     with os_errors_named(out_dir, "written"):
@@ -54,10 +55,10 @@ def _render(study: xr.Dataset, counts: pd.DataFrame, figures: Sequence[Figure], 
 
     draws = (steps, distance_to_the_fixed_point, stages_by_recurrence, lens)
     of_the_largest = [figure for draw in draws if (figure := draw([largest])) is not None]
-    size, most, plan = study.attrs, int(study["count"][-1]), study.attrs["plan"]
+    size, most, plan = study.attrs, int(study["count"][-1]), plan_of(study)
     facts = model_facts(plan)
     del facts["Loop"], facts["Notation"]  # which differ from count to count
-    facts["Data"] = str(plan["data"]["name"])
+    facts["Data"] = plan.data.name
     return render_page(
         "depth_study.html",
         title=f"{facts['Model'].rstrip('/').rsplit('/', 1)[-1]} at {study.sizes['count']} recurrence counts",

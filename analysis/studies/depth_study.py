@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ...capture.store.plan import plan_of
 from ...errors import StudyError
 from ..depths import Depths, depths_of, stages_of
 from ..folds import STATISTICS, MeanFold, finite_mean
@@ -127,7 +128,7 @@ def _attributes(title: str, unit: str, definition: str) -> dict[str, str]:
 
 
 def _count(dataset: xr.Dataset) -> int:
-    return int(dataset.attrs["plan"]["model"]["recurrences"])
+    return plan_of(dataset).model.recurrences
 
 
 def _check(datasets: Sequence[xr.Dataset], counts: Sequence[int], own: int) -> None:
@@ -152,13 +153,13 @@ def _check(datasets: Sequence[xr.Dataset], counts: Sequence[int], own: int) -> N
 
 def _identity(dataset: xr.Dataset) -> dict[str, object]:
     """Returns what all captures of a study have in common."""
-    plan = dataset.attrs["plan"]
-    same = {name: plan["model"][name] for name in ("weights_sha256", "norm", "prelude", "core", "coda")}
+    plan = plan_of(dataset)
+    model = plan.model
     return {
-        "the data": plan["data"],
-        "the model": same,
-        "dtype": plan["dtype"],
-        "the seed": plan["settings"]["seed"],
+        "the data": plan.data,
+        "the model": (model.weights_sha256, model.norm, model.prelude, model.core, model.coda),
+        "dtype": plan.dtype,
+        "the seed": plan.settings.seed,
     }
 
 

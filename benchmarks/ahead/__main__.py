@@ -1,4 +1,5 @@
-"""Prints what every row of the kernels' settings takes on every GPU it is for, and what forbids to launch it.
+"""Prints what every row of the kernels' settings takes on every GPU it is for, and why it must not be
+launched.
 
 `python -m looptap.benchmarks.ahead --kernel attention`; it compiles, and needs no GPU.
 """

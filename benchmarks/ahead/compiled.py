@@ -53,7 +53,7 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """What forbids to launch this."""
+        """Reasons why this must not be launched; none if it may."""
         found = self.resources.faults(self.target)
         multiplies_halves = self.entry.dtype == "half" and self.entry.kernel != "residual_norm"
         if multiplies_halves and not self.resources.instructions.keys() & MATRIX:

@@ -1,4 +1,4 @@
-"""What machine code takes of a GPU, read from what the compiler wrote: registers, memory, instructions."""
+"""Registers, memory and instructions that machine code takes, read from what the compiler wrote."""
 
 import re
 import subprocess
@@ -33,7 +33,7 @@ _SASS_MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 
 @dataclass(frozen=True)
 class Resources:
-    """What compiled code takes."""
+    """The resources of a GPU that compiled code takes."""
 
     registers: int  # of a thread
     spills: int  # bytes a thread keeps in memory for want of registers
@@ -43,7 +43,7 @@ class Resources:
     instructions: dict[str, int] = field(default_factory=dict)
 
     def faults(self, target: str) -> list[str]:
-        """What forbids to launch this on one of SHARED_LIMIT."""
+        """Reasons why this must not be launched on a target of SHARED_LIMIT; none if it may."""
         found = []
         if self.spills:
             found.append(f"{self.spills} bytes a thread are spilled")
@@ -73,7 +73,7 @@ class Code:
 
 
 def read_resources(compiled: CompiledKernel) -> Resources:
-    """What a kernel takes, from its binary (NVIDIA) or its assembly (AMD)."""
+    """Reads what a kernel takes, from its binary (NVIDIA) or its assembly (AMD)."""
     assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     if "cubin" in compiled.asm:
         used = {name: int(n) for name, n in _USED.findall(_dump(compiled.asm["cubin"], "-res-usage"))}
@@ -94,7 +94,7 @@ def read_resources(compiled: CompiledKernel) -> Resources:
 
 @cache
 def read_code(compiled: CompiledKernel) -> Code:
-    """What a kernel for NVIDIA does; half a second of disassembly."""
+    """Reads what a kernel for NVIDIA does; half a second of disassembly."""
     text = _dump(compiled.asm["cubin"], "-sass")
     code = [(int(at, 16), name, rest) for at, name, rest in _SASS_LINE.findall(text)]
     loops = _innermost_loops(code)

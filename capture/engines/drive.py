@@ -60,7 +60,7 @@ def run_on(
     """
     scheduler = Scheduler(units, limits, wanted)
     is_draining, looked_s, num_places = False, float("-inf"), 0
-    heard: list[Report] = []  # by ourselves, from the ledger
+    heard: list[Report] = []  # reports that we make ourselves, from the ledger
     while True:
         now_s = time.monotonic()
         if now_s - looked_s >= POLL_S:

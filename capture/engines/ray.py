@@ -36,7 +36,7 @@ from .work import Recipe, RunUnit
 
 PING_S = 0.5
 CONNECT_S = 10.0
-_STORE_BYTES = 200 << 20  # of a local cluster, whose objects are receipts
+_STORE_BYTES = 200 << 20  # object store of a local cluster, whose objects are receipts
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def cluster(address: str | None) -> Iterator[None]:
         ClusterError: Ray is not installed, or nothing answers at the address.
     """
     ray = _import_ray()
-    if ray.is_initialized():  # by whoever calls us, who also ends it
+    if ray.is_initialized():  # our caller connected, and will disconnect
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
@@ -88,7 +88,7 @@ class Actors:
 
     Args:
         recipe: what each of them builds.
-        num_gpus: of each actor; 0 for workers on CPUs.
+        num_gpus: GPUs of each actor; 0 for workers on CPUs.
         num_workers: most that there will be, where known; CPU actors share the nodes' cores accordingly.
     """
 
@@ -168,7 +168,7 @@ class Actors:
         except errors.ActorUnavailableError:
             self._pings_due_s.setdefault(worker, time.monotonic() + PING_S)
             return Unavailable(worker, unit)
-        except errors.RayTaskError as error:  # of our own code, outside of what it catches
+        except errors.RayTaskError as error:  # our own code raised, outside of what it catches
             return NotStarted(worker, str(error)) if what == "build" else Raised(worker, unit, str(error))
         except errors.RayError as error:
             return Died(worker, _one_line(error))

@@ -1,4 +1,4 @@
-"""Which worker does which unit, and what happens when one fails: the rules, and nothing else.
+"""The rules of which worker does which unit, and of what happens when one fails; nothing else.
 
 It knows no processes, no Ray, no store, and no clock: reports and the time come in, commands and events come
 out in the order in which they are to be carried out. The ledger stays the truth; that a unit was done by a
@@ -99,9 +99,9 @@ class Scheduler:
         self._workers: dict[int, _Worker] = {}
         self._num_numbered = 0
         self._out: list[Command | Event] = []
-        self._seconds: deque[float] = deque(maxlen=101)  # of the last units
-        self._num_refused = 0  # since one was ready
-        self._num_stillborn = 0  # the same, of those that died before they were
+        self._seconds: deque[float] = deque(maxlen=101)  # times of the last units
+        self._num_refused = 0  # workers refused since one was ready
+        self._num_stillborn = 0  # workers that died before they were ready, since one was
         self._last_refusal = ""
         self._refused_s = 0.0
         self._alone_since_s: float | None = None

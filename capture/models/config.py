@@ -65,7 +65,7 @@ def read_rotary(config: Config, default_theta: float | None = None) -> Rotary:
     """Reads the rotary settings: rope_theta and rope_scaling of old files, rope_parameters of newer ones.
 
     Args:
-        default_theta: of files that are older than the field; None where there are none.
+        default_theta: theta of files older than the field; None if there are no such files.
     """
     newer, older = config.nested("rope_parameters"), config.nested("rope_scaling")
     thetas = {

@@ -90,7 +90,7 @@ def fetch_weights(snapshot: Snapshot, num_bytes: int) -> None:
     """Fetches what the cache lacks; files that are complete stay there if a later one fails.
 
     Args:
-        num_bytes: that they will take, compared with the free disk first.
+        num_bytes: bytes that they will take, compared with the free disk first.
     Raises:
         ModelError: as `fetch_model`; also a file that is not what the Hub said it would be.
     """

@@ -70,7 +70,7 @@ def open_hub(spec: str) -> HubCheckpoint:
     """Looks a model up and checks it from its headers; weights stay where they are.
 
     Raises:
-        ModelError: see `fetch_model` and `open_checkpoint`.
+        ModelError: what `fetch_model` and `open_checkpoint` refuse.
     """
     snapshot = fetch_model(spec)
     if not snapshot.missing:

@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from ...errors import DescriptionError
 
-STAGES = ("prelude", "core", "coda")  # of the common case
+STAGES = ("prelude", "core", "coda")  # stages of the common case
 
 
 class Step(NamedTuple):
     """The address of one block invocation."""
 
     depth: int  # realised depth, from 0
-    block: int  # whose weights: place in `LoopedModel.blocks`, or among the blocks that are watched
+    block: int  # number of its weights in `LoopedModel.blocks`, or among the blocks that are watched
     stage: str  # the phase that it belongs to
     layer: int  # place of the block inside its stage
     recurrence: int  # how many times the block has run before in its loop, from 0; -1 outside of loops
@@ -192,7 +192,7 @@ def prelude_core_coda(
 
     Args:
         recurrences: how often the core runs; 0 if and only if there is none.
-        blocks: in the order they first run; 0, 1, 2, ... if not given.
+        blocks: numbers of the blocks in the order they first run; 0, 1, 2, ... if not given.
     Raises:
         DescriptionError: numbers that no loop has.
     """

@@ -135,7 +135,7 @@ class LoopedModel(nn.Module):
 
         Args:
             batch: packed token ids, on the model's device.
-            tap: where attention and residual adds are run.
+            tap: runs attention and residual adds.
             initial_state_ND: state entering the first recurrence; models that draw one need it, others start
                 from the prelude's output without it.
         """

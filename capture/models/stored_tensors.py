@@ -119,11 +119,14 @@ def _read_header(path: Path) -> list[StoredTensor]:
         header = json.loads(file.read(length))
     return [
         StoredTensor(
-            name, path, tuple(header[name]["shape"]), header[name]["dtype"],
+            name,
+            path,
+            tuple(header[name]["shape"]),
+            header[name]["dtype"],
             8 + length + header[name]["data_offsets"][0],
         )
         for name in names
-    ]  # fmt: skip
+    ]
 
 
 def hash_and_check(path: Path, tensors: list[StoredTensor]) -> bytes:

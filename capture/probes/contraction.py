@@ -61,9 +61,9 @@ def contraction(
     Attention of one layer is written down, [heads, N, N]: for short prompts.
 
     Args:
-        initial_state_ND: as for the model itself.
+        initial_state_ND: initial state, as the model takes it.
         recurrences: how often to run the loop first, whatever the model's own number.
-        iterations: of the power iteration. seed: of the differences that it starts from.
+        iterations: number of power iterations. seed: seed of the differences that they start from.
     Raises:
         UnfitError: the model has no loop, or several.
     """

@@ -62,7 +62,7 @@ def logit_moments(model: LoopedModel, *, cosines: bool = False) -> list[Moments]
     many tokens as the model has neurons.
 
     Args:
-        cosines: of w with every row of U, which is the effect with all rows at one length.
+        cosines: takes cosines of w with every row of U, which is the effect with all rows at one length.
     """
     mean_D, scale = _centre(model, cosines)
     blocks: list[TransformerBlock] = list(model.blocks)  # pyright: ignore[reportAssignmentType]

@@ -4,11 +4,10 @@ The axes are the fields of `Cell`: the study makes a model's spec of them, and i
 from what the plan in a store says of the model.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from ...errors import ArchitectureError
+from .plan import StoredModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Cell:
 AXES = [field.name for field in fields(Cell) if field.name != "seed"]
 
 
-def cell_of(model: Mapping[str, Any]) -> Cell:
+def cell_of(model: StoredModel) -> Cell:
     """Returns the cell that a model was made from.
 
     Args:
@@ -53,16 +52,16 @@ def cell_of(model: Mapping[str, Any]) -> Cell:
     Raises:
         ArchitectureError: it is not of an architecture study.
     """
-    spec = str(model.get("spec"))
+    spec = str(model.spec)
     options = dict(each.split("=") for each in spec.rpartition(")")[2].split(",") if "=" in each)
     if not spec.startswith("random:") or not {"gain", "embedding_std", "seed"} <= options.keys():
         raise ArchitectureError(f"{spec} is no model of an architecture study")
     return Cell(
-        norm=model["norm"],
-        injection=model["injection"] is not None,
-        layers=model["core"],
-        recurrences=model["recurrences"],
-        width=model["width"],
+        norm=model.norm,
+        injection=model.injection is not None,
+        layers=model.core,
+        recurrences=model.recurrences,
+        width=model.width,
         gain=float(options["gain"]),
         embedding_std=float(options["embedding_std"]),
         seed=int(options["seed"]),

@@ -198,9 +198,10 @@ def _fill(
         _write_coordinate(root, name, dimensions, np.asarray(values), attributes)
     for name, spec in arrays.items():
         described = " ".join(
-            other for other, (dimensions, *_) in coordinates.items()
+            other
+            for other, (dimensions, *_) in coordinates.items()
             if other not in spec.dimensions and set(dimensions) <= set(spec.dimensions)
-        )  # fmt: skip
+        )
         _make_array(root, name, spec, {"coordinates": described} if described else {})
     names = [*coordinates, *arrays]
     metadata = {name: json.loads((root / name / "zarr.json").read_bytes()) for name in names}

@@ -66,7 +66,7 @@ def run_architecture_study(
 
 
 def cells_of(settings: ArchitectureStudySettings) -> Iterator[Cell]:
-    """Returns the product of the axes, in which the last one changes fastest."""
+    """Yields the product of the axes, in which the last one changes fastest."""
     axes = _axes(settings) | {"injection": [each == "yes" for each in settings.injection]}
     return (Cell(*values) for values in product(*axes.values()))
 

@@ -70,7 +70,7 @@ class AttentionDistances:
         return received_NH
 
     def finish(self, batch: Packed) -> None:
-        """After the last block."""
+        """Fills attention_distance; called after the last block."""
         if self._all:
             q_LNHC, k_LNKC, lse_LNH = self._all
             gram_SHLL = attention_gram(
@@ -124,7 +124,7 @@ class ResidualDistances:
             self._all[step.depth] = state_ND
 
     def finish(self, batch: Packed) -> None:
-        """After the last block."""
+        """Fills residual_similarity; called after the last block."""
         if self._all is not None:
             similarity_SLL = residual_similarity(self._all, batch.lengths)
             self._values["residual_similarity"][:] = similarity_SLL.transpose(0, 1)

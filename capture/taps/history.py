@@ -35,7 +35,7 @@ class BlockHistory:
             states.append((depth, state_ND, norm_N))
 
     def gaps(self, block: int) -> Iterator[tuple[int, Distance]]:
-        """Returns a block's depths, and distances of its residuals there to the last one; forgets them."""
+        """Yields a block's depths, and distances of its residuals there to the last one; forgets them."""
         if not self._gaps:
             return
         *_, (_, last_ND, last_norm_N) = states = self._states.pop(block)

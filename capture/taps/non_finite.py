@@ -12,9 +12,9 @@ def count_non_finite(name: str, values: Tensor, steps: Iterable[Step]) -> int:
     """Returns how many numbers of a quantity are infinite or NaN, except where it is not defined.
 
     Args:
-        name: of the quantity.
+        name: name of the quantity.
         values: its filled slots, [token or sequence, depth or recurrence, ...].
-        steps: of the schedule that it was measured along.
+        steps: steps of the schedule that it was measured along.
     """
     quantity = QUANTITIES[name]
     if not values.is_floating_point():

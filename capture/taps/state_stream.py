@@ -35,8 +35,8 @@ class StateStream:
     """Hands one unit's states to a writer, a buffer at a time.
 
     Args:
-        writer: of the array, with a ring that has more buffers than there are depths.
-        dtype: of the states; the array holds them or, of bfloat16, their bits.
+        writer: writer of the array, with a ring that has more buffers than there are depths.
+        dtype: dtype of the states; the array holds them or, of bfloat16, their bits.
     """
 
     def __init__(self, writer: ShardWriter, dtype: torch.dtype, device: torch.device) -> None:

@@ -47,7 +47,7 @@ class Buffers:
 
     values: dict[str, Tensor]
     states: StateSink | None = None
-    state_rows: Tensor | None = None  # which of the N tokens are kept, int64; None: all
+    state_rows: Tensor | None = None  # rows of the N tokens that are kept, int64; None: all
 
 
 class LastStates(Plain):
@@ -232,7 +232,7 @@ class Statistics(Plain):
         return result
 
     def _finish(self, batch: Packed) -> None:
-        """After the last block: what was set aside goes into the buffers, all depths in one move."""
+        """Moves what was set aside into the buffers, all depths at once; called after the last block."""
         self._attention_distances.finish(batch)
         self._residual_distances.finish(batch)
         if not self._measured:

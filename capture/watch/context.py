@@ -127,10 +127,10 @@ def watch(
         quantities: names and groups; those that read the model's head (lens, exit) or compare
             whole sequences (distances) are not to be had here.
         sink_tokens: first real keys of a row that count as the attention sink.
-        states, tokens: which residuals are kept whole, as `capture` has them.
-        seed: of token samples.
+        states, tokens: selections of residuals that are kept whole, as in `capture`.
+        seed: seed of token samples.
         store: saved there when the body ends without an error.
-        name: of the module in the store, its class's name by default.
+        name: name of the module in the store, by default that of its class.
     Raises:
         WatchError, on entering, in the module's forward pass or on saving: a case that cannot be measured
             exactly; says which and what to do. No hook is left behind, whatever raises.

@@ -45,14 +45,14 @@ class Recorder:
         self._sequence_first = [_is_sequence_first(block) for block in blocks.values()]
         self._thread = threading.get_ident()
         self._begun: Begun | None = None  # the forward pass that runs
-        self._pass: Pass | None = None  # the same, from its first block on
+        self._pass: Pass | None = None  # the forward pass that runs, from its first block on
         self._is_empty = False  # it has no rows or no tokens: nothing is recorded
         self._handled: BaseException | None = None  # what was being handled when the pass began
         self._started_s = 0.0
         self._running: int | None = None  # the block that is at work
         self._has_attended = False
         self._before: BaseException | None = None  # what was being handled when that block began
-        self._refusal: WatchError | None = None  # of this pass; the module may have caught it
+        self._refusal: WatchError | None = None  # raised in this pass; the module may have caught it
         self._open: OpenRows | None = None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

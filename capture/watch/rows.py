@@ -105,7 +105,7 @@ class Group(NamedTuple):
 
 
 def groups(queries: Sequence[Window], keys: Sequence[Window]) -> Iterator[Group]:
-    """Returns groups of rows that can be measured as one; rows without queries are left out."""
+    """Yields groups of rows that can be measured as one; rows without queries are left out."""
     together: dict[tuple[Window, Window], list[int]] = {}
     for row, pair in enumerate(zip(queries, keys, strict=True)):
         together.setdefault(pair, []).append(row)

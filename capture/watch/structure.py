@@ -17,8 +17,8 @@ def find_structure(order: Sequence[int], names: Sequence[str]) -> Schedule:
     repeats, the coda what follows it.
 
     Args:
-        order: which block each invocation called, by its place among the watched ones.
-        names: of the blocks, for the error.
+        order: block that each invocation called, by its place among the watched ones.
+        names: names of the blocks, for the error.
     Raises:
         WatchError: the repeated calls are not one cycle in the same order each time.
     """

@@ -24,7 +24,7 @@ class WatchedSequence:
         """Adds tokens.
 
         Args:
-            rows: by name, of the new tokens, [count, ...].
+            rows: values of the new tokens by name, [count, ...].
             received: attention that all tokens, earlier ones first, receive from the new ones.
         """
         new = self.length + count

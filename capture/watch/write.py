@@ -30,7 +30,7 @@ def write_store(path: str | Path, recorder: Recorder, module: nn.Module, name: s
     """Makes the store and commits every unit.
 
     Args:
-        name, weights: of the module in the plan; the second as `hash_weights` gives it.
+        name, weights: name and `hash_weights` of the module, for the plan.
     Raises:
         WatchError: nothing was recorded.
         StoreExistsError, StoreFullError: as a capture.

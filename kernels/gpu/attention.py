@@ -32,7 +32,7 @@ from .tiles import LOG2_E, MASKED, addresses, fetch, fetch_described, matmul, sc
 from .tuned import Settings
 
 _LN2 = tl.constexpr(0.6931471805599453)
-_SINK_KEYS = tl.constexpr(16)  # of one product
+_SINK_KEYS = tl.constexpr(16)  # sink keys of one product
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _pass_keys(
     C: tl.constexpr, KEYS: tl.constexpr, BLOCK_C: tl.constexpr, STATISTICS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin..end of the sequence. DIAGONAL: some lie behind a query, or behind the sequence's end."""
+    """Takes in keys begin..end of the sequence. DIAGONAL: some lie behind a query or the sequence's end."""
     for first in range(begin, end, KEYS):
         key = first + tl.arange(0, KEYS)
         if DESCRIPTORS:
@@ -146,7 +146,7 @@ def _kernel(
 def attention(
     q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, cu_seqlens_S: Tensor, max_length: int, scale: float
 ) -> Tensor:
-    """As `looptap.kernels.attention.attention`."""
+    """Launches the kernel of `looptap.kernels.attention.attention`."""
     o_NHC = tiles.make_empty(tuple(q_NHC.shape), q_NHC.dtype, q_NHC)
     _launch("attention", (q_NHC, k_NKC, v_NKC), o_NHC, None, cu_seqlens_S, max_length, scale, 0)
     return o_NHC
@@ -162,7 +162,7 @@ def attention_with_statistics(
     sink_tokens: int,
     columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `looptap.kernels.attention.attention_with_statistics`: o, lse, entropy, peak, sink and received."""
+    """Launches the kernel that also returns lse, entropy, peak, sink and received, besides o."""
     N, H, C = q_NHC.shape
     o_NHC = tiles.make_empty((N, H, C), q_NHC.dtype, q_NHC)
     lse_NH, entropy_NH, peak_NH, sink_NH = (tiles.make_empty((N, H), torch.float32, q_NHC) for _ in range(4))

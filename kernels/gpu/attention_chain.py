@@ -1,4 +1,4 @@
-"""How far the attention of one layer moved between recurrences, and what its keys received, in one pass.
+"""Distances of one layer's attention between recurrences, and what its keys received, in one pass.
 
 A program holds one block of keys of R recurrences and goes past the queries from the diagonal to the
 sequence's end. Of R score tiles it keeps column sums and Σ (p_a − p_b)², the differences taken element by
@@ -35,8 +35,8 @@ def load_rows(
     x_ptr, x_stride, start, first, length, channels, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
     WHOLE: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, BLOCK_C] from row `first` of the sequence at `start` (int64); 0 behind its end, where anything
-    may stand. WHOLE: it does not end in here. NARROW: there are fewer channels than BLOCK_C.
+    """Loads [BLOCK, BLOCK_C] from row `first` of the sequence at `start` (int64); 0 behind its end, where
+    anything may stand. WHOLE: it does not end in here. NARROW: there are fewer channels than BLOCK_C.
     """
     row, channel = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_C)[None, :]
     # row · stride overflows int32 over a sequence, and does not inside a block
@@ -59,7 +59,7 @@ def multiply_in_chunks(
     x_ptr, x_stride, y_ptr, y_stride, start, first_x, first_y, length,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """x yᵀ of float32 rows, a few channels at a time: whole rows would not fit into registers."""
+    """Returns x yᵀ of float32 rows, a few channels at a time: whole rows would not fit into registers."""
     NARROW: tl.constexpr = C % CHUNK != 0
     product = tl.zeros([BLOCK_X, BLOCK_Y], tl.float32)
     for c in range(0, C, CHUNK):
@@ -202,7 +202,7 @@ def attention_chain(
     scale: float,
     pairs: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Launches; what it computes is in `kernels/attention_pairs.py`.
+    """Launches the kernel of `attention_chain` in `kernels/attention_pairs.py`.
 
     Raises:
         ValueError: fewer than 2 or more than 4 recurrences, or heads that the attention kernels do not take.
@@ -236,19 +236,19 @@ def attention_chain(
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, or a copy where its rows begin at no boundary of 16 bytes: loads by element would spill."""
+    """Returns x, or a copy if its rows begin at no boundary of 16 bytes: loads by element would spill."""
     if x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1]):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def table_width(C: int, dtype: torch.dtype) -> int:
-    """The width under which settings are kept: in float32 the size of a tile does not depend on it."""
+    """Returns the width that settings are kept under; in float32 the size of a tile does not depend on it."""
     return tiles.LEAST_WIDTH if dtype == torch.float32 else tiles.block_width(C)
 
 
 def tile_constants(C: int, dtype: torch.dtype) -> dict[str, Any]:
-    """How the channels of a tile are cut."""
+    """Returns how the channels of a tile are cut."""
     in_chunks = dtype == torch.float32
     return {
         "C": C,

@@ -1,4 +1,4 @@
-"""What every key receives: column sums of causal attention, from queries, keys and the rows' log-sum-exp.
+"""Column sums of causal attention, what every key receives, from queries, keys and rows' log-sum-exp.
 
 A program holds one block of a sequence's keys for one query head and goes past the queries from there on, so
 k, q and lse are read once from memory, (H + K) · C elements and 4·H bytes a token, q again from the L2 cache
@@ -29,7 +29,7 @@ def _add_queries(
     H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries. EDGE: some do not see every key, or lie behind the sequence's end."""
+    """Adds one tile of queries. EDGE: some do not see every key, or lie behind the sequence's end."""
     query = first + tl.arange(0, ROWS)
     if DESCRIPTORS:
         q = fetch_described(q_tiles, start + first, head, ROWS, BLOCK_C)

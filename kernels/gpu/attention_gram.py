@@ -25,7 +25,7 @@ from .tuned import Settings, find_settings
 
 TILES_BYTES = 32 * 2**20
 PRODUCTS_BYTES = 16 * 2**20
-PROGRAMS = 512  # of a product, where its tiles can be shared out so far: some for every unit of a large GPU
+PROGRAMS = 512  # for a product, if its tiles can be shared out so far: some for every unit of a large GPU
 LEAST_BLOCK, LARGEST_BLOCK = 32, 128  # invocations of one product; fewer are padded, more are cut
 
 _TO_LOG2 = tl.constexpr(tiles.LOG2_E)
@@ -35,7 +35,7 @@ _SHIFT = tl.constexpr(15)  # log2 of the factor on stored probabilities: 2¹⁵ 
 
 @triton.jit
 def _place(index):
-    """Row and column of an index that counts a lower triangle, its diagonal included, row by row."""
+    """Returns row and column of an index that counts a lower triangle, its diagonal included, row by row."""
     row = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
     # the root may be rounded across an integer
     row = tl.where(row * (row + 1) // 2 > index, row - 1, row)
@@ -125,7 +125,7 @@ def attention_gram(
     max_length: int,
     scale: float,
 ) -> Tensor:
-    """Launches; what it computes is in `kernels/attention_pairs.py`.
+    """Launches the kernels of `attention_gram` in `kernels/attention_pairs.py`.
 
     Raises:
         ValueError: heads that the attention kernels do not take.
@@ -171,8 +171,8 @@ def attention_gram(
 def _cut(
     n: int, num_maps: int, num_tiles: int, edge: int, num_blocks: int, by_product: Settings
 ) -> tuple[int, int, int]:
-    """How many maps at once, how many tiles of each, and into how many programs a product is split along a
-    tile; of shapes alone, and within TILES_BYTES and PRODUCTS_BYTES unless a single one is larger.
+    """Returns the numbers of maps at once, of tiles of each, and of programs that a product is split into
+    along a tile; of shapes alone, and within TILES_BYTES and PRODUCTS_BYTES unless a single one is larger.
     """
     slots = max(1, TILES_BYTES // (2 * n * edge * edge))
     most_products = max(1, PRODUCTS_BYTES // (4 * num_blocks * by_product.rows**2))

@@ -1,7 +1,7 @@
-"""How far each row is from its reference, in one pass: of bfloat16 4D bytes in, and 16 of norms and results.
+"""Distance of each row from its reference, in one pass: of bfloat16 4D bytes in, and 16 of norms and results.
 
-For states that wait for the last recurrence; where the reference is there already, the residual add measures
-the same on its way (`residual_norm.py`).
+It is for states that wait for the last recurrence; where the reference is there already, the residual add
+measures the same on its way (`residual_norm.py`).
 """
 
 # pyright takes a kernel for a plain function
@@ -42,7 +42,7 @@ def _kernel(
 def residual_distance(
     x_ND: Tensor, reference_ND: Tensor, norm_N: Tensor, reference_norm_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """‖x − reference‖ and the cosine of the two for every row, float32 [N] each.
+    """Returns ‖x − reference‖ and the cosine of the two for every row, float32 [N] each.
 
     Args:
         x_ND, reference_ND: one shape and dtype, contiguous in D, rows at any distance.

@@ -34,7 +34,7 @@ def _read(pointer, rows, stride, columns, mask):
 
 @triton.jit
 def _normed(x, squares, weight_ptr, columns, D, eps, MASKED: tl.constexpr, DTYPE: tl.constexpr):
-    """weight · x / √(squares / D + eps), float32, rounded to DTYPE before the weight; squares is Σx²."""
+    """Returns weight · x / √(squares / D + eps) in float32, rounded to DTYPE before weighting."""
     mask = columns < D if MASKED else None
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0 if MASKED else None)
     scale = tl.rsqrt(squares / D + eps)
@@ -49,7 +49,8 @@ def _norm_of_difference(x, y):
 
 @triton.jit
 def cosine(products, difference, norm, reference_norm):
-    """Of two rows, from Σxy and ‖x − y‖ with their norms; `kernels/residual_norm.py` has the formula.
+    """Returns the cosine of two rows, from Σxy and ‖x − y‖ with their norms; `kernels/residual_norm.py` has
+    the formula.
 
     Two lengths that differ much leave no digits of it, and there the products keep theirs.
     """
@@ -136,7 +137,7 @@ def _kernel(
 
 
 class Weights(NamedTuple):
-    """Of the norms on the branch, on the sum and before the next branch, [D] each."""
+    """Weights of the norms on the branch, on the sum and before the next branch, [D] each."""
 
     branch_D: Tensor | None
     stream_D: Tensor | None
@@ -151,7 +152,7 @@ def residual_norm(
     next_weight_D: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The residual, and y: its norm under next_weight, or an empty tensor without that.
+    """Returns the residual, and y: the residual normed with next_weight, or an empty tensor without that.
 
     Args:
         x_ND, branch_ND: contiguous in D, rows at any distance; D up to the table's largest width.
@@ -175,9 +176,9 @@ def residual_norm_statistics(
     previous_ND: Tensor | None,
     last_ND: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `residual_norm`, and statistics of the residual, float32 [7, N]: norm, peak (largest |x|),
-    update_norm (distance to block_input), step_norm and step_cosine (to previous), gap_norm and gap_cosine
-    (to last). Rows whose reference is not given are NaN, and so are cosines of a row of zeros.
+    """Returns what `residual_norm` does, and statistics of the residual, float32 [7, N]: norm, peak (largest
+    |x|), update_norm (distance to block_input), step_norm and step_cosine (to previous), gap_norm and
+    gap_cosine (to last). Rows whose reference is not given are NaN, and so are cosines of a row of zeros.
     """
     weights = Weights(branch_weight_D, stream_weight_D, next_weight_D)
     statistics = _empty((len(STATISTICS), len(x_ND)), torch.float32, x_ND.device)
@@ -193,7 +194,7 @@ def _launch(
     references: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual and y."""
+    """Launches the kernel; returns the residual and y."""
     N, D = x_ND.shape
     # a norm's result has the wider of two types, since PyTorch multiplies with the weight after rounding
     branch_dtype = _wider(branch_ND.dtype, weights.branch_D)
@@ -227,7 +228,7 @@ def _wider(dtype: torch.dtype, weight_D: Tensor | None) -> torch.dtype:
 
 
 def _check(tensors_ND: tuple[Tensor | None, ...], weights: Weights) -> None:
-    """Refuses what would be read or written beside its memory; x is the first."""
+    """Refuses tensors that would be read or written outside of their memory; x is the first."""
     x_ND = tensors_ND[0]
     assert x_ND is not None
     N, D = x_ND.shape
@@ -242,6 +243,6 @@ def _check(tensors_ND: tuple[Tensor | None, ...], weights: Weights) -> None:
 
 
 def tile_constants(settings: Settings, D: int) -> dict[str, Any]:
-    """How whole rows are cut into tiles, in the words of the kernels that hold them."""
+    """Returns how whole rows are cut into tiles, by the names of the kernels' constants."""
     block_D = max(triton.next_power_of_2(D), LEAST_WIDTH)
     return {"ROWS": settings.rows, "BLOCK_D": block_D, "MASKED": block_D > D}

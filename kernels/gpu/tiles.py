@@ -1,4 +1,4 @@
-"""What the attention kernels share: where a tile of one head lies, and how one is fetched and multiplied."""
+"""Tiles of one head, shared by the attention kernels: where they lie, how they are fetched and multiplied."""
 
 # pyright takes a kernel for a plain function
 # pyright: reportCallIssue=false
@@ -26,15 +26,16 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def addresses(
     pointer, first, offsets, row_stride, head, head_stride, BLOCK_C: tl.constexpr, UNIT: tl.constexpr
 ):
-    """Of rows first + offsets of one head, [offsets, BLOCK_C]. Strides count UNIT elements: the compiler
-    knows a product with 8 to be a multiple of it, and moves 16 bytes at once."""
+    """Returns the addresses of rows first + offsets of one head, [offsets, BLOCK_C]. Strides count UNIT
+    elements: the compiler knows a product with 8 to be a multiple of it, and moves 16 bytes at once.
+    """
     row = (first + offsets).to(tl.int64)[:, None] * (row_stride * UNIT)
     return pointer + row + head.to(tl.int64) * (head_stride * UNIT) + tl.arange(0, BLOCK_C)[None, :]
 
 
 @triton.jit
 def fetch(tile, MASK: tl.constexpr, mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A tile at its addresses, 0 in columns behind C and, with MASK, in rows not of the mask."""
+    """Loads a tile from its addresses, 0 in columns behind C and, with MASK, in rows not of the mask."""
     inside = (tl.arange(0, BLOCK_C) < C)[None, :]
     if MASK:
         return tl.load(tile, mask=mask[:, None] & inside, other=0.0)
@@ -43,14 +44,15 @@ def fetch(tile, MASK: tl.constexpr, mask, C: tl.constexpr, BLOCK_C: tl.constexpr
 
 @triton.jit
 def fetch_described(descriptor, row, head, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A tile through its descriptor, 0 in columns behind the head's width. Rows behind the sequence's end are
-    those of the next one: the caller masks what comes of them."""
+    """Loads a tile through its descriptor, 0 in columns behind the head's width. Rows behind the sequence's
+    end are those of the next one: the caller masks what comes of them.
+    """
     return descriptor.load([row, head, 0]).reshape(ROWS, BLOCK_C)
 
 
 @triton.jit
 def matmul(a, b, UPCAST: tl.constexpr, acc=None):
-    """a @ b in their own type. UPCAST: in float32, for the interpreter, which multiplies bfloat16's bits."""
+    """Returns a @ b in their dtype; UPCAST: in float32, as the interpreter multiplies bfloat16's bits."""
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc=acc, input_precision="ieee")
@@ -58,8 +60,9 @@ def matmul(a, b, UPCAST: tl.constexpr, acc=None):
 
 @triton.jit
 def scores(a, b, UPCAST: tl.constexpr):
-    """a @ bᵀ, of tiles as wide as a head. NVIDIA GPUs have no matrix instruction for exact float32: a thread
-    would hold whole rows of both, and spill. With parts of the width as a batch it holds less."""
+    """Returns a @ bᵀ of tiles as wide as a head. NVIDIA GPUs have no matrix instruction for exact float32: a
+    thread would hold whole rows of both, and spill. With parts of the width as a batch it holds less.
+    """
     PARTS: tl.constexpr = a.shape[1] // 32
     if UPCAST or a.dtype != tl.float32:
         return matmul(a, b.T, UPCAST)
@@ -69,13 +72,14 @@ def scores(a, b, UPCAST: tl.constexpr):
 
 
 def block_width(width: int) -> int:
-    """Columns of a tile for heads of this width."""
+    """Returns the columns of a tile for heads of this width."""
     return max(LEAST_WIDTH, triton.next_power_of_2(width))
 
 
 def choose_settings(kernel: str, *tensors: Tensor) -> Settings:
-    """The settings for heads such as these. Tensors that no descriptor can describe take those of the row for
-    any target, which fetch through pointers."""
+    """Returns the settings for heads such as these. Tensors that no descriptor can describe take those of the
+    row for any target, which fetch through pointers.
+    """
     x_NHC = tensors[0]
     width = block_width(x_NHC.shape[-1])
     settings = find_settings(kernel, width, x_NHC.dtype, x_NHC.device)
@@ -85,24 +89,24 @@ def choose_settings(kernel: str, *tensors: Tensor) -> Settings:
 
 
 def make_descriptor(x_NHC: Tensor, rows: int) -> TensorDescriptor:
-    """Of tiles of this many rows of one head."""
+    """Makes the descriptor of tiles of this many rows of one head."""
     return TensorDescriptor(
         x_NHC, list(x_NHC.shape), list(x_NHC.stride()), [rows, 1, block_width(x_NHC.shape[-1])]
     )
 
 
 def stride_unit(*tensors: Tensor) -> int:
-    """How many elements the strides of these [N, heads, C] are counted in."""
+    """Returns how many elements are the unit of the strides of these [N, heads, C]."""
     return 1 if any(stride % 8 for x in tensors for stride in x.stride()[:2]) else 8
 
 
 def strides(x_NHC: Tensor, unit: int) -> tuple[int, int]:
-    """From token to token and from head to head, in units."""
+    """Returns the strides from token to token and from head to head, in units."""
     return x_NHC.stride(0) // unit, x_NHC.stride(1) // unit
 
 
 def make_empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Unfilled, on the device of another; tests put guards around it."""
+    """Makes an unfilled tensor on the device of another; tests put guards around it."""
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
@@ -135,7 +139,7 @@ def must_upcast(dtype: torch.dtype) -> bool:
 
 
 def launch_options(settings: Settings) -> dict[str, Any]:
-    """What every launch passes besides arguments."""
+    """Returns what every launch passes besides arguments."""
     return {
         "num_warps": settings.num_warps,
         "num_stages": settings.num_stages,
@@ -144,6 +148,6 @@ def launch_options(settings: Settings) -> dict[str, Any]:
 
 
 def _is_describable(x_NHC: Tensor) -> bool:
-    """Whether the hardware can fetch tiles of it: 16-byte boundaries everywhere."""
+    """Whether the hardware can fetch tiles of a tensor: all its boundaries are at 16 bytes."""
     size = x_NHC.element_size()
     return x_NHC.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x_NHC.stride()[:2])

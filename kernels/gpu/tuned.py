@@ -20,7 +20,7 @@ TRITON = ".".join(triton.__version__.split(".")[:2])
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How one kernel is cut up."""
+    """Sizes of one kernel's tiles and its launch."""
 
     rows: int
     """Rows of a tile: queries, or rows of the residual."""
@@ -30,7 +30,7 @@ class Settings:
     num_stages: int = 1
     """Tiles in flight between memory and a loop."""
     descriptors: bool = False
-    """Tiles are fetched through tensor descriptors (TMA), by sm_90 and later."""
+    """Whether tiles are fetched through tensor descriptors (TMA), by sm_90 and later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +39,20 @@ class Entry:
 
     kernel: str
     target: str
-    """sm_90, gfx942, ... or any."""
+    """Target of the row: sm_90, gfx942, ... or any."""
     triton: str
-    """Major and minor version, or any."""
+    """Major and minor version of Triton, or any."""
     width: int
     """Head width or residual width, the next power of two."""
     dtype: str
-    """half (bfloat16 and float16) or float32."""
+    """Class of the dtype: half (bfloat16 and float16) or float32."""
     settings: Settings
 
 
 def find_settings(
     kernel: str, width: int, dtype: torch.dtype, device: torch.device, *, for_any: bool = False
 ) -> Settings:
-    """The settings a launch takes.
+    """Returns the settings that a launch takes.
 
     Args:
         width: head width, or the residual's; the next power of two is looked up.
@@ -65,12 +65,12 @@ def find_settings(
 
 
 def dtype_class(dtype: torch.dtype) -> str:
-    """float32, or half for bfloat16 and float16, which take the same settings."""
+    """Returns "float32", or "half" for bfloat16 and float16, which take the same settings."""
     return "float32" if dtype == torch.float32 else "half"
 
 
 def read_table(path: Path | None = None) -> list[Entry]:
-    """Every row, in the file's order."""
+    """Reads every row, in the file's order."""
     rows = json.loads((path or TABLE_PATH).read_text())
     return [Entry(**{**row, "settings": Settings(**row["settings"])}) for row in rows]
 

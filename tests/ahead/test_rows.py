@@ -66,7 +66,7 @@ def launch_faults(compiled: list[Compiled]) -> list[str]:
 
 
 def occupancy_faults(compiled: list[Compiled]) -> list[str]:
-    """Which of these leave a multiprocessor too little to do while it waits."""
+    """Returns those that leave a multiprocessor too little to do while it waits."""
     found = []
     for c in compiled:
         warps = c.resources.resident_warps(c.target)
@@ -85,7 +85,7 @@ def occupancy_faults(compiled: list[Compiled]) -> list[str]:
 
 
 def instruction_faults(compiled: list[Compiled]) -> list[str]:
-    """Which of these, tuned for their target, lack the instructions that they were tuned for."""
+    """Returns those that, tuned for their target, lack the instructions that they were tuned for."""
     found = []
     for c in compiled:
         if c.entry.target == "any" or c.entry.dtype == "float32" or c.entry.kernel == "residual_norm":
@@ -100,7 +100,7 @@ def instruction_faults(compiled: list[Compiled]) -> list[str]:
 
 
 def loop_faults(compiled: list[Compiled]) -> list[str]:
-    """Whose main loops are longer than they may be."""
+    """Returns those whose main loops are longer than they may be."""
     found = []
     for c in compiled:
         if c.code is None or not c.code.main_loop:

@@ -41,7 +41,7 @@ class Packed:
 
     @property
     def real_lengths(self) -> list[int]:
-        """Without empty sequences, which the references do not take."""
+        """Lengths without empty sequences, which the references do not take."""
         return [length for length in self.lengths if length]
 
     def scores(self) -> list[Tensor]:

@@ -249,7 +249,7 @@ def test_nothing_to_do(device):
         (lambda p: {"k_NKC": p.k_NKC.transpose(0, 2).contiguous().transpose(0, 2)}, "contiguous"),
         (lambda p: {"scale": 0.0}, "above 0"),
     ],
-)  # fmt: skip
+)
 def test_refusals(change, message, device):
     packed = make_packed((40,), (4, 2), 32, F32, device)
     with pytest.raises(ValueError, match=message):

@@ -43,7 +43,7 @@ def repair_store(path: str | Path) -> Repair:
 
     Raises:
         StoreLockedError: a driver is at work on the store.
-        StoreError, StoreMissingError: as `verify_store`.
+        StoreError, StoreMissingError: there is no store of this format.
     """
     Store.open(path)  # says what is wrong with the path itself
     with driver_lock(path):

@@ -20,7 +20,7 @@ from ..writing.commit import Store
 from .reader import open_array, to_float32
 from .windows import Chunk, Gather, Window, iter_gathers
 
-_SCANNED_ROWS = 1 << 22  # of a coordinate, at a time
+_SCANNED_ROWS = 1 << 22  # rows of a coordinate at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ class Batches:
         self._is_bfloat16 = metadata["attributes"].get("bits_of") == "bfloat16"
         self._counts, self._picks = _rows_of_chunks(store, self._chunk_rows)
         filled = np.flatnonzero(self._counts)
-        self.has_rows = len(filled) > 0  # of any rank
-        # of all pairs of a chunk and a depth
+        self.has_rows = len(filled) > 0  # whatever the rank
+        # a random order of all pairs of a chunk and a depth
         pairs = np.random.default_rng([order.seed, order.epoch]).permutation(len(filled) * len(places))
         pairs = pairs[order.rank :: order.num_ranks]
         self._chunks, self._places = filled[pairs // len(places)], np.array(places)[pairs % len(places)]

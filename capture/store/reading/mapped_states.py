@@ -19,11 +19,11 @@ from ....errors import StoreError
 from .memory_map import Mapping
 
 Key = tuple[slice | np.ndarray, ...]
-"""For each axis a slice of step 1 with both ends, or int64 [n]; nothing negative."""
+"""Keys of all axes: for each a slice of step 1 with both ends, or int64 [n]; nothing negative."""
 
 _REGION_SHARDS = 1024  # mapped together; at 512 MiB a shard half a TiB of addresses, of 128 that there are
 _MAX_REGIONS = 48  # a process may have 65530 maps
-_BLOCK_BYTES = 64 << 20  # of rows of which only a part is wanted
+_BLOCK_BYTES = 64 << 20  # rows copied at a time if only a part of each is wanted
 _DTYPES = ("uint16", "float16", "float32", "float64")
 _NO_CHUNK = 2**64 - 1
 _MISSING, _UNKNOWN = -1, -2
@@ -177,7 +177,7 @@ class _Region:
         num_bytes = math.prod(self._grid) * self._chunk_rows * self._row_bytes + self._index_bytes + 4
         self._mapping = Mapping(num_shards, num_bytes, self._row_bytes)
         self._rows = self._mapping.data.view(array.dtype).reshape(-1, *array.row_shape)
-        # of each chunk: place of its first row among those
+        # place of each chunk's first row among those
         self._source = np.full((num_shards * self._grid[0], self._grid[1]), _UNKNOWN, np.int64)
         self._lock = threading.Lock()
 
@@ -185,7 +185,7 @@ class _Region:
         """Copies neighbouring rows into out."""
         at = first // self._chunk_rows
         if stop <= (at + 1) * self._chunk_rows and (source := int(self._source[at, depth])) >= 0:
-            source += first - at * self._chunk_rows  # of one chunk: in no more time than a plain map takes
+            source += first - at * self._chunk_rows  # rows of one chunk take no more time than a plain map
             self._mapping.will_need_run(source * self._row_bytes, (stop - first) * self._row_bytes)
             out[:] = self._rows[source : source + stop - first]
             return

@@ -170,7 +170,7 @@ class _UnitRows(BackendArray):
                 values[is_done] = self._source.read((rows[is_done], *rest))
             return values
         edges = np.flatnonzero(np.diff(is_done, prepend=False, append=False)) + units[0]
-        for first, stop in edges.reshape(-1, 2).tolist():  # of committed units that are neighbours
+        for first, stop in edges.reshape(-1, 2).tolist():  # runs of neighbouring committed units
             here = slice(max(first * unit_rows, rows.start), min(stop * unit_rows, rows.stop))
             values[here.start - rows.start : here.stop - rows.start] = self._source.read((here, *rest))
         return values

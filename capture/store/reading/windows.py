@@ -20,7 +20,7 @@ from .mapped_states import MappedArray
 
 _LIBRARY_READERS = 4  # chunks that are decoded or fetched at once
 _MOST_COPIERS = 4  # threads; one alone does not fill the memory's bandwidth
-_COPIER_BYTES = 1 << 20  # of a batch, at least, before another thread is worth waking
+_COPIER_BYTES = 1 << 20  # least part of a batch for which another thread is worth waking
 
 Gather = Callable[[np.ndarray, np.ndarray], None]
 """Rows at these places of a window, into an array [rows, hidden]."""

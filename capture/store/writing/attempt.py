@@ -87,7 +87,7 @@ class Attempt:
         """Writes one array piece by piece; it is closed at commit.
 
         Args:
-            options: as ShardWriter takes them.
+            options: options of ShardWriter.
         """
         self._writers[name] = ShardWriter(self.store.arrays[name], self._open_sinks(name), **options)
         return self._writers[name]

@@ -38,8 +38,8 @@ class ShardWriter:
     Args:
         metadata: the array's, as zarr-python made it from an ArraySpec with codec none or lossless.
         sinks: one for each of the unit's shards, in order.
-        ring: of buffers of `buffer_bytes`; without it the writer makes a small one.
-        num_threads: that write; by default 2 to 4, as there are processors.
+        ring: ring of buffers of `buffer_bytes`; without it the writer makes a small one.
+        num_threads: number of writing threads; by default 2 to 4, as there are processors.
     Raises:
         ValueError: an array of another layout.
     """
@@ -98,7 +98,7 @@ class ShardWriter:
         """Hands rows over; the buffer is the ring's again, and not to be touched.
 
         Args:
-            place: which `buffer_rows` of the unit's rows these are, from 0.
+            place: number of these `buffer_rows` among those of the unit's rows, from 0.
             depth: place on axis 1.
             num_rows: rows that were filled, from the first; fewer only where the unit ends.
             ready: called before the buffer is read, by the writing thread; waits for a copy to end.
