@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .depths import Depths, Places
+from .depth_axis import Depths, Places
 from .folds import finite_mean
 from .streaming import Arrays
 

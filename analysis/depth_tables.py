@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from .depths import depths_of
+from .depth_axis import depths_of
 from .measures import MEASURES
 
 

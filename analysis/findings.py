@@ -12,8 +12,8 @@ from ..capture.store.plan import StoredPlan, plan_of
 from ..errors import CannotTellError, NothingCapturedError
 from .answers.feedforward import Reference, choose_reference
 from .answers.stages import STAGE_MEASURES, gathered
+from .depth_axis import Depths, depths_of, loops_apart
 from .depth_tables import depth_table
-from .depths import Depths, depths_of, loops_apart
 from .measures import MEASURES, as_analyses, assembled
 from .registry import ANALYSES
 from .streaming import as_dataset

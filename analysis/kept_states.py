@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 
 from ..errors import CannotTellError
-from .depths import Depths
+from .depth_axis import Depths
 
 
 def core_states(dataset: xr.Dataset, depths: Depths) -> tuple[np.ndarray, np.ndarray]:

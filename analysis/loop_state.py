@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from .depths import Depths
+from .depth_axis import Depths
 from .folds import finite_mean
 
 

@@ -17,7 +17,7 @@ import xarray as xr
 from ..capture.store.quantities import QUANTITIES
 from ..errors import UnfitError
 from . import by_head
-from .depths import Depths
+from .depth_axis import Depths
 from .folds import STATISTICS, MaxFold, MeanFold, MedianFold, finite_mean, ratio
 from .loop_state import mean_at_loop_state, settled_share, to_depths
 from .streaming import Arrays, as_dataset

@@ -14,7 +14,7 @@ import xarray as xr
 from ..capture.store.plan import plan_of
 from .answers.rates import slowest_half_life
 from .answers.stages import STAGE_MEASURES
-from .depths import Depths, depths_of
+from .depth_axis import Depths, depths_of
 from .measures import MEASURES
 from .questions import CONVERGED, DISTINCT, REPEATED, SETTLED, STABLE, Question
 from .thresholds import EPSILON, rounding_step

@@ -17,7 +17,7 @@ import xarray as xr
 from ..capture.store.plan import plan_of
 from ..capture.store.quantities import QUANTITIES
 from ..errors import CannotTellError, NothingCapturedError
-from .depths import Depths, depths_of
+from .depth_axis import Depths, depths_of
 from .kept_states import advice
 from .streaming import Arrays, as_dataset, iter_sequences
 

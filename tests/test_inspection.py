@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from looptap.analysis.depths import depths_of
+from looptap.analysis.depth_axis import depths_of
 from looptap.analysis.figures.attention_maps import MOST_MAPS, choose, left_out, seen, strongest, thinned
 from looptap.analysis.pages.inspection import visible, write_inspection
 from looptap.capture.prompt import inspect_prompt

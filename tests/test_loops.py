@@ -9,7 +9,7 @@ from looptap.analysis.answers.distinctness import distinctness
 from looptap.analysis.answers.limits import limits
 from looptap.analysis.answers.rates import rates
 from looptap.analysis.answers.two_scale import acceleration, two_scale
-from looptap.analysis.depths import Depths, depths_of, of_loop
+from looptap.analysis.depth_axis import Depths, depths_of, of_loop
 from looptap.analysis.findings import find
 from looptap.analysis.measures import MEASURES, measure
 from looptap.errors import CannotTellError

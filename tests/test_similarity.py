@@ -9,7 +9,7 @@ from looptap.analysis.answers.similarity import (
     attention_distance,
     residual_similarity,
 )
-from looptap.analysis.depths import depths_of
+from looptap.analysis.depth_axis import depths_of
 from looptap.analysis.folds import BAND_Z
 from looptap.analysis.walk import walk
 from looptap.errors import CannotTellError

@@ -21,7 +21,7 @@ import numpy as np
 import xarray as xr
 
 from ...errors import CannotTellError
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..kept_states import core_states, last_rows, num_kept, position_of, row_of
 from ..state_rows import decoded
 from ..streaming import Arrays

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from ...errors import CannotTellError
-from ..depths import Depths, depths_of
+from ..depth_axis import Depths, depths_of
 from ..folds import STATISTICS, MeanFold
 from ..kept_states import advice, kept_depths
 from ..streaming import Arrays, as_dataset

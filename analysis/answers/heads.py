@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from .. import by_head
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..folds import STATISTICS, MeanFold
 from ..measures import MEASURES
 from ..streaming import Arrays

@@ -12,7 +12,7 @@ import xarray as xr
 
 from ...capture.store.plan import plan_of
 from ...errors import CannotTellError, NoNeuronsError
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..streaming import Arrays
 from ..walk import Analysis, answer
 

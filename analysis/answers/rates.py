@@ -13,7 +13,7 @@ import xarray as xr
 
 from ...capture.store.plan import plan_of
 from ...errors import CannotTellError
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..folds import STATISTICS, MeanFold, MedianFold, finite_mean
 from ..streaming import Arrays
 from ..thresholds import EPSILON, ROUNDING_STEPS, rounding_step

@@ -14,7 +14,7 @@ import xarray as xr
 
 from ...capture.store.quantities import QUANTITIES
 from ...errors import CannotTellError
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..folds import STATISTICS, MeanFold
 from ..streaming import Arrays
 from ..walk import Analysis, answer

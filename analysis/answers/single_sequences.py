@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..measures import MEASURES
 from ..streaming import Arrays
 from ..walk import Analysis, merged, walk

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 
 from ...errors import CannotTellError, UnfitError
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..folds import STATISTICS, MeanFold
 from ..measures import MEASURES, measure
 from ..streaming import Arrays

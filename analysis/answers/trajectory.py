@@ -13,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from ...errors import CannotTellError
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..kept_states import core_states, last_rows, position_of, row_of
 from ..state_rows import decoded
 from ..streaming import Arrays

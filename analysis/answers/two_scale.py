@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 
 from ...errors import CannotTellError
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..folds import STATISTICS, MeanFold, finite_mean, ratio
 from ..streaming import Arrays
 from ..walk import Analysis, answer

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..depths import Depths
+from ..depth_axis import Depths
 from .words import number, place
 
 WEIGHT_COLORS = ("#f4f5f7", "#c9dbea", "#86b0d3", "#3f7fb5", "#1d4d8c", "#0a1f4d")

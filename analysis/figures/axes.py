@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..findings import TIMES
 
 STAGE_COLORS = {"prelude": "#e3ebf4", "core": "#f4f3ef", "coda": "#f3e6e1"}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..depths import Depths
+from ..depth_axis import Depths
 from ..findings import Findings
 from ..measures import MEASURES
 

@@ -19,7 +19,7 @@ from ...capture.store.cell import AXES, cell_of
 from ...capture.store.plan import plan_of
 from ...errors import ArchitectureError
 from ..answers.rates import slowest_half_life
-from ..depths import depths_of
+from ..depth_axis import depths_of
 from ..measures import as_analyses, assembled
 from ..registry import ANALYSES
 from ..streaming import as_dataset

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..depths import stages_of
+from ..depth_axis import stages_of
 from ..figures.axes import value_domain, y_axis
 from ..figures.marks import DEPTH_COLOR, RECURRENCE_COLORS, Figure, Panel, spread_colors
 from ..figures.words import number

@@ -17,7 +17,7 @@ import xarray as xr
 
 from ...capture.store.plan import plan_of
 from ...errors import StudyError
-from ..depths import Depths, depths_of, stages_of
+from ..depth_axis import Depths, depths_of, stages_of
 from ..folds import STATISTICS, MeanFold, finite_mean
 from ..measures import MEASURES, measure
 from ..streaming import Arrays, as_dataset, iter_sequences

@@ -52,7 +52,7 @@ class Depths:
         if len(self.loops) > 1:
             raise CannotTellError(
                 f"the model has {len(self.loops)} loops, {', '.join(self.loop_names)}: this is asked of one "
-                "alone, which looptap.analysis.depths.of_loop gives"
+                "alone, which looptap.analysis.depth_axis.of_loop gives"
             )
         return self.loops[0] if self.loops else np.empty((0, 0), np.int64)
 
