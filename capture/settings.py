@@ -115,7 +115,7 @@ class RunSettings:
     store: Annotated[str | Path, tyro.conf.arg(metavar="PATH")]
     """Directory of the Zarr store to write or to go on with, or s3://bucket/prefix."""
     engine: Literal["local", "ray"] = "local"
-    """Place of the workers: this machine, or a Ray cluster, one on each GPU (on CPUs one on each node)."""
+    """Workers run on this machine, or in a Ray cluster, one on each GPU (on CPUs one on each node)."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="NUMBER")] = None
     """Most workers. With the local engine so many processes, a GPU each or a share of the cores; if not given
     one in this process. With Ray as many as there is room for, if not given."""

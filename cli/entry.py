@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _full_disk(error: OSError) -> int:
-    """Says that there is no room for what no door names: standard output and temporary files."""
+    """Prints that there is no room for standard output or temporary files; returns the exit code."""
     where = error.filename or "standard output or temporary files"
     print(
         f"looptap: no room left for {where} ({error.strerror}): make room and run it again", file=sys.stderr
@@ -64,7 +64,7 @@ def _full_disk(error: OSError) -> int:
 
 
 def _fault() -> int:
-    """Shows the error that is being handled as a fault of looptap."""
+    """Prints the error that is being handled as a fault of looptap; returns the exit code."""
     traceback.print_exc()
     print(
         "looptap: this is a fault of looptap, not of what it was given: please report it with the lines "
@@ -75,5 +75,5 @@ def _fault() -> int:
 
 
 def _leave_stdout() -> None:
-    """Has what is left in its buffer go nowhere, or Python complains as it leaves."""
+    """Sends what is left in stdout's buffer nowhere, since Python would complain about it on exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
