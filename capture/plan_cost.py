@@ -37,7 +37,7 @@ def memory_bytes(plan: Plan) -> int:
     elif plan.gap_method == "run twice":
         batch += plan.longest_batch * kept_bytes(d, plan.quantities, plan.dtype, last_only=True)
     weights = plan.source.num_parameters * itemsize
-    return _RUNTIME_BYTES + weights + 2 * _statistics_bytes(plan) + _ring_bytes(plan) + batch
+    return _RUNTIME_BYTES + weights + 2 * _statistics_bytes(plan) + ring_bytes(plan) + batch
 
 
 def _statistics_bytes(plan: Plan) -> int:
@@ -46,7 +46,7 @@ def _statistics_bytes(plan: Plan) -> int:
     return sum(_num_bytes(spec, spec.unit_rows) for name, spec in specs if name != "state")
 
 
-def _ring_bytes(plan: Plan) -> int:
+def ring_bytes(plan: Plan) -> int:
     """Bytes of the buffers that states go through."""
     if "state" not in plan.quantities:
         return 0

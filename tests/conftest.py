@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# both ask how wide a line is when they are imported, which must not be inside a test that sets COLUMNS
+from looptap.cli import progress as _progress  # noqa: F401
+from looptap.cli import tables as _tables  # noqa: F401
 from looptap.cli.entry import main
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"

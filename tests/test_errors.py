@@ -337,7 +337,7 @@ def test_data_that_the_system_does_not_let_read(monkeypatch, tmp_path, suffix):
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match="data") as caught:
-        make_plan(CaptureSettings(model=TINY, data=path, store=tmp_path / "run.zarr"))
+        make_plan(CaptureSettings.of(model=TINY, data=path, store=tmp_path / "run.zarr"))
     assert caught.value.status == 422
 
 
@@ -358,7 +358,7 @@ def test_heads_that_no_kernel_takes_are_refused_by_the_plan(monkeypatch, tmp_pat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for width, taken in ((48, True), (20, False)):
         spec = f"random:(0,2x3,0)I,width={width},heads=2"
-        wanted = CaptureSettings(
+        wanted = CaptureSettings.of(
             model=spec, data=tmp_path / "data.txt", store=tmp_path / "run.zarr", device="cuda"
         )
         if taken:

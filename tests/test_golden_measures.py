@@ -72,7 +72,7 @@ def replayed(name: str):
                 loop_state = after  # where no rule ends a recurrence, as in what stores no loop state
                 if d.recurrence_end is not None:
                     loop_state = reference[f"loop_state.r{step.recurrence}"].flatten(0, 1)
-                tap.loop_state(step.recurrence, loop_state)
+                tap.loop_state(step, loop_state)
                 head_inputs.append(model.read_out(loop_state))
     sequences = []
     for s in range(S):

@@ -89,7 +89,8 @@ print(json.dumps([find_model(spec).identity() for spec in sys.argv[1:]]))
 """
 MESSAGES = """
 import json, sys
-from looptap.capture.models.load import ModelError, find_model
+from looptap.capture.models.load import find_model
+from looptap.errors import ModelError
 said = {}
 for spec in sys.argv[1:]:
     try:

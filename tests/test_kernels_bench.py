@@ -16,6 +16,7 @@ from looptap.benchmarks import kernels_cpu, materialised
 from looptap.benchmarks.bench_kernels import bench_kernels
 from looptap.benchmarks.bench_settings import KernelsBench
 from looptap.benchmarks.timing import Goal
+from looptap.errors import UnavailableError
 
 MODEL = "random:(1,2,1),width=48,heads=3"
 HAS_TRITON = (sys.platform, platform.machine()) == ("linux", "x86_64")
@@ -100,7 +101,7 @@ def test_senseless_settings_are_refused(settings):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"no GPU was found .* --device cpu"):
+    with pytest.raises(UnavailableError, match=r"no GPU was found .* --device cpu"):
         bench_kernels(KernelsBench(device="cuda"))
 
 

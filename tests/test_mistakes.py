@@ -288,10 +288,10 @@ def test_15_recurrences_keep_their_own_states(name):
     batch, mask_ST, initial_ND = batch_of(name)
     with torch.inference_mode():
         model(batch, tap, initial_ND)
-    by_block = {step[1:3]: state for step, state in tap.residuals.items()}
+    by_block = {(step.stage, step.layer): state for step, state in tap.residuals.items()}
     first = stored(name, "reference")["residual.r0.l0"][mask_ST]
     assert (by_block["core", 0] - first).abs().max() > NOTICED
-    by_address = {step[1:]: state for step, state in tap.residuals.items()}
+    by_address = {(step.stage, step.layer, step.recurrence): state for step, state in tap.residuals.items()}
     assert (by_address["core", 0, 0] - first).abs().max() < 1e-4
 
 

@@ -230,14 +230,14 @@ def test_the_hash_is_that_of_stores_begun_before(tmp_path, model, changes, wante
     settings = CaptureSettings.of(
         model=str(GOLDEN / model), data=tmp_path / "ids.npy", store=tmp_path / "s", device="cpu", **changes
     )
-    assert make_plan(settings).document()["hash"] == wanted
+    assert make_plan(settings).stored().hash == wanted
 
 
 def test_a_plan_of_what_is_at_hand_is_that_of_the_names(settings):
     wanted = make_plan(settings)
     (source, dataset), gone = (wanted.source, wanted.dataset), settings.data.data.with_name("gone.txt")
     plan = make_plan(settings.but(model="no/model", data=gone), source, dataset)
-    assert plan.document()["hash"] == wanted.document()["hash"]
+    assert plan.stored().hash == wanted.stored().hash
     assert plan.dataset is dataset and plan.source is source
     with pytest.raises(ValueError, match="row 2 has 30 tokens and a unit of 29"):
         make_plan(settings.but(unit_tokens=29), source, dataset)

@@ -14,7 +14,7 @@ import xarray as xr
 import zarr
 
 from looptap.benchmarks.bare_plan import bare_plan
-from looptap.capture.store.care.status import store_status
+from looptap.capture.store.care.status import StoreStatus, store_status
 from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.keys import LEDGER, STAGING
 from looptap.capture.store.layout import (
@@ -24,6 +24,7 @@ from looptap.capture.store.layout import (
     inner_rows,
     store_exists,
 )
+from looptap.capture.store.places.lock import driver_lock
 from looptap.capture.store.plan import StoredSettings, plan_differences
 from looptap.capture.store.quantities import QUANTITIES, resolve_quantities
 from looptap.capture.store.reading.reader import iter_units, open_store
@@ -358,6 +359,12 @@ def test_status(tmp_path):
     assert status.last_commit == entries[1]["committed"] and not status.complete
     (failure,) = status.failures
     assert (failure.unit, failure.attempt, failure.error) == (1, 1, "ValueError: out of memory")
+    assert not failure.done and failure.host and failure.time and status.driver is None
+    with driver_lock(store.path):
+        at_work = store_status(store.path)
+    assert at_work.driver is not None and at_work.driver.pid == os.getpid()
+    for each in (status, at_work):
+        assert StoreStatus.from_json(json.loads(json.dumps(each.to_json()))) == each
 
 
 def flip(path: Path) -> None:
