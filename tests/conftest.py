@@ -1,5 +1,6 @@
 """Commands that must be refused, for the tests of bad input; and what must not run beside other tests."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -8,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# both ask how wide a line is when they are imported, which must not be inside a test that sets COLUMNS
-from looptap.cli import progress as _progress  # noqa: F401
-from looptap.cli import tables as _tables  # noqa: F401
 from looptap.cli.entry import main
+
+# pytest-xdist tells its workers that lines are 80 wide; then output would be broken as on a terminal
+os.environ.pop("COLUMNS", None)
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
