@@ -43,6 +43,8 @@ def _attempts(path: Path, num_units: int) -> dict[int, list[int]]:
 
     found: dict[int, list[int]] = {unit: [] for unit in range(num_units)}
     for name in os.listdir(path / ATTEMPTS):
+        if name.startswith("."):  # a note that was being written when its writer was killed
+            continue
         unit, number = map(int, name.split("."))
         found[unit].append(number)
     return {unit: sorted(numbers) for unit, numbers in found.items()}
