@@ -24,10 +24,10 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## capture a small looped model and write a report; no download after set-up
 	$(VENV)/bin/looptap demo
 
-check: lint  ## lint, types and the quick tests: three minutes
+check: lint  ## lint, types and the quick tests
 	$(beside) -m 'not slow and not alone and not full'
 
-test: lint  ## lint, types and tests, of the kernels where they changed: ten minutes
+test: lint  ## lint, types and tests, of the kernels where they changed: a quarter of an hour
 	$(beside) -m 'not alone and not full'
 	$(VENV)/bin/python -m pytest $(but_kernels) -m 'alone and not full'
 	$(kernels_in_test)
