@@ -7,7 +7,7 @@ and no code of the directory is run.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,21 +20,36 @@ from .description import Description
 from .families import find_family
 from .model import LoopedModel, rotary_frequencies, rotary_table
 from .sources import COMPUTED, Copy, Source
-from .stored_tensors import DTYPES, StoredTensor, hash_and_check, listed, read_headers, read_json
+from .stored_tensors import (
+    DTYPES,
+    StoredTensor,
+    TensorHeader,
+    hash_and_check,
+    listed,
+    read_header,
+    read_headers,
+    read_json,
+)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checked directory; nothing but headers was read so far."""
+class CheckedHeaders:
+    """What the config and the headers of a model say, which was found to fit together."""
 
-    path: Path
     description: Description
     """The model as its files describe it; a caller may add a loop or another recurrence count."""
     sources: tuple[Source, ...]
     copies: tuple[Copy, ...]
     """Tensors of the files that repeat what is known without them."""
-    tensors: dict[str, StoredTensor]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Checkpoint(CheckedHeaders):
+    """A checked directory; nothing but headers was read so far."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
 
     @property
     def name(self) -> str:
@@ -123,9 +138,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ModelError: anything missing, damaged, contradictory or of an unknown wiring; names the file and
             tensors.
     """
-    config = Config(path / "config.json", read_json(path / "config.json"))
+    config = read_config(path)
+    tensors = read_headers(path, read_header)
+    return Checkpoint(**vars(check_headers(config, tensors)), path=path, tensors=tensors)
+
+
+def read_config(path: Path) -> Config:
+    """Reads config.json of a directory.
+
+    Raises:
+        ModelError: as `read_json`.
+    """
+    return Config(path / "config.json", read_json(path / "config.json"))
+
+
+def check_headers(config: Config, tensors: Mapping[str, TensorHeader]) -> CheckedHeaders:
+    """Holds the tensors of a model to its config.
+
+    Raises:
+        ModelError: contradictory or of an unknown wiring; names the file and tensors.
+    """
+    path = config.path.parent
     kind, family = find_family(config)
-    tensors = read_headers(path)
     try:
         description = family.describe(config, tensors.keys())
     except DescriptionError as error:
@@ -134,18 +168,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     copies = [copy for copy in family.copies(description) if copy.tensor in tensors]
     _check_tensors(path, kind, [*sources, *copies], tensors)
     computed = {copy.tensor for copy in copies if copy.of in COMPUTED}
-    return Checkpoint(
-        path=path,
-        description=description,
-        sources=tuple(sources),
-        copies=tuple(copies),
-        tensors=tensors,
-        dtype=_common_dtype(path, tensors, computed),
-    )
+    dtype = _common_dtype(path, tensors, computed)
+    return CheckedHeaders(description, tuple(sources), tuple(copies), dtype)
 
 
 def _check_tensors(
-    path: Path, kind: str, wanted: list[Source | Copy], tensors: dict[str, StoredTensor]
+    path: Path, kind: str, wanted: list[Source | Copy], tensors: Mapping[str, TensorHeader]
 ) -> None:
     """Refuses a set of tensors, or shapes of them, other than the wanted."""
     shapes = {source.tensor: source.shape for source in wanted}
@@ -162,14 +190,14 @@ def _check_tensors(
         )
 
 
-def _other_shapes(shapes: dict[str, tuple[int, ...]], tensors: dict[str, StoredTensor]) -> Iterator[str]:
+def _other_shapes(shapes: dict[str, tuple[int, ...]], tensors: Mapping[str, TensorHeader]) -> Iterator[str]:
     for name, shape in shapes.items():
         if name in tensors and (found := tensors[name]).shape != shape:
             says = f"{name} is {list(found.shape)} where the config says {list(shape)}"
             yield f"{says} (in {found.path.name})"
 
 
-def _common_dtype(path: Path, tensors: dict[str, StoredTensor], computed: set[str]) -> torch.dtype:
+def _common_dtype(path: Path, tensors: Mapping[str, TensorHeader], computed: set[str]) -> torch.dtype:
     """Returns the dtype of all matrices; vectors and what is computed may be float32 beside narrower ones."""
     counts = Counter(tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1)
     counts -= Counter(tensors[name].dtype for name in computed if len(tensors[name].shape) > 1)

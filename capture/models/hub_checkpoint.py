@@ -4,19 +4,23 @@ The headers of the weights come first, by ranged reads: a model that cannot be r
 info` answers, before gigabytes are fetched.
 """
 
-import json
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...errors import ModelError
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import CheckedHeaders, Checkpoint, check_headers, open_checkpoint, read_config
 from .description import Description
-from .hub import CONFIG, INDEX, TOKENIZER, Snapshot, fetch_model, fetch_weights, lacking, one_message
+from .hub import TOKENIZER, Snapshot, fetch_model, fetch_weights, lacking, one_message
 from .model import LoopedModel
+from .stored_tensors import TensorHeader, read_header, read_headers
+
+if TYPE_CHECKING:
+    from huggingface_hub.utils import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,7 @@ class HubCheckpoint:
     """A checked model of the Hub; its weights are fetched when they are first needed."""
 
     snapshot: Snapshot
-    headers: Checkpoint
-    """The checkpoint as its headers describe it; weights cannot be loaded from it."""
+    headers: CheckedHeaders
     num_bytes: int
     """Bytes of the weights that were not in the cache when the headers were read."""
 
@@ -72,46 +75,30 @@ def open_hub(spec: str) -> HubCheckpoint:
     Raises:
         ModelError: what `fetch_model` and `open_checkpoint` refuse.
     """
-    snapshot = fetch_model(spec)
-    if not snapshot.missing:
-        return HubCheckpoint(snapshot, open_checkpoint(snapshot.path), 0)
-    with tempfile.TemporaryDirectory() as directory:
-        num_bytes = _write_stand_ins(snapshot, Path(directory))
-        try:
-            return HubCheckpoint(snapshot, open_checkpoint(Path(directory)), num_bytes)
-        except ModelError as error:
-            raise type(error)(str(error).replace(directory, snapshot.id)) from error
+    snapshot, sizes = fetch_model(spec), {}
+
+    def read_either_header(path: Path) -> Sequence[TensorHeader]:
+        if path.is_file():
+            return read_header(path)
+        header = _read_remote_header(snapshot, path.name)
+        sizes[path.name] = max((info.data_offsets[1] for info in header.values()), default=0)
+        return [TensorHeader(name, path, tuple(info.shape), info.dtype) for name, info in header.items()]
+
+    try:
+        headers = check_headers(read_config(snapshot.path), read_headers(snapshot.path, read_either_header))
+    except ModelError as error:
+        raise type(error)(str(error).replace(str(snapshot.path), snapshot.id)) from error
+    return HubCheckpoint(snapshot, headers, sum(sizes.values()))
 
 
-def _write_stand_ins(snapshot: Snapshot, directory: Path) -> int:
-    """Puts the snapshot's files in a directory, with holes where weights are not in the cache yet.
-
-    A hole in a file takes no disk, and the headers are checked by the code that checks any directory.
-
-    Returns:
-        the bytes that are holes.
-    """
+def _read_remote_header(snapshot: Snapshot, name: str) -> dict[str, "TensorInfo"]:
+    """Reads the header of a file of the Hub, by ranged reads."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
-    for name in (CONFIG, INDEX, *snapshot.weights):
-        if (snapshot.path / name).is_file():
-            (directory / name).symlink_to((snapshot.path / name).absolute())
-    num_bytes = 0
-    for name in snapshot.missing:
-        with one_message(snapshot.id):
-            try:
-                found = HfApi().parse_safetensors_file_metadata(snapshot.id, name, revision=snapshot.commit)
-            except EntryNotFoundError:
-                raise lacking(snapshot.id, name, snapshot.commit) from None
-        tensors = {
-            tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
-            for tensor, info in found.tensors.items()
-        }
-        header = json.dumps(tensors).encode()
-        end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
-        with (directory / name).open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + end)
-        num_bytes += end
-    return num_bytes
+    with one_message(snapshot.id):
+        try:
+            found = HfApi().parse_safetensors_file_metadata(snapshot.id, name, revision=snapshot.commit)
+        except EntryNotFoundError:
+            raise lacking(snapshot.id, name, snapshot.commit) from None
+    return found.tensors

@@ -7,10 +7,11 @@ and that the file is as long as they say.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,14 +24,20 @@ _PIECE_BYTES = 2**21
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file, known by its header; its numbers are read by `pieces`."""
+class TensorHeader:
+    """One tensor as the header of its file describes it; the file may lie elsewhere yet."""
 
     name: str
     path: Path
     shape: tuple[int, ...]
     dtype: str
     """Name of the dtype in safetensors; `DTYPES` has those that are read."""
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorHeader):
+    """One tensor of a file that is here; its numbers are read by `pieces`."""
+
     first_byte: int
     """Offset of the first byte from the start of the file."""
 
@@ -72,13 +79,21 @@ class StoredTensor:
             )
 
 
-def read_headers(path: Path) -> dict[str, StoredTensor]:
+Header = TypeVar("Header", bound=TensorHeader)
+
+
+def read_headers(path: Path, read_header: Callable[[Path], Sequence[Header]]) -> dict[str, Header]:
     """Reads the headers of a directory's weights, in one file or in the shards that its index names.
+
+    Args:
+        path: the directory.
+        read_header: returns the tensors of one of its files.
 
     Raises:
         ModelError: files missing, damaged, cut short or contradictory.
     """
-    index_path, single_path = path / "model.safetensors.index.json", path / "model.safetensors"
+    index_path = path / "model.safetensors.index.json"
+    weight_map, files = None, ["model.safetensors"]
     if index_path.is_file():
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -87,20 +102,14 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
         if strange := [name for name in named if name in ("", "..") or Path(str(name)).name != name]:
             raise ModelError(f"{index_path} names {strange[0]!r}, which is no file of this directory")
         files = sorted(set(named))
-    elif single_path.is_file():
-        weight_map, files = None, [single_path.name]
-    else:
-        raise ModelMissingError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, Header] = {}
     for name in files:
         try:
-            tensors = _read_header(path / name)
+            tensors = read_header(path / name)
         except FileNotFoundError:
+            if weight_map is None:
+                raise ModelMissingError(f"{path} holds neither {name} nor {index_path.name}") from None
             raise ModelMissingError(f"{path / name} is missing, and {index_path.name} names it") from None
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path / name} is damaged or cut short ({path.joinpath(name).stat().st_size} bytes): {error}"
-            ) from error
         for tensor in tensors:
             if (twice := found.get(tensor.name)) is not None:
                 raise ModelError(f"{path}: {tensor.name} is in both {twice.path.name} and {name}")
@@ -110,13 +119,23 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
-    """Reads the header of one file; returns its tensors."""
-    with safe_open(path, framework="pt") as checked:
-        names = list(checked.keys())
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+def read_header(path: Path) -> list[StoredTensor]:
+    """Reads the header of one safetensors file; returns its tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ModelError: damaged or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt") as checked:
+            names = list(checked.keys())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged or cut short ({path.stat().st_size} bytes): {error}") from error
     return [
         StoredTensor(
             name,
