@@ -222,10 +222,14 @@ class BucketMissingError(StoreError):
     status = 404
 
 
-class StoreUnreachableError(StoreError):
-    """An object store does not answer, or cannot be reached from here."""
+class StoreUnreadableError(StoreError):
+    """Bytes of a store could not be read, which does not say that they are damaged."""
 
     status = 503
+
+
+class StoreUnreachableError(StoreUnreadableError):
+    """An object store does not answer, or cannot be reached from here."""
 
 
 class StoreFullError(StoreError):

@@ -10,12 +10,14 @@ from typing import Any
 from ..errors import NoRoomError, OtherPlanError, StoreLockedError, os_errors_named
 from .engines.drive import POLL_S
 from .engines.engine import open_engine, run_units
-from .engines.events import Event, RunBegan, UnitDone, UnitFailed
+from .engines.events import Event, FilesRestored, RunBegan, UnitDone, UnitFailed
 from .plan import Plan
 from .plan_cost import disk_bytes
 from .probes.neurons import logit_moments, summarise
 from .store.care.repair import clean
-from .store.layout import create_store, store_exists
+from .store.care.restore import restore_planned
+from .store.group import store_exists
+from .store.layout import create_store
 from .store.places.lock import driver_lock
 from .store.places.open import open_place
 from .store.plan import plan_differences
@@ -92,9 +94,12 @@ def run_capture(
             stack.enter_context(open_engine(plan))
         store = _checked_store(plan, begun)
         lock = stack.enter_context(driver_lock(plan.store))
-        todo = store.todo()
         with os_errors_named(store.place.address, "written"):
+            restored = restore_planned(store, plan.coordinates()) if begun is not None else []
             clean(store)
+        if restored:
+            on_event(FilesRestored(restored))
+        todo = store.todo()
         on_event(RunBegan(store.num_units, store.num_units - len(todo)))
         if todo and has_work:
             for event in run_units(plan, store, todo, _watching(lambda: lock.held, store, goes_on)):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import zarr
 from torch import Tensor
 
 from .models.interventions import Interventions
@@ -17,6 +16,7 @@ from .models.starts import StatesFile, initial_state, prelude_direction
 from .models.tap import Packed, Plain
 from .selection import select_halves
 from .store.quantities import QUANTITIES
+from .store.reading.coordinates import Coordinates
 from .store.writing.attempt import Attempt, begin_attempt
 from .store.writing.commit import Store
 from .store.writing.ring import Ring
@@ -57,12 +57,10 @@ class Worker:
         self.model = model
         self._initial_states = initial_states
         self._zeroed = select_halves(self._settings.zero, model.description)
-        self._group = store.group()
+        self._coordinates = Coordinates(store)
         self._ring: Ring | None = None  # made for the first unit, and used for all
         has_states = "state" in self._settings.quantities
-        self._state_depths: list[int] = (
-            np.asarray(self._array("state_depth")[:]).tolist() if has_states else []
-        )
+        self._state_depths: list[int] = self._coordinates.rows("state_depth").tolist() if has_states else []
 
     def run(self, unit: int) -> dict[str, Any]:
         """Captures and commits one unit; returns its ledger entry. An error is noted with the attempt."""
@@ -110,9 +108,9 @@ class Worker:
 
     def _sequences(self, unit: int) -> list[_Sequence]:
         C, Q = self._plan.unit_tokens, self._plan.unit_sequences
-        here = slice(unit * Q, (unit + 1) * Q)
-        ids = np.asarray(self._array("token_id")[unit * C : (unit + 1) * C])
-        columns = (np.asarray(self._array(f"sequence_{name}")[here]) for name in ("id", "start", "length"))
+        read = self._coordinates.rows
+        ids = read("token_id", unit * C, (unit + 1) * C)
+        columns = (read(f"sequence_{name}", unit * Q, (unit + 1) * Q) for name in ("id", "start", "length"))
         return [
             _Sequence(int(sequence_id), int(start) - unit * C, ids[start - unit * C :][:length])
             for sequence_id, start, length in zip(*columns, strict=True)
@@ -213,13 +211,8 @@ class Worker:
         rows, C = self._plan.num_state_rows, self._plan.unit_tokens
         if rows is None:
             return np.arange(sum(len(sequence.token_ids) for sequence in sequences))
-        slots = np.asarray(self._array("state_token")[unit * rows : (unit + 1) * rows])
+        slots = self._coordinates.rows("state_token", unit * rows, (unit + 1) * rows)
         return slots[slots >= 0] - unit * C
-
-    def _array(self, name: str) -> zarr.Array[Any]:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        return array
 
 
 def _undefined(name: str, sizes: dict[str, int], device: torch.device) -> Tensor:

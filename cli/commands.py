@@ -79,8 +79,9 @@ def verify(store: StorePath, repair: Annotated[bool, FlagCreatePairsOff] = False
     Exit code 1 if a file is not what was committed, or if units are missing.
 
     Args:
-        repair: Void units that are not as they were written, so that the capture's command runs them again,
-            and remove what killed attempts left.
+        repair: Void units that are not as they were written, so that the capture's command runs them again;
+            write again what the plan tells; remove what killed attempts left. What cannot be read, and what
+            is no file of the store, stays as it is.
     """
     from ..capture.store.care.repair import repair_store
     from ..capture.store.care.verify import verify_store
@@ -89,7 +90,7 @@ def verify(store: StorePath, repair: Annotated[bool, FlagCreatePairsOff] = False
     if repair:
         repaired = repair_store(store)
         print_repaired(repaired)
-        return 1 if repaired.irreparable or repaired.units_missing else 0
+        return 1 if repaired.irreparable or repaired.unread or repaired.units_missing else 0
     found = verify_store(store)
     print_verified(found)
     return 0 if found.ok and not found.units_missing else 1

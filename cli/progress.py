@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from ..capture.engines.events import (
     Event,
+    FilesRestored,
     RunBegan,
     SlowUnit,
     UnitDone,
@@ -158,6 +159,9 @@ def _to_line(event: Event) -> str | None:
             return f"worker {worker} could not be started: {why}"
         case SlowUnit(unit=unit, where=where, seconds=seconds, median_s=median_s):
             return f"unit {unit} takes {seconds:.0f} s on {where}; units take {median_s:.1f} s"
+        case FilesRestored(files=files):
+            more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+            return f"written again, as they were damaged or lost: {', '.join(files[:3])}{more}"
     return None
 
 

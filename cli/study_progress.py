@@ -12,7 +12,7 @@ from ..capture.engines.events import Event, UnitFailed, WorkerJoined
 from ..capture.plan import Plan
 from ..capture.plan_cost import disk_bytes, memory_bytes
 from ..capture.run import Outcome, run_capture
-from ..capture.store.layout import store_exists
+from ..capture.store.group import store_exists
 from ..capture.store.writing.commit import Store
 from ..capture.studies.estimate import expected_seconds
 from .progress import LINE_S, Halt, console

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..capture.probes.contraction import Contraction
 from ..capture.prompt import Inspection
 from ..capture.store.care.repair import Repair
 from ..capture.store.care.status import StoreStatus
-from ..capture.store.care.verify import Report
+from ..capture.store.care.verify import Problem, Report
 from ..capture.store.plan import StoredSettings, plan_of
 from ..capture.store.quantities import QUANTITIES
 from ..capture.store.writing.commit import Store
@@ -63,17 +64,43 @@ def print_verified(report: Report) -> None:
     )
     for problem in report.problems:
         console.print(f"  {problem}", style="red")
+    _print_unread(report.unread)
     if report.uncommitted:
         console.print(
-            f"  {len(report.uncommitted)} files belong to no committed unit; the next run replaces them"
+            f"  {len(report.uncommitted)} files belong to no committed unit; the next run replaces them: "
+            f"{_first(report.uncommitted)}"
         )
+    if report.drafts:
+        console.print(
+            f"  {len(report.drafts)} attempts are writing, or were killed while they wrote; the next run "
+            f"removes what those left: {_first(report.drafts)}"
+        )
+    _print_foreign(report.foreign)
     if missing:
         console.print(f"  {missing} units are missing; the capture's command continues it")
-    if not report.ok:
+    if report.problems:
         console.print("  looptap verify --repair undoes the units that are damaged")
-    console.print(
-        "every committed file is as it was written" if report.ok else f"{len(report.problems)} problems"
-    )
+    if report.ok:
+        console.print("every committed file is as it was written")
+    else:
+        unread = f", {len(report.unread)} files could not be read" if report.unread else ""
+        console.print(f"{len(report.problems)} problems{unread}")
+
+
+def _print_unread(unread: Sequence[Problem]) -> None:
+    for problem in unread:
+        console.print(f"  {problem.file} could not be read and may be sound: {problem.what}", style="red")
+
+
+def _print_foreign(foreign: Sequence[str]) -> None:
+    if foreign:
+        console.print(
+            f"  {len(foreign)} names are of no file of this store, and are left alone: {_first(foreign)}"
+        )
+
+
+def _first(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def print_repaired(repair: Repair) -> None:
@@ -81,8 +108,10 @@ def print_repaired(repair: Repair) -> None:
     console.print(f"{repair.path}: {len(repair.problems)} problems")
     for problem in repair.problems:
         console.print(f"  {problem}", style="red")
+    _print_unread(repair.unread)
+    _print_foreign(repair.foreign)
     for file in repair.files_restored:
-        console.print(f"  {file} was written again from its copy")
+        console.print(f"  {file} was written again from what the rest of the store tells")
     if repair.files_removed:
         console.print(f"  {repair.files_removed} files of no committed unit were removed")
     if repair.units_voided:
@@ -90,8 +119,8 @@ def print_repaired(repair: Repair) -> None:
         console.print(f"  {len(repair.units_voided)} units are to do again: {shown}")
     if repair.irreparable:
         console.print(
-            f"  {len(repair.irreparable)} files were written when the store was made and cannot be made "
-            "from it: copy them from a backup, or capture into another store",
+            f"  {len(repair.irreparable)} files hold what only the data tell: the capture's own command, "
+            "begun again, writes them",
             style="red",
         )
     if repair.units_missing:
@@ -100,7 +129,7 @@ def print_repaired(repair: Repair) -> None:
             f"looptap capture MODEL --data FILE --store {repair.path} and the settings it had "
             f"(looptap info {repair.path})"
         )
-    elif not repair.irreparable:
+    elif not repair.irreparable and not repair.unread:
         console.print("every unit is there and as it was written")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from looptap.benchmarks.bare_plan import bare_plan
-from looptap.capture.store.layout import ArraySpec, create_store, store_exists
+from looptap.capture.store.group import store_exists
+from looptap.capture.store.layout import ArraySpec, create_store
 from looptap.capture.store.writing.attempt import Attempt, begin_attempt
 from looptap.capture.store.writing.commit import Store
 from looptap.errors import UnitTakenError

@@ -45,11 +45,12 @@ TINY = "random:(0,2x3,0)I,width=32,heads=2"
 OURS = {
     "capture/memory.py": {"RuntimeError"},  # a unit failed, and the reason is a traceback
     "capture/taps/state_stream.py": {"RuntimeError"},  # becomes its unit's failure
-    "capture/store/care/verify.py": {"ValueError"},  # caught beside it, and reported as damage
+    "capture/store/group.py": {"ValueError"},  # caught beside it, and the array named
+    "capture/store/ledger_entry.py": {"ValueError"},  # becomes a StoreError that names the entry
     "capture/store/layout.py": {"ValueError"},  # arrays and coordinates are planned by us
     "capture/store/places/bucket.py": {"FileExistsError"},  # how a place says that a name is taken
     "capture/store/places/directory.py": {"FileExistsError"},
-    "capture/store/places/disk.py": {"FileExistsError"},
+    "capture/store/places/disk.py": {"FileExistsError", "OSError"},  # as the system itself would refuse
     "capture/store/places/object_draft.py": {"FileExistsError"},
     "capture/store/reading/memory_map.py": {"OSError"},  # caught beside it
     "capture/store/writing/attempt.py": {"ValueError"},  # a worker gave the wrong unit, shape or arrays
@@ -345,7 +346,7 @@ def test_a_store_that_the_system_does_not_let_read(monkeypatch, store):
     def refuse(self: Path) -> bytes:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("looptap.capture.store.places.directory.open_regular", refuse)
     with pytest.raises(StoreError, match=r"run\.zarr/zarr\.json cannot be read: Permission denied"):
         open_store(store)
 

@@ -6,6 +6,7 @@ import pytest
 
 from looptap.capture.engines.events import (
     Event,
+    FilesRestored,
     Receipt,
     RunBegan,
     SlowUnit,
@@ -18,6 +19,7 @@ from looptap.capture.engines.events import (
 
 EVENTS = [
     RunBegan(9, 4),
+    FilesRestored(["token_id/c.0"]),
     UnitDone(3, Receipt(num_tokens=100, num_bytes=2**40, num_non_finite=1)),
     UnitFailed(4, "Traceback: no"),
     WorkerJoined(0, "host, process 7", 1),

@@ -21,7 +21,9 @@ from looptap.benchmarks.bare_plan import bare_plan
 from looptap.capture.store.care.repair import repair_store
 from looptap.capture.store.care.status import store_status
 from looptap.capture.store.care.verify import verify_store
-from looptap.capture.store.layout import create_store, store_exists
+from looptap.capture.store.group import store_exists
+from looptap.capture.store.keys import MAKING
+from looptap.capture.store.layout import create_store
 from looptap.capture.store.places import lease, liveness
 from looptap.capture.store.places.lock import driver_lock, lock_holder
 from looptap.capture.store.places.objects import ObjectPlace
@@ -415,21 +417,69 @@ def test_a_killed_builder_is_succeeded(url, monkeypatch):
     class Killed(BaseException):
         pass
 
-    really = ObjectPlace.create
+    really = ObjectPlace.put
 
-    def create(self: ObjectPlace, key: str, data: bytes) -> None:
+    def put(self: ObjectPlace, key: str, data: bytes, **options) -> str:
         if key == "zarr.json":
             raise Killed
-        really(self, key, data)
+        return really(self, key, data, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(ObjectPlace, "create", create)
-        open_or_create(url, 2)
+    def begin() -> None:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(ObjectPlace, "put", put)
+            open_or_create(url, 2)
+
+    begin()
     assert not store_exists(url) and "token_id" in ObjectPlace(url).names("")
     with pytest.raises(StoreMissingError):
         Store.open(url)
+    begin()  # over what the first left
     store = open_or_create(url, 3)
-    assert store.num_units == 3 and verify_store(url).ok
+    assert store.num_units == 3 and verify_store(url).ok and verify_store(url).foreign == []
+    assert not ObjectPlace(url).exists(MAKING)
+
+
+@pytest.mark.parametrize("stranger", ["notes.txt", "token_id/c.0", ".looptap/ledger/0.json"])
+def test_what_a_killed_builder_did_not_put_keeps_others_out(url, monkeypatch, stranger):
+    """Even under a name that a store would have: only objects that the beginning put may go."""
+
+    class Killed(BaseException):
+        pass
+
+    really, puts = ObjectPlace.put, []
+
+    def put(self: ObjectPlace, key: str, data: bytes, **options) -> str:
+        if key.startswith("token_id") or len(puts) > 3:
+            raise Killed
+        puts.append(key)
+        return really(self, key, data, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ObjectPlace, "put", put)
+        open_or_create(url, 2)
+    place = ObjectPlace(url)
+    obstore.put(place.client, stranger, b"x")
+    before = {meta["path"] for meta in obstore.list(place.client).collect()}
+    with pytest.raises(StoreExistsError, match="it holds "):
+        open_or_create(url, 2)
+    assert {meta["path"] for meta in obstore.list(place.client).collect()} == before
+
+
+def test_a_store_that_lost_its_root_is_no_beginning(url):
+    """The same command must not begin anew over it: everything in it would go."""
+    store = open_or_create(url, 2)
+    write_unit(begin_attempt(store, 1)).commit(RECEIPT)
+    place = ObjectPlace(url)
+    with driver_lock(url):
+        pass  # leaves the lock's object, as any capture does
+    place.remove(["zarr.json"])
+    before = {meta["path"]: meta["e_tag"] for meta in obstore.list(place.client).collect()}
+    for use in (store_exists, lambda url: open_or_create(url, 2), Store.open):
+        with pytest.raises(StoreError, match=r"has lost zarr\.json.*looptap verify --repair"):
+            use(url)
+    assert {meta["path"]: meta["e_tag"] for meta in obstore.list(place.client).collect()} == before
+    assert repair_store(url).files_restored == ["zarr.json"]
+    assert verify_store(url).ok and Store.open(url).done() == [1]
 
 
 def test_other_things_are_left_alone(url, door):

@@ -111,7 +111,7 @@ def test_three_digits(number, text):
 
 def test_a_second_signal_stops_and_handlers_are_put_back(console):
     out = console(False)
-    before = signal.getsignal(signal.SIGTERM)
+    before, threads = signal.getsignal(signal.SIGTERM), set(threading.enumerate())
     with progress.Halt() as halt:
         with pytest.raises(KeyboardInterrupt):  # nothing can be in flight yet
             signal.raise_signal(signal.SIGTERM)
@@ -122,9 +122,8 @@ def test_a_second_signal_stops_and_handlers_are_put_back(console):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join(10)
+    for thread in set(threading.enumerate()) - threads:  # the one that prints
+        thread.join(10)
     assert out.getvalue() == "finishing the units in flight; Ctrl-C again stops at once\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 from looptap.capture.store.care.repair import clean, repair_store
 from looptap.capture.store.care.status import store_status
 from looptap.capture.store.care.verify import verify_store
-from looptap.capture.store.keys import LEDGER, STAGING
+from looptap.capture.store.keys import COMPLETE, LEDGER, STAGING
 from looptap.capture.store.places.directory import LocalPlace
 from looptap.capture.store.places.lock import driver_lock
 from looptap.capture.store.reading.reader import open_store
@@ -120,15 +120,21 @@ def test_a_sound_store_stays_as_it_is(store, files):
     assert {name.rpartition("/")[2] for name in changed} <= {".looptap", "driver.guard"}  # the lock's
 
 
-def test_what_does_not_belong_goes(store):
+def test_what_does_not_belong_is_named_and_stays(store):
     ledger = store.path / LEDGER
     shutil.copy(ledger / "0.json", ledger / "9.json")
-    (ledger / "notes.txt").write_text("x")
+    strangers = [ledger / "9.json", ledger / "notes.txt", store.path / "state" / "c.x", store.path / "notes"]
+    strangers += [store.path / STAGING / "3.1" / "mine", store.path / "state" / "c.7.0", ledger / "01.json"]
     (store.path / STAGING / "3.1").mkdir()
-    (store.path / STAGING / "3.1" / "state").write_bytes(b"x")
-    assert len(repair_store(store.path).problems) == 2
-    assert sorted(p.name for p in ledger.iterdir()) == [f"{unit}.json" for unit in range(NUM_UNITS)]
-    assert not any((store.path / STAGING).iterdir())
+    for path in strangers[1:]:
+        path.write_text("x")
+    (store.path / STAGING / "3.1" / "state%2Fc.6.0.0").write_bytes(b"x")  # an attempt's, killed
+    repair = repair_store(store.path)
+    keys = {str(path.relative_to(store.path)) for path in strangers} - {f"{STAGING}/3.1/mine"}
+    assert repair.problems == [] and set(repair.foreign) == keys
+    assert all(path.exists() for path in strangers)
+    assert [path.name for path in (store.path / STAGING / "3.1").iterdir()] == ["mine"]
+    shutil.rmtree(store.path / STAGING / "3.1")
     check_calm(store)
 
 
@@ -152,6 +158,9 @@ def test_leftovers_of_killed_attempts_go(tmp_path):
     store = open_or_create(tmp_path / "run.zarr", 2)
     write_unit(begin_attempt(store, 0)).commit(RECEIPT)
     shutil.copy(store.path / "state/c.0.0.0", store.path / "state/c.2.0.0")
+    assert verify_store(store.path).uncommitted == ["state/c.2.0.0"]
+    assert repair_store(store.path).files_removed == 0  # no attempt is known that could have left it
+    begin_attempt(store, 1)
     repair = repair_store(store.path)
     assert (repair.units_voided, repair.files_removed, repair.units_missing) == ([], 1, [1])
     assert verify_store(store.path).uncommitted == [] and store.done() == [0]
@@ -162,7 +171,7 @@ def test_what_closes_a_store_is_written_again(store, file):
     """No unit is touched for it."""
     (store.path / file).unlink()
     repair = repair_store(store.path)
-    assert [problem.file.partition("/c.")[0] for problem in repair.problems] == [file.partition("/c.")[0]]
+    assert [problem.file for problem in repair.problems] == [file]
     assert repair.units_voided == [] and repair.units_missing == []
     check_calm(store)
 
@@ -177,12 +186,11 @@ def test_metadata_is_written_again_from_its_copy(store, file, damage):
     check_calm(store)
 
 
-@pytest.mark.parametrize("file", ["token_id/c.0", ".looptap/files.json"])
-def test_what_is_not_in_the_store_twice_cannot_be_repaired(store, file, capsys, monkeypatch):
-    (store.path / file).unlink()
+def test_what_only_the_data_tell_cannot_be_repaired(store, capsys, monkeypatch):
+    (store.path / "token_id/c.0").unlink()
     assert run(monkeypatch, "verify", store.path, "--repair") == 1
     said = capsys.readouterr().out
-    assert file in said and "copy them from a backup, or capture into another store" in said
+    assert "token_id/c.0" in said and "the capture's own command, begun again, writes them" in said
     assert store.done() == list(range(NUM_UNITS))
 
 
@@ -214,7 +222,7 @@ def test_killed_anywhere_in_a_repair(tmp_path, monkeypatch):
             except Killed:
                 steps += 1
         report = verify_store(path)
-        assert all(problem.unit in (1, 3) for problem in report.problems), report
+        assert all(problem.unit in (1, 3) or problem.file == COMPLETE for problem in report.problems), report
         # a reader of the ledger sees all sound units, and no unit whose files are gone already
         assert {0, 2} <= set(store.done())
         assert all((path / key).exists() for unit in store.done() for key in all_keys(store, unit))

@@ -525,14 +525,13 @@ def test_heartbeat(tmp_path, monkeypatch):
 
 def test_two_builders_of_one_store(tmp_path):
     """One wins; the other says so and leaves nothing. A dead builder's leftovers go, a living one's stay."""
-    living = (
-        tmp_path / f".run.zarr.new-{liveness.machine()}-{os.getppid()}-{liveness.process_start(os.getppid())}"
-    )
-    dead = tmp_path / f".run.zarr.new-{liveness.machine()}-{os.getpid()}-1"
-    living.mkdir()
-    dead.mkdir()
+    prefix = directory._new_path(tmp_path / "run.zarr").name.rsplit("-", 2)[0]
+    living = tmp_path / f"{prefix}-{os.getppid()}-{liveness.process_start(os.getppid())}"
+    dead, strange = tmp_path / f"{prefix}-{os.getpid()}-1", tmp_path / f"{prefix}-x-1"
+    for path in (living, dead, strange):
+        path.mkdir()
     open_or_create(tmp_path / "run.zarr", 2)
-    assert {p.name for p in tmp_path.iterdir()} == {"run.zarr", living.name}
+    assert {p.name for p in tmp_path.iterdir()} == {"run.zarr", living.name, strange.name}
     with pytest.raises(StoreExistsError):
         create_store(tmp_path / "run.zarr", plan=bare_plan(2), coordinates={}, arrays={})
 

@@ -167,6 +167,14 @@ class RunBegan(Event):
 
 
 @dataclass(frozen=True)
+class FilesRestored(Event):
+    """Files of an unfinished store that were lost or damaged were written again from the data."""
+
+    files: list[str]
+    """Keys in the store."""
+
+
+@dataclass(frozen=True)
 class UnitDone(Event):
     """A unit was committed."""
 

@@ -24,14 +24,13 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 
-from ...errors import StoreError, StoreExistsError, StoreMissingError, os_errors_named
+from ...errors import StoreExistsError, os_errors_named
+from .group import Group, store_exists
 from .keys import FILES, PLAN
 from .places.disk import checksum, write_new
 from .places.open import open_place
-from .places.place import Place
 from .plan import StoredPlan
 
-FORMAT = 2
 BFLOAT16_NAN = 0x7FC0
 _COORDINATE_ROWS = 1 << 18  # 1 to 2 MiB a chunk
 _SHARD_BYTES = 512 << 20
@@ -122,60 +121,6 @@ def create_store(
         place.make(lambda root: _fill(root, plan, coordinates, arrays))
 
 
-def store_exists(path: str | Path) -> bool:
-    """Whether a store is at the path; an empty directory or nothing counts as free.
-
-    Raises:
-        StoreExistsError: something else is there; the message says what.
-    """
-    place = open_place(path)
-    names = sorted(place.names(""))
-    if ".looptap" in names and "zarr.json" in names:
-        return True
-    if not names or place.holds_leftovers_only():
-        return False
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise StoreExistsError(f"{place} is not a looptap store, it holds {shown}: choose another path")
-
-
-def read_group(place: Place) -> dict[str, Any]:
-    """Reads the group's zarr.json of a store of this format.
-
-    Raises:
-        StoreMissingError: nothing is there.
-        StoreError: what is there is not a store, or a store of another format.
-    """
-    try:
-        group = json.loads(place.read("zarr.json"))
-    except (FileNotFoundError, NotADirectoryError):
-        if not place.exists("") or place.holds_leftovers_only():
-            raise StoreMissingError(
-                f"{place} does not exist: give the path of a store made by a capture"
-            ) from None
-        raise StoreError(f"{place} is not a looptap store: it has no zarr.json") from None
-    except ValueError as error:
-        raise StoreError(
-            f"{place}/zarr.json cannot be read ({error}): restore it, or capture again"
-        ) from None
-    attributes = group.get("attributes") if isinstance(group, dict) else None
-    number = attributes.get("looptap_format") if isinstance(attributes, dict) else None
-    if number is None:
-        raise StoreError(f"{place} is a Zarr group, not a looptap store: it has no attribute looptap_format")
-    if number != FORMAT:
-        raise StoreError(
-            f"{place} is a store of format {number}, this looptap reads format {FORMAT}: "
-            f"{'upgrade looptap' if number > FORMAT else 'capture again'}"
-        )
-    return group
-
-
-def unit_arrays(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the metadata of the arrays that units fill, by name, from what `read_group` returns."""
-    written_by_planner = group["attributes"]["coordinates"].split()
-    metadata = group["consolidated_metadata"]["metadata"]
-    return {name: array for name, array in metadata.items() if name not in written_by_planner}
-
-
 def inner_rows(unit_rows: int) -> int:
     """Returns the rows of a shard's inner chunk: the most, up to 512, that divide a unit.
 
@@ -205,17 +150,11 @@ def _fill(
         _make_array(root, name, spec, {"coordinates": described} if described else {})
     names = [*coordinates, *arrays]
     metadata = {name: json.loads((root / name / "zarr.json").read_bytes()) for name in names}
-    document = plan.to_json()
-    group = {
-        "zarr_format": 3,
-        "node_type": "group",
-        "attributes": {"looptap_format": FORMAT, "plan": document, "coordinates": " ".join(coordinates)},
-        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": metadata},
-    }
+    group = Group(plan.to_json(), tuple(coordinates), metadata)
     (root / "zarr.json").unlink(missing_ok=True)
-    write_new(root / "zarr.json", json.dumps(group).encode())
+    write_new(root / "zarr.json", group.to_bytes())
     (root / ".looptap").mkdir()
-    write_new(root / PLAN, json.dumps(document, indent=1).encode())
+    write_new(root / PLAN, group.plan_bytes())
     planned = [p for p in root.rglob("*") if p.is_file() and not p.match("unit_done/c.*")]
     files = {str(p.relative_to(root)): {"bytes": p.stat().st_size, "crc32c": checksum(p)} for p in planned}
     write_new(root / FILES, json.dumps(files).encode())
@@ -232,7 +171,7 @@ def _write_coordinate(
         shape=values.shape,
         dtype=values.dtype,
         chunks=(max(1, min(len(values), _COORDINATE_ROWS)), *values.shape[1:]),
-        compressors=[ZstdCodec(level=1)],
+        compressors=[ZstdCodec(level=1, checksum=True)],
         fill_value=_fill_value(values.dtype, attributes),
         attributes=attributes,
         dimension_names=dimensions,
@@ -251,7 +190,9 @@ def _make_array(root: Path, name: str, spec: ArraySpec, attributes: dict[str, An
         dtype=spec.dtype,
         chunks=spec.chunks,
         shards=spec.shards,
-        compressors={"zstd": [ZstdCodec(level=1)], "lossless": [blosc], "none": None}[spec.codec],
+        compressors={"zstd": [ZstdCodec(level=1, checksum=True)], "lossless": [blosc], "none": None}[
+            spec.codec
+        ],
         fill_value=_fill_value(np.dtype(spec.dtype), spec.attributes),
         attributes={**spec.attributes, **attributes},
         dimension_names=spec.dimensions,

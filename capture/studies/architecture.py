@@ -27,7 +27,7 @@ from ..settings import (
     RunSettings,
 )
 from ..store.cell import Cell
-from ..store.layout import store_exists
+from ..store.group import store_exists
 from ..store.places.open import open_place
 from ..store.plan import plan_differences
 from ..store.writing.commit import Store

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ...errors import QuantityError, SelectionError, StoreExistsError, WatchError
 from ..selection import select_tokens
-from ..store.layout import store_exists
+from ..store.group import store_exists
 from ..store.quantities import GROUPS, resolve_quantities
 from ..store.reading.reader import open_store
 from .arguments import read_mask

@@ -8,16 +8,18 @@ then their files.
 import datetime
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
-
 from ....errors import StoreError
-from ..keys import ATTEMPTS, COMPLETE, FILES, LEDGER, PLAN, SUMMARY, attempt_key, entry_key
+from ..keys import ATTEMPTS, COMPLETE, FILES, LEDGER, STAGING, SUMMARY, attempt_key, attempt_of, entry_key
 from ..places.lock import driver_lock
+from ..places.open import open_place
 from ..writing.commit import Store
-from .verify import Problem, check_units, uncommitted_files, verify_store
+from .patience import Patience
+from .planned_files import read_planned
+from .verify import Problem, check_units, examine
 
 
 @dataclass(frozen=True)
@@ -27,54 +29,61 @@ class Repair:
     path: str
     problems: list[Problem]
     """All that was wrong."""
+    unread: list[Problem]
+    """Files that could not be read: nothing was done about them."""
     units_voided: list[int]
     """Units that were committed and are to do again."""
     files_removed: int
-    """Files that were removed: those of voided units and of killed attempts, and strays in the ledger."""
+    """Files that were removed: those of voided units, and what killed processes left."""
     files_restored: list[str]
+    """Files that were written again from what the rest of the store tells."""
     units_missing: list[int]
     """Units to do now."""
     irreparable: list[Problem]
-    """Problems of files that were written when the store was made, from what is not in it."""
+    """Problems of files that only the data tell: the capture's own command writes them again."""
+    foreign: list[str]
+    """Names in the store that are none of its files; they were left alone."""
 
 
 def repair_store(path: str | Path) -> Repair:
-    """Voids every unit that is not as it was committed, and removes what killed attempts left.
+    """Voids every unit that was read and is not as it was committed, writes again what the plan tells, and
+    removes what killed attempts left. What could not be read stays as it is.
 
     Raises:
         StoreLockedError: a driver is at work on the store.
-        StoreError, StoreMissingError: there is no store of this format.
+        StoreError, StoreMissingError: there is no store of this format, or too little is left of one.
     """
-    Store.open(path)  # says what is wrong with the path itself
+    read_planned(open_place(path), Patience())  # says what is wrong with the path itself
     with driver_lock(path):
-        report, store = verify_store(path), Store.open(path)
-        voided = sorted({problem.unit for problem in report.problems if problem.unit is not None})
-        foreign = [p.file for p in report.problems if p.unit is None and p.file.startswith(f"{LEDGER}/")]
-        closing = [p for p in report.problems if p.file in ("unit_done", SUMMARY)]
-        restored, irreparable = [], []
-        for problem in report.problems:
-            if problem.unit is not None or problem.file in foreign or problem in closing:
-                continue
-            if _restore(store, problem.file):
-                restored.append(problem.file)
-            else:
-                irreparable.append(problem)
-        if voided or closing:
+        found = examine(path)
+        store, planned = found.store, found.planned
+        folders = [LEDGER, ATTEMPTS, STAGING, *store.metadata]
+        store.place.restore_folders(folders)
+        irreparable = [Problem(None, key, what) for key, what in planned.wrong.items()]
+        irreparable = [problem for problem in irreparable if problem.file not in planned.content]
+        for key in sorted(planned.content, key=lambda key: (key == FILES, key == "zarr.json")):  # these last
+            store.place.replace(key, planned.content[key])
+        voided = sorted({problem.unit for problem in found.problems if problem.unit is not None})
+        closing = {COMPLETE, SUMMARY, *store.layout.chunk_keys("unit_done")}
+        is_closing = any(problem.file in closing for problem in found.problems)
+        if voided or is_closing:
             _reopen(store)
-        _note(store, report.problems)
-        store.place.remove([*map(entry_key, voided), *foreign])
-        num_removed = len(voided) + len(foreign) + _remove_leftovers(store)
+        _note(store, found.problems)
+        store.place.remove(map(entry_key, voided))
+        num_removed = len(voided) + _remove_leftovers(store, found.leftovers, voided)
         clean(store)
-        if closing and not store.todo():
+        if is_closing and not store.todo():
             store.finish()
         return Repair(
             path=str(store),
-            problems=report.problems,
+            problems=found.problems,
+            unread=found.unread,
             units_voided=voided,
             files_removed=num_removed,
-            files_restored=restored,
+            files_restored=sorted(planned.content),
             units_missing=store.todo(),
             irreparable=irreparable,
+            foreign=found.foreign,
         )
 
 
@@ -83,7 +92,8 @@ def clean(store: Store) -> None:
 
     For the driver alone, while no worker runs.
     """
-    store.place.clean_drafts()
+    store.place.restore_folders([LEDGER, ATTEMPTS, STAGING])
+    store.clean_drafts()
     _void_doubtful(store)
 
 
@@ -108,17 +118,17 @@ def _is_of(store: Store, unit: int, number: int) -> bool:
     try:
         entry = store.entry(unit)
         return entry is not None and entry["attempt"] == number
-    except (StoreError, KeyError, TypeError):
+    except StoreError:
         return False
 
 
 def _last_attempts(store: Store) -> dict[int, int]:
     """The highest number of each unit's attempts."""
     last: dict[int, int] = {}
-    for name in store.place.names(ATTEMPTS):
-        unit, _, number = name.partition(".")
-        if unit.isdecimal() and number.isdecimal():
-            last[int(unit)] = max(last.get(int(unit), 0), int(number))
+    for attempt in map(attempt_of, store.place.file_names(ATTEMPTS)):
+        if attempt is not None and attempt[0] < store.num_units:
+            unit, number = attempt
+            last[unit] = max(last.get(unit, 0), number)
     return last
 
 
@@ -126,15 +136,24 @@ def _reopen(store: Store) -> None:
     """Makes a finished store, all of whose units are committed, an unfinished one."""
     store.place.remove([COMPLETE])
     store.place.remove([SUMMARY])
-    marks = [f"unit_done/{name}" for name in store.place.names("unit_done") if name != "zarr.json"]
-    store.place.remove(marks)
+    for key, content in store.marks(done=False).items():
+        store.place.replace(key, content)
 
 
-def _remove_leftovers(store: Store) -> int:
-    keys = [f"{name}/{file}" for name in store.arrays for file in store.place.names(name)]
-    left = uncommitted_files(store, set(store.todo()), keys)
-    store.place.remove(left)
-    return len(left)
+def _remove_leftovers(store: Store, leftovers: list[str], voided: list[int]) -> int:
+    """Removes files of voided units, and those that attempts left which this store knows of."""
+    begun = _last_attempts(store)
+    files = [key for name in store.arrays for key in _shards_of(store, name, voided)]
+    there = {f"{name}/{file}" for name in store.arrays for file in store.place.file_names(name)}
+    left = [key for key in leftovers if (unit := store.unit_of(key)) is None or unit in begun]
+    gone = sorted({*(there & set(files)), *left})
+    store.place.remove(gone)
+    return len(gone)
+
+
+def _shards_of(store: Store, name: str, units: list[int]) -> Iterator[str]:
+    for unit in units:
+        yield from store.shard_keys(name, unit)
 
 
 def _note(store: Store, problems: list[Problem]) -> None:
@@ -147,21 +166,3 @@ def _note(store: Store, problems: list[Problem]) -> None:
         note = {"unit": unit, "attempt": last.get(unit, 1), "error": f"voided by repair: {reason}"}
         note |= {"host": platform.node(), "time": datetime.datetime.now(datetime.UTC).isoformat()}
         store.place.replace(attempt_key(unit, last.get(unit, 1)), json.dumps(note).encode())
-
-
-def _restore(store: Store, key: str) -> bool:
-    """Writes a file of the plan again from its copy in the group's zarr.json, if that is the same."""
-    try:
-        recorded = json.loads(store.place.read(FILES))[key]
-    except (ValueError, KeyError, TypeError, OSError):
-        return False
-    if key == PLAN:
-        data = json.dumps(store.document, indent=1).encode()
-    elif key.partition("/")[2] == "zarr.json" and key.partition("/")[0] in store.metadata:
-        data = json.dumps(store.metadata[key.partition("/")[0]], indent=2).encode()
-    else:
-        return False
-    if (len(data), f"{google_crc32c.value(data):08x}") != (recorded["bytes"], recorded["crc32c"]):
-        return False
-    store.place.replace(key, data)
-    return True

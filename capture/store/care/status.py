@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ..keys import ATTEMPTS, COMPLETE
+from ..keys import ATTEMPTS, COMPLETE, attempt_key, attempt_of
+from ..ledger_entry import entry_bytes
 from ..places.lock import lock_holder
-from ..writing.commit import Store, entry_bytes
+from ..writing.commit import Store
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ def store_status(path: str | Path) -> StoreStatus:
         totals["num_sequences"] += entry["num_sequences"]
         totals["num_bytes"] += entry_bytes(entry)
         totals["num_non_finite"] += sum(entry["non_finite"].values())
-    attempts = {name: size for name, size in store.place.sizes(ATTEMPTS).items() if name[0] != "."}
-    notes = [json.loads(store.place.read(f"{ATTEMPTS}/{name}")) for name, size in attempts.items() if size]
-    failures = [_failed(note, done) for note in notes]
+    attempts = {attempt_of(name): size for name, size in store.place.sizes(ATTEMPTS).items()}
+    attempts = {at: size for at, size in attempts.items() if at is not None and at[0] < store.num_units}
+    failures = [_failed(store, *at, done) for at, size in attempts.items() if size]
     holder = lock_holder(path)
     return StoreStatus(
         units_done=len(done),
@@ -105,6 +106,10 @@ def store_status(path: str | Path) -> StoreStatus:
     )
 
 
-def _failed(note: dict[str, Any], done: Collection[int]) -> FailedAttempt:
-    names = ("unit", "attempt", "error", "host", "time")
-    return FailedAttempt(**{name: note[name] for name in names}, done=note["unit"] in done)
+def _failed(store: Store, unit: int, attempt: int, done: Collection[int]) -> FailedAttempt:
+    try:
+        note = json.loads(store.place.read(attempt_key(unit, attempt)))
+        told = {name: str(note[name]) for name in ("error", "host", "time")}
+    except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
+        told = {"error": "its note is damaged", "host": "?", "time": "?"}
+    return FailedAttempt(unit, attempt, **told, done=unit in done)

@@ -1,22 +1,43 @@
-"""Verifies a store: compares every piece of it with the checksums of the ledger."""
+"""Verifies a store: compares every piece of it with the checksums that were noted when it was written.
+
+Three things are kept apart: what was read and is wrong, or is not there (`problems`); what could not be read,
+of which nothing is known (`unread`); and what lies in the store and is none of its files (`foreign`).
+"""
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-import zarr
 
-from ..keys import COMPLETE, FILES, LEDGER, SUMMARY, entry_key
-from ..places.place import Place
-from ..writing.attempt import entry_checksum
-from ..writing.commit import Store
-from ..writing.encode import file_shape
+from ....errors import StoreError, StoreUnreadableError
+from ..group import shown_name
+from ..keys import (
+    ATTEMPTS,
+    COMPLETE,
+    DRIVER_LOCK,
+    FILES,
+    GUARD,
+    LEDGER,
+    MAKING,
+    STAGING,
+    SUMMARY,
+    attempt_of,
+    entry_key,
+    entry_unit,
+    passing_for,
+)
+from ..places.disk import file_record
+from ..places.open import open_place
+from ..writing.commit import Store, summary_rows
+from ..writing.encode import decode
+from .patience import Patience
+from .planned_files import Planned, read_planned
 
 _READ_BYTES = 8 << 20
 _NUM_READERS = 8
@@ -42,15 +63,40 @@ class Report:
     units_done: list[int]
     units_missing: list[int]
     problems: list[Problem]
+    """Files that were read and are not what was written, or that are not there."""
+    unread: list[Problem]
+    """Files that could not be read, though it was tried again: they may be sound."""
     uncommitted: list[str]
-    """Files of units without a ledger entry: left by an attempt that was killed, replaced by the next one."""
+    """Files of units without a ledger entry, and others that a killed process left: the next run, or a
+    repair, replaces or removes them."""
+    drafts: list[str]
+    """Folders in which attempts write, or wrote when they were killed."""
+    foreign: list[str]
+    """Names in the store that are none of its files; nobody reads them, and they are left alone."""
     num_files: int
     num_bytes: int
 
     @property
     def ok(self) -> bool:
-        """Whether everything that is committed is sound; units may be missing."""
-        return not self.problems
+        """Whether everything that is committed was read and is sound; units may be missing."""
+        return not self.problems and not self.unread
+
+
+@dataclass
+class Examined:
+    """A store as it was found: what `verify_store` reports, and what a repair needs to know."""
+
+    store: Store
+    planned: Planned
+    done: list[int]
+    problems: list[Problem] = field(default_factory=list)
+    unread: list[Problem] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+    """Keys of files that killed processes left, which may be removed."""
+    drafts: list[str] = field(default_factory=list)
+    """Keys of folders in which attempts write, or wrote."""
+    foreign: list[str] = field(default_factory=list)
+    written: "list[_Written]" = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,161 +114,249 @@ def verify_store(path: str | Path) -> Report:
     """Reads every file of a store and compares size and crc32c with what was recorded when it was written.
 
     What lies between the pieces that were recorded is a hole that no reader looks at, and not looked at here.
+    A read that fails is tried again for some seconds.
 
     Raises:
-        StoreError, StoreMissingError: there is no store of this format.
+        StoreMissingError: nothing is there.
+        StoreError: there is no store of this format, or not enough is left to say what it was.
     """
-    store = Store.open(path)
-    done = store.done()
-    problems: list[Problem] = list(_foreign_entries(store, done))
-    written: list[_Written] = []
-    try:
-        written += _planned_files(store)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        problems.append(Problem(None, FILES, f"cannot be read ({error})"))
-    unit_files, unreadable = _read_entries(store, done)
-    written += unit_files
-    problems += unreadable
-    sizes = _sizes(store, written)
-    problems += _check_files(store.place, sizes, written)
-    if not problems:
-        problems += _check_metadata(store, done)
-    todo = [unit for unit in range(store.num_units) if unit not in set(done)]
+    found = examine(path)
+    done = set(found.done)
+    planned_bytes = sum(record["bytes"] for record in found.planned.records.values())
     return Report(
-        path=str(store),
-        units_done=done,
-        units_missing=todo,
-        problems=problems,
-        uncommitted=uncommitted_files(store, set(todo), list(sizes)),
-        num_files=len(written),
-        num_bytes=sum(file.num_bytes for file in written),
+        path=str(found.store),
+        units_done=found.done,
+        units_missing=[unit for unit in range(found.store.num_units) if unit not in done],
+        problems=found.problems,
+        unread=found.unread,
+        uncommitted=found.leftovers,
+        drafts=found.drafts,
+        foreign=found.foreign,
+        num_files=len(found.written) + len(found.planned.records),
+        num_bytes=sum(file.num_bytes for file in found.written) + planned_bytes,
     )
 
 
+def examine(path: str | Path) -> Examined:
+    """Reads all of a store; see `verify_store`."""
+    place, patience = open_place(path), Patience()
+    planned = read_planned(place, patience)
+    store = Store(place, planned.group)
+    found = Examined(store, planned, patience.ask(store.done))
+    found.problems += [Problem(None, key, what) for key, what in planned.wrong.items()]
+    found.unread += [Problem(None, key, what) for key, what in planned.unread.items()]
+    _check_units(found, found.done, patience)
+    _check_closing(found, patience)
+    _look_around(found, patience)
+    return found
+
+
 def check_units(store: Store, units: list[int]) -> list[Problem]:
-    """Returns what is wrong with these committed units."""
-    written, problems = _read_entries(store, units)
-    return problems + _check_files(store.place, _sizes(store, written), written)
+    """Returns what is wrong with these committed units; nothing of files that could not be read."""
+    found = Examined(store, Planned(store.layout, {}), units)
+    _check_units(found, units, Patience())
+    return found.problems
 
 
-def uncommitted_files(store: Store, todo: set[int], keys: list[str]) -> list[str]:
-    """Returns the files of a store that belong to units that are not committed."""
-    found = []
-    for key in keys:
-        name, _, file = key.partition("/")
-        kind, *index = file.split(".")
-        if name in store.arrays and kind == "c" and index:
-            shards = store.unit_rows(name) // file_shape(store.arrays[name])[0]
-            if int(index[0]) // shards in todo:
-                found.append(key)
-    return sorted(found)
-
-
-def _foreign_entries(store: Store, done: list[int]) -> Iterator[Problem]:
-    known = {f"{unit}.json" for unit in done}
-    for name in sorted(set(store.place.names(LEDGER)) - known):
-        if name[0] != ".":  # a network file system keeps names of deleted open files so
-            yield Problem(None, f"{LEDGER}/{name}", "is no ledger entry of this plan")
-
-
-def _planned_files(store: Store) -> list[_Written]:
-    files = json.loads(store.place.read(FILES))
-    return [
-        _Written(None, key, file["bytes"], [[0, file["bytes"], file["crc32c"]]])
-        for key, file in files.items()
-    ]
-
-
-def _unit_files(store: Store, unit: int) -> list[_Written]:
-    entry = json.loads(store.place.read(entry_key(unit)))
-    if entry["checksum"] != entry_checksum(entry):
-        raise ValueError("it is not what was written")
-    if entry["unit"] != unit or set(entry["shards"]) != set(store.arrays):
-        raise ValueError(f"it is for unit {entry['unit']} and arrays {', '.join(entry['shards'])}")
-    if entry["plan"] != store.plan.hash:
-        raise ValueError("it is of another plan")
-    files = []
-    for name, shards in entry["shards"].items():
-        for key, shard in zip(store.shard_keys(name, unit), shards, strict=True):
-            files.append(_Written(unit, key, shard["bytes"], shard["pieces"]))
-    return files
-
-
-def _read_entries(store: Store, units: list[int]) -> tuple[list[_Written], list[Problem]]:
-    written: list[_Written] = []
-    problems: list[Problem] = []
+def _check_units(found: Examined, units: list[int], patience: Patience) -> None:
+    store = found.store
     for unit in units:
         try:
-            written += _unit_files(store, unit)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            problems.append(Problem(unit, entry_key(unit), f"cannot be read ({error})"))
-    return written, problems
-
-
-def _sizes(store: Store, written: list[_Written]) -> dict[str, int]:
-    """Returns the bytes of all files, by key, in the folders of these and of the arrays."""
-    folders = {file.key.rpartition("/")[0] for file in written} | set(store.arrays)
-    return {
-        f"{folder}/{name}".lstrip("/"): size
-        for folder in folders
-        for name, size in store.place.sizes(folder).items()
-    }
-
-
-def _check_files(place: Place, sizes: dict[str, int], written: list[_Written]) -> list[Problem]:
+            entry = patience.ask(lambda unit=unit: store.entry(unit))
+        except StoreUnreadableError as error:
+            found.unread.append(Problem(unit, entry_key(unit), str(error)))
+        except StoreError as error:
+            found.problems.append(
+                Problem(unit, entry_key(unit), f"cannot be read ({error.__cause__ or error})")
+            )
+        else:
+            for shard in (shard for of in entry["shards"].values() for shard in of) if entry else ():
+                found.written.append(_Written(unit, shard["file"], shard["bytes"], shard["pieces"]))
+    sizes, unlisted = _sizes(store, {file.key.partition("/")[0] for file in found.written}, patience)
+    to_read = []
+    for file in found.written:
+        folder = file.key.partition("/")[0]
+        if folder in unlisted:
+            found.unread.append(Problem(file.unit, file.key, unlisted[folder]))
+        else:
+            to_read.append(file)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        checked = pool.map(lambda file: _check_file(place, sizes.get(file.key), file), written)
-        return [problem for problem in checked if problem is not None]
+        for file, answer in zip(
+            to_read, pool.map(lambda file: _check_file(store, sizes, file, patience), to_read), strict=True
+        ):
+            if isinstance(answer, StoreUnreadableError):
+                found.unread.append(Problem(file.unit, file.key, str(answer)))
+            elif answer is not None:
+                found.problems.append(Problem(file.unit, file.key, answer))
 
 
-def _check_file(place: Place, num_bytes: int | None, file: _Written) -> Problem | None:
-    if num_bytes is None:
-        return Problem(file.unit, file.key, "is missing")
-    if num_bytes != file.num_bytes:
-        return Problem(file.unit, file.key, f"holds {num_bytes} bytes, {file.num_bytes} were written")
-    start, block = 0, b""
+def _sizes(
+    store: Store, folders: Collection[str], patience: Patience
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Returns the bytes of all files in these folders, by key; and why a folder could not be listed."""
+    sizes: dict[str, int] = {}
+    unlisted: dict[str, str] = {}
+    for folder in sorted(folders):
+        try:
+            listed = patience.ask(lambda folder=folder: store.place.sizes(folder))
+        except StoreUnreadableError as error:
+            unlisted[folder] = str(error)
+        else:
+            sizes |= {f"{folder}/{name}": size for name, size in listed.items()}
+    return sizes, unlisted
+
+
+def _check_file(
+    store: Store, sizes: dict[str, int], file: _Written, patience: Patience
+) -> str | StoreUnreadableError | None:
+    """Returns what is wrong with a file, or why that is not known; None if it is sound."""
+    num_bytes = sizes.get(file.key)
     try:
-        for offset, length, wanted in file.pieces:
-            value, at, end = 0, offset, offset + length
-            while at < end:
-                if not start <= at < start + len(block):
-                    start, block = at, place.read_range(file.key, at, min(_READ_BYTES, num_bytes - at))
-                part = block[at - start : end - start]
-                if not part:
-                    return Problem(file.unit, file.key, f"ends at {at}, {num_bytes} bytes were written")
-                value, at = google_crc32c.extend(value, part), at + len(part)
-            if (found := f"{value:08x}") != wanted:
-                where = "" if length == num_bytes else f" of {length} bytes at {offset}"
-                return Problem(file.unit, file.key, f"crc32c{where} is {found}, {wanted} was written")
-    except OSError as error:
-        return Problem(file.unit, file.key, f"cannot be read ({error.strerror or error})")
+        if num_bytes is None:
+            if patience.ask(lambda: store.place.exists(file.key)):
+                return "is no file, or came while it was looked for"
+            return "is missing"
+        if num_bytes != file.num_bytes:
+            return f"holds {num_bytes} bytes, {file.num_bytes} were written"
+        if _wrong_piece(store, file, patience) is None:
+            return None
+        return _wrong_piece(store, file, patience)  # bytes that come right the second time were read wrongly
+    except FileNotFoundError:
+        return "is missing"
+    except StoreUnreadableError as error:
+        return error
+
+
+def _wrong_piece(store: Store, file: _Written, patience: Patience) -> str | None:
+    start, block = 0, b""
+    for offset, length, wanted in file.pieces:
+        value, at, end = 0, offset, offset + length
+        while at < end:
+            if not start <= at < start + len(block):
+                size = min(_READ_BYTES, file.num_bytes - at)
+                block = patience.ask(lambda at=at, size=size: store.place.read_range(file.key, at, size))
+                start = at
+            part = block[at - start : end - start]
+            if not part:
+                return f"ends at {at}, {file.num_bytes} bytes were written"
+            value, at = google_crc32c.extend(value, part), at + len(part)
+        if (crc := f"{value:08x}") != wanted:
+            where = "" if length == file.num_bytes else f" of {length} bytes at {offset}"
+            return f"crc32c{where} is {crc}, {wanted} was written"
     return None
 
 
-def _check_metadata(store: Store, done: list[int]) -> Iterator[Problem]:
-    """Checks that zarr-python opens every array, and that a closed store's summary agrees with its ledger."""
-    group = store.group()
-    for name in [*str(group.attrs["coordinates"]).split(), *store.arrays]:
-        try:
-            assert isinstance(group[name], zarr.Array)
-        except (KeyError, ValueError, TypeError) as error:
-            yield Problem(None, f"{name}/zarr.json", f"zarr {zarr.__version__} cannot open it ({error})")
+def _check_closing(found: Examined, patience: Patience) -> None:
+    """Checks what `Store.finish` wrote, against the ledger and against what it noted of it."""
+    store, done = found.store, found.done
+    is_whole = len(done) == store.num_units
+    try:
+        noted = patience.read(store.place, COMPLETE)
+        marks = {key: patience.read(store.place, key) for key in store.layout.chunk_keys("unit_done")}
+        if noted is None:
+            if is_whole and store.place.exists(SUMMARY):
+                found.problems.append(Problem(None, COMPLETE, "is missing, and every unit is there"))
+            for key, content in marks.items():
+                if content is not None and (what := _undecodable(store, content)):
+                    found.problems.append(Problem(None, key, what))
             return
-    if not store.place.exists(COMPLETE):
+        summary = patience.read(store.place, SUMMARY)
+    except StoreUnreadableError as error:
+        found.unread.append(Problem(None, COMPLETE, str(error)))
         return
-    marks = group["unit_done"]
-    assert isinstance(marks, zarr.Array)
-    marked = np.flatnonzero(np.asarray(marks[...]))
-    if not np.array_equal(marked, done):
-        yield Problem(None, "unit_done", f"marks {len(marked)} units, the ledger has {len(done)}")
+    if not is_whole:
+        what = f"says that the store is complete, the ledger has {len(done)} of {store.num_units} units"
+        found.problems.append(Problem(None, COMPLETE, what))
+        return
+    records = _closing_records(store, noted)
+    if records is None:
+        found.problems.append(Problem(None, COMPLETE, "is not what was written"))
+    for key, content in marks.items():
+        if what := _wrong_marks(store, content, (records or {}).get(key)):
+            found.problems.append(Problem(None, key, what))
+    is_ledger_sound = all(problem.unit is None for problem in (*found.problems, *found.unread))
+    if is_ledger_sound and (what := _wrong_summary(store, summary, (records or {}).get(SUMMARY))):
+        found.problems.append(Problem(None, SUMMARY, what))
+
+
+def _closing_records(store: Store, noted: bytes) -> dict[str, Any] | None:
+    """Returns what `complete` notes of the files that close a store; None if it is damaged."""
+    if not noted and not store.metadata["unit_done"]["codecs"][-1].get("configuration", {}).get("checksum"):
+        return {}  # as looptap 0.1 wrote it
+    try:
+        records = json.loads(noted)
+        return records if set(records) == {SUMMARY, *store.layout.chunk_keys("unit_done")} else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _wrong_marks(store: Store, content: bytes | None, record: dict[str, Any] | None) -> str | None:
+    if content is None:
+        return "is missing"
+    if record is not None and record != file_record(content):
+        return "is not what was written"
+    if what := _undecodable(store, content):
+        return what
+    marks = decode(store.metadata["unit_done"], content)
+    return None if marks.all() else f"marks {np.count_nonzero(marks)} units, the ledger has all"
+
+
+def _undecodable(store: Store, content: bytes) -> str | None:
+    try:
+        decode(store.metadata["unit_done"], content)
+    except ValueError as error:
+        return f"is damaged: {error}"
+    return None
+
+
+def _wrong_summary(store: Store, content: bytes | None, record: dict[str, Any] | None) -> str | None:
+    if content is None:
+        return "is missing"
+    if record is not None:
+        return None if record == file_record(content) else "is not what was written"
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(store.place.read(SUMMARY)), columns=["unit", "attempt"])
-        summary = table.to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        yield Problem(None, SUMMARY, f"cannot be read ({error})")
-        return
-    if [row["unit"] for row in summary] != done:
-        yield Problem(None, SUMMARY, f"has {len(summary)} units, the ledger has {len(done)}")
+        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return f"cannot be read ({error})"
+    return None if rows == list(summary_rows(store.entries())) else "says something else than the ledger"
+
+
+def _look_around(found: Examined, patience: Patience) -> None:
+    """Finds what is in the store's folders and is none of its files, or was left by a killed process."""
+    store, done = found.store, set(found.done)
+    folders = {".looptap", LEDGER, ATTEMPTS, STAGING, *store.metadata}
+    files = {*store.layout.planned_keys(), *store.layout.chunk_keys("unit_done")}
+    files |= {FILES, COMPLETE, SUMMARY, DRIVER_LOCK, GUARD}
+
+    def is_known(key: str) -> bool:
+        folder, _, name = key.rpartition("/")
+        number = entry_unit(name) if folder == LEDGER else (attempt_of(name) or (None,))[0]
+        if folder in (LEDGER, ATTEMPTS):
+            return number is not None and number < store.num_units
+        return key in files or store.unit_of(key) is not None
+
+    for folder in ["", *sorted(folders)]:
+        try:
+            names = patience.ask(lambda folder=folder: store.place.names(folder))
+            file_names = set(patience.ask(lambda folder=folder: store.place.file_names(folder)))
+        except StoreUnreadableError as error:
+            found.unread.append(Problem(None, folder or ".", str(error)))
+            continue
+        for name in sorted(names):
+            key = f"{folder}/{name}".lstrip("/")
+            if name not in file_names:
+                attempt = attempt_of(name) if folder == STAGING else None
+                if attempt is not None and attempt[0] < store.num_units:
+                    found.drafts.append(key)
+                elif key not in folders:
+                    found.foreign.append(shown_name(key))
+                continue
+            of, unit = passing_for(name), store.unit_of(key)
+            is_passing = key == MAKING or (of is not None and is_known(f"{folder}/{of}".lstrip("/")))
+            if is_passing or (unit is not None and unit not in done):
+                found.leftovers.append(key)
+            elif not is_known(key) and not name.startswith(".nfs"):  # a deleted file that somebody has open
+                found.foreign.append(shown_name(key))

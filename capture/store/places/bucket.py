@@ -73,6 +73,9 @@ class Bucket:
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
         return [path.rpartition("/")[2] for path in paths]
 
+    def file_names(self, folder: str) -> list[str]:
+        return list(self.sizes(folder))
+
     def sizes(self, folder: str) -> dict[str, int]:
         import obstore
 

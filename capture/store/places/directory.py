@@ -5,17 +5,19 @@ the name is taken. What another attempt left under a name is moved aside before 
 in place, so that a file which turns out to be wanted can go back.
 """
 
+import hashlib
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote
 
-from ....errors import StoreError, StoreExistsError
+from ....errors import StoreError, StoreExistsError, StoreUnreadableError
 from ..keys import ATTEMPTS, LEDGER, STAGING
 from . import disk
-from .disk import Identity, identity, write_new
+from .disk import Identity, identity, open_regular, write_new
 from .file_sink import FileSink
 from .liveness import machine, process_start
 from .place import Bytes, Item, Result, Sink
@@ -37,29 +39,34 @@ class LocalPlace:
         return str(self.path.absolute())
 
     def names(self, folder: str) -> list[str]:
+        return [entry.name for entry in self._scan(folder)]
+
+    def file_names(self, folder: str) -> list[str]:
+        return [entry.name for entry in self._scan(folder) if entry.is_file(follow_symlinks=False)]
+
+    def _scan(self, folder: str) -> list[os.DirEntry[str]]:
+        path = self._inside(folder) if folder else self.path
         try:
-            return [entry.name for entry in os.scandir(self.path / folder)]
+            return list(os.scandir(path))
         except FileNotFoundError:
             return []
         except NotADirectoryError:
+            if folder:
+                return []
             raise StoreExistsError(f"{self.path} is a file, not a store: choose another path") from None
         except OSError as error:
-            raise _unreadable(self.path / folder, error) from error
+            raise _unreadable(path, error) from error
 
     def sizes(self, folder: str) -> dict[str, int]:
-        try:
-            entries = list(os.scandir(self.path / folder))
-        except FileNotFoundError:
-            return {}
         sizes = {}
-        for entry in entries:
+        for entry in self._scan(folder):
             with suppress(FileNotFoundError):  # a temporary name, gone since
-                if entry.is_file():
-                    sizes[entry.name] = entry.stat().st_size
+                if entry.is_file(follow_symlinks=False):
+                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
         return sizes
 
     def exists(self, key: str) -> bool:
-        path = self.path / key
+        path = self._inside(key) if key else self.path
         try:
             # opening the folder makes a network file system ask its server, not its memory
             descriptor = os.open(path.parent, os.O_RDONLY)
@@ -71,42 +78,69 @@ class LocalPlace:
             os.stat(path.name, dir_fd=descriptor)
         except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            raise _unreadable(path, error) from error
         finally:
             os.close(descriptor)
         return True
 
+    def refuse_links(self, folders: Iterable[str]) -> None:
+        for folder in folders:
+            path = self._inside(folder)
+            try:
+                is_link = path.is_symlink()
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            if is_link:
+                raise StoreError(
+                    f"{path} is a symbolic link, and a store has none: whoever made it may have it lead "
+                    "anywhere; put what it leads to in its place if that is what you want"
+                )
+
     def read(self, key: str) -> bytes:
+        path = self._inside(key)
         try:
-            return (self.path / key).read_bytes()
+            with open_regular(path) as file:
+                return file.read()
         except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError as error:
-            raise _unreadable(self.path / key, error) from error
+            raise _unreadable(path, error) from error
 
     def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
-        descriptor = os.open(self.path / key, os.O_RDONLY)
+        path = self._inside(key)
         try:
-            return os.pread(descriptor, num_bytes, offset)
-        finally:
-            os.close(descriptor)
+            with open_regular(path) as file:
+                return os.pread(file.fileno(), num_bytes, offset)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
     def create(self, key: str, data: bytes) -> None:
-        path = self.path / key
+        path = self._inside(key)
         write_new(path, data)
         disk.sync([path, path.parent] if data else [path.parent])
 
     def replace(self, key: str, data: bytes) -> None:
-        disk.replace(self.path / key, data)
+        disk.replace(self._inside(key), data)
 
     def remove(self, keys: Iterable[str]) -> None:
-        paths = [self.path / key for key in keys]
+        paths = [self._inside(key) for key in keys]
         for path in paths:
             path.unlink(missing_ok=True)
         disk.sync({path.parent for path in paths})
 
     def make(self, fill: Callable[[Path], None]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new_path = _new_path(self.path)
+        # through a link to an empty folder, the store comes where it leads
+        path = self.path.resolve()
+        if path.is_mount():
+            raise StoreExistsError(
+                f"{self.path} is where a disk is mounted, and a store appears by the renaming of its folder: "
+                f"give a path below it, such as {self.path / 'run.zarr'}"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new_path = _new_path(path)
         try:
             new_path.mkdir()
             fill(new_path)
@@ -114,14 +148,14 @@ class LocalPlace:
                 (new_path / folder).mkdir(parents=True)
             disk.sync_tree(new_path)
             try:
-                os.rename(new_path, self.path)
+                os.rename(new_path, path)
             except OSError as error:
                 if self.names(""):
                     raise StoreExistsError(
                         f"{self.path} was made by another process just now: open it"
                     ) from error
                 raise
-            disk.sync([self.path.parent])
+            disk.sync([path.parent])
         finally:
             shutil.rmtree(new_path, ignore_errors=True)
 
@@ -131,12 +165,28 @@ class LocalPlace:
     def begin(self, unit: int, number: int) -> "LocalDraft":
         return LocalDraft(self.path, f"{unit}.{number}")
 
-    def clean_drafts(self) -> None:
-        for folder in list(os.scandir(self.path / STAGING)):
-            unit = folder.name.partition(".")[0]
-            if self.exists(f"{LEDGER}/{unit}.json"):
-                self._put_back(Path(folder.path))
-            shutil.rmtree(folder.path, ignore_errors=True)
+    def clean_draft(self, name: str, keys: Collection[str], put_back: Collection[str]) -> None:
+        folder = self._inside(f"{STAGING}/{name}")
+        if folder.is_symlink() or not folder.is_dir():
+            return
+        for key in keys:
+            staged, aside = (folder / f"{prefix}{quote(key, safe='')}" for prefix in ("", _ASIDE))
+            if key in put_back and _is_file(aside):
+                with suppress(FileExistsError):
+                    disk.publish(aside, self._inside(key))
+                    disk.sync([self._inside(key).parent])
+            for path in (staged, aside):
+                if _is_file(path):
+                    path.unlink()
+        with suppress(OSError):  # it holds what is not ours
+            folder.rmdir()
+
+    def restore_folders(self, folders: Iterable[str]) -> None:
+        for folder in folders:
+            path = self._inside(folder)
+            if not path.exists():
+                path.mkdir(parents=True, exist_ok=True)
+                disk.sync([path.parent])
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         return [function(item) for item in items]
@@ -151,14 +201,16 @@ class LocalPlace:
     def zarr_store(self) -> str:
         return str(self.path)
 
-    def _put_back(self, staging_path: Path) -> None:
-        """Puts back files of a committed unit that an attempt, killed in `_take_away`, had moved aside."""
-        for path in staging_path.glob(f"{_ASIDE}*"):
-            key = unquote(path.name.removeprefix(_ASIDE))
-            if not key.startswith("."):  # an entry that was to be replaced is better missing
-                with suppress(FileExistsError):
-                    disk.publish(path, self.path / key)
-                    disk.sync([(self.path / key).parent])
+    def _inside(self, key: str) -> Path:
+        """Returns the path of a key.
+
+        Raises:
+            StoreError: it would lead out of the store. No key that `layout` checked does.
+        """
+        pure = PurePosixPath(key)
+        if not key or pure.is_absolute() or ".." in pure.parts or "\0" in key:
+            raise StoreError(f"{self.path} names {key!r}, which is no file of a store")
+        return self.path / key
 
 
 class LocalDraft:
@@ -167,7 +219,7 @@ class LocalDraft:
     def __init__(self, root: Path, name: str):
         self._root = root
         self.path = root / STAGING / name
-        self.path.mkdir()
+        self.path.mkdir(parents=True)  # an empty folder may have been lost when the store was copied
         self._ours: dict[str, Identity | None] = {}
 
     def open_sink(self, key: str) -> Sink:
@@ -240,16 +292,23 @@ class _NotOursError(Exception):
 
 
 def _unreadable(path: Path, error: OSError) -> StoreError:
-    return StoreError(f"{path} cannot be read: {error.strerror}")
+    return StoreUnreadableError(f"{path} cannot be read: {error.strerror}")
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _new_path(path: Path) -> Path:
     """Returns a name beside the store to build it under; removes leftovers of killed builders on the way."""
-    prefix = f".{path.name}.new-{machine()}-"
-    for left in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
-        pid, _, start = left.name.removeprefix(prefix).partition("-")
-        if str(process_start(int(pid))) != start:
-            shutil.rmtree(left)
+    # of one length, as the store's own name may be as long as a file system takes
+    prefix = f".looptap-new-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-{machine()}-"
+    for left in path.parent.iterdir():
+        of_process = re.fullmatch(f"{re.escape(prefix)}([0-9]+)-([0-9]+)", left.name)
+        if of_process and left.is_dir() and not left.is_symlink():
+            pid, start = map(int, of_process.groups())
+            if process_start(pid) != start:
+                shutil.rmtree(left)
     new_path = path.parent / f"{prefix}{os.getpid()}-{process_start(os.getpid())}"
     shutil.rmtree(new_path, ignore_errors=True)
     return new_path

@@ -6,10 +6,12 @@ The order is always data, directory, then the name that vouches for them, each s
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import google_crc32c
 
@@ -29,6 +31,20 @@ def write_new(path: Path, data: bytes | bytearray | memoryview) -> None:
             view = view[os.write(descriptor, view) :]
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading, and nothing else: a link may lead anywhere, a pipe never ends.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it is something else, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -101,6 +117,11 @@ def checksum(path: Path) -> str:
         while block := file.read(8 << 20):
             value = google_crc32c.extend(value, block)
     return f"{value:08x}"
+
+
+def file_record(content: bytes) -> dict[str, Any]:
+    """Returns what a store notes of a file that it writes: `bytes` and `crc32c`, eight hex digits."""
+    return {"bytes": len(content), "crc32c": f"{google_crc32c.value(content):08x}"}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The common part of drivers' locks on disks and in object stores: times, and a second driver's error."""
 
+import json
 from typing import Any
 
 from ....errors import StoreLockedError
@@ -15,3 +16,21 @@ def locked(store: str, holder: dict[str, Any]) -> StoreLockedError:
         f"(last sign of life {holder['silent_s']:.0f} s ago): wait for it or stop it; "
         f"its lock lapses after {STALE_S:.0f} s without a sign of life"
     )
+
+
+def parse(content: bytes) -> dict[str, Any] | None:
+    """Returns what a lock says of its holder; None if it does not read as a lock."""
+    try:
+        holder = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    kinds = {"host": str, "pid": int, "machine": str, "process_start": int | None}
+    is_sound = isinstance(holder, dict) and all(
+        name in holder and isinstance(holder[name], kind) for name, kind in kinds.items()
+    )
+    return holder if is_sound else None
+
+
+def is_fresh(silent_s: float) -> bool:
+    """Whether a sign of life counts; one from the future does not, as its clock was another then."""
+    return abs(silent_s) < STALE_S

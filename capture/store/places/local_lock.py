@@ -11,23 +11,30 @@ import os
 import platform
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ....errors import StoreError
+from ..keys import GUARD, passing_for
 from . import lease
-from .disk import write_new
+from .disk import open_regular, sync, write_new
 from .liveness import machine, process_start
 
 
 class DriverLock:
-    """The lock while it is held; `held` turns False if another driver took it over."""
+    """The lock while it is held; `held` turns False if another driver took it over.
+
+    Beside what it says, its file is locked for as long as its holder lives, where the file system can.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)  # beats go to this file, never to a successor's
+        with suppress(OSError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="looptap heartbeat", daemon=True)
         self._thread.start()
@@ -61,36 +68,67 @@ def acquire(lock_path: Path) -> DriverLock:
         "process_start": process_start(os.getpid()),
         "machine": machine(),
     }
-    new_path = lock_path.with_name(f"driver.lock.{secrets.token_hex(8)}")
-    write_new(new_path, json.dumps(mine).encode())
-    try:
-        with _guard(lock_path):
-            holder = holder_of(lock_path)
-            if holder is not None:
-                raise lease.locked(str(lock_path.parent.parent), holder)
-            os.replace(new_path, lock_path)
-    finally:
-        new_path.unlink(missing_ok=True)
+    with _guard(lock_path):
+        _remove_leftovers(lock_path.parent)
+        holder = _holder(lock_path, _file_system_time_s(lock_path.parent))
+        if holder is not None:
+            raise lease.locked(str(lock_path.parent.parent), holder)
+        new_path = lock_path.with_name(f"driver.lock.{secrets.token_hex(8)}")
+        write_new(new_path, json.dumps(mine).encode())
+        sync([new_path])
+        os.replace(new_path, lock_path)
+        sync([lock_path.parent])
     return DriverLock(lock_path)
 
 
 def holder_of(lock_path: Path) -> dict[str, Any] | None:
-    """Returns what the lock says of a live driver, with `silent_s`, seconds since its last sign of life."""
+    """Returns what the lock says of a live driver, with `silent_s`, seconds since its last sign of life.
+
+    By this machine's clock: looking at a store writes nothing.
+    """
+    return _holder(lock_path, time.time())
+
+
+def _holder(lock_path: Path, now_s: float) -> dict[str, Any] | None:
     try:
-        holder = json.loads(lock_path.read_bytes())
-        beat_s = lock_path.stat().st_mtime
+        with open_regular(lock_path) as file:
+            holder, beat_s = lease.parse(file.read()), os.fstat(file.fileno()).st_mtime
+            if holder is None and _is_locked(file.fileno()):
+                # damaged, and its holder lives; one that a crash cut short is nobody's
+                return {"host": "an unknown host", "pid": 0, "silent_s": max(0.0, now_s - beat_s)}
     except FileNotFoundError:
         return None
-    holder["silent_s"] = max(0.0, _file_system_time_s(lock_path.parent) - beat_s)
+    if holder is None:
+        return None
+    holder["silent_s"] = max(0.0, now_s - beat_s)
     if holder["machine"] == machine():
         return holder if process_start(holder["pid"]) == holder["process_start"] else None
-    return holder if holder["silent_s"] < lease.STALE_S else None
+    return holder if lease.is_fresh(now_s - beat_s) else None
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether a live process has the file locked; False where that cannot be found out."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what others left that were killed while they looked at the lock; nobody else looks now."""
+    for path in list(folder.iterdir()):
+        if passing_for(path.name) == "driver.lock" and not path.is_symlink() and path.is_file():
+            path.unlink()
 
 
 @contextmanager
 def _guard(lock_path: Path) -> Iterator[None]:
     """Holds a file lock while the driver lock is read and changed; the kernel frees it if its holder dies."""
-    descriptor = os.open(lock_path.with_name("driver.guard"), os.O_CREAT | os.O_RDWR, 0o644)
+    path = lock_path.parent.parent / GUARD
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -108,10 +108,11 @@ def _read(bucket: Bucket, now: datetime) -> dict[str, Any] | None:
     found = bucket.find(DRIVER_LOCK)
     if found is None:
         return None
-    holder = json.loads(bucket.read(DRIVER_LOCK))
-    holder["silent_s"] = max(0.0, (now - found.modified).total_seconds())
-    if holder["released"]:
-        return None
+    holder = lease.parse(bucket.read(DRIVER_LOCK))
+    if holder is None or holder.get("released"):
+        return None  # a damaged one lapses: who holds it finds out by the next beat, which is conditional
+    silent_s = (now - found.modified).total_seconds()
+    holder["silent_s"] = max(0.0, silent_s)
     if holder["machine"] == machine():
         return holder if process_start(holder["pid"]) == holder["process_start"] else None
-    return holder if holder["silent_s"] < lease.STALE_S else None
+    return holder if lease.is_fresh(silent_s) else None

@@ -3,13 +3,10 @@
 Keys are paths inside the store with slashes, such as `state/c.0.0.0` or `.looptap/ledger/7.json`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, Protocol, TypeVar
 
 Bytes = bytes | bytearray | memoryview
 Item = TypeVar("Item")
@@ -81,12 +78,24 @@ class Place(Protocol):
         """Returns the names that lie directly in a folder; none where there is no folder."""
         ...
 
+    def file_names(self, folder: str) -> list[str]:
+        """Returns the names of the files that lie directly in a folder: no folders, links or devices."""
+        ...
+
     def sizes(self, folder: str) -> dict[str, int]:
-        """Returns the bytes of the files that lie directly in a folder."""
+        """Returns the bytes of the files that lie directly in a folder: no folders, links or devices."""
         ...
 
     def exists(self, key: str) -> bool:
-        """Whether there is such a file; "" asks for the place itself."""
+        """Whether there is something of this name; "" asks for the place itself."""
+        ...
+
+    def refuse_links(self, folders: Iterable[str]) -> None:
+        """Refuses a store of whose folders one is a symbolic link, which may lead anywhere.
+
+        Raises:
+            StoreError: names the link.
+        """
         ...
 
     def read(self, key: str) -> bytes:
@@ -123,8 +132,17 @@ class Place(Protocol):
 
     def begin(self, unit: int, number: int) -> Draft: ...
 
-    def clean_drafts(self) -> None:
-        """Removes what killed attempts left; to be called while no worker runs."""
+    def clean_draft(self, name: str, keys: Collection[str], put_back: Collection[str]) -> None:
+        """Removes what a killed attempt left in its folder, as far as it was to become one of these keys.
+
+        Args:
+            name: the folder's, "unit.number".
+            put_back: keys whose files go back where they were moved aside for it.
+        """
+        ...
+
+    def restore_folders(self, folders: Iterable[str]) -> None:
+        """Makes folders that are not there: copying a store may lose empty ones."""
         ...
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

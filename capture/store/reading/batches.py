@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from ....errors import NothingCapturedError, RequestError, UnfitError
 from ..writing.commit import Store
+from .coordinates import Coordinates
 from .reader import open_array, to_float32
 from .windows import Chunk, Gather, Window, iter_gathers
 
@@ -73,7 +73,7 @@ def make_batches(
     opened = Store.open(store)
     if "state" not in opened.arrays:
         raise UnfitError(f"{store} keeps no states: capture again with --quantities all,state --states core")
-    kept = _coordinate(opened, "state_depth")[...].tolist()
+    kept = Coordinates(opened).rows("state_depth").tolist()
     wanted = kept if depths is None else list(depths)
     if absent := [depth for depth in wanted if depth not in kept]:
         raise UnfitError(
@@ -155,19 +155,13 @@ class Batches:
         return np.arange(start, start + int(self._counts[chunk]))
 
 
-def _coordinate(store: Store, name: str) -> Any:
-    array = store.group()[name]
-    assert isinstance(array, zarr.Array)
-    return array
-
-
 def _rows_of_chunks(store: Store, chunk_rows: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Returns the number of rows with a committed state in each chunk, and which, if not the first."""
     unit_rows = store.unit_rows("state")
     name = (
         "state_token" if store.metadata["state"]["dimension_names"][0] == "token_state" else "token_sequence"
     )
-    owner = _coordinate(store, name)
+    owner = Coordinates(store)
     is_done_U = np.zeros(store.num_units, bool)
     is_done_U[store.done()] = True
     num_rows = store.metadata["state"]["shape"][0]
@@ -176,7 +170,7 @@ def _rows_of_chunks(store: Store, chunk_rows: int) -> tuple[np.ndarray, dict[int
     step = math.ceil(_SCANNED_ROWS / unit_rows) * unit_rows
     for first in range(0, num_rows, step):
         stop = min(first + step, num_rows)
-        is_filled = owner[first:stop] >= 0
+        is_filled = owner.rows(name, first, stop) >= 0
         is_filled &= np.repeat(is_done_U[first // unit_rows : stop // unit_rows], unit_rows)
         is_filled = is_filled.reshape(-1, chunk_rows)
         here = slice(first // chunk_rows, stop // chunk_rows)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ....errors import StoreError
+from ..places.directory import LocalPlace
 from ..places.place import Place
 from .mapped_states import Key
+from .strict_store import StrictStore, require_file
 
 _was_forked = False
 
@@ -56,21 +57,16 @@ class LibraryArray:
         if self._directory is not None and (tensorstore := _tensorstore()) is not None:
             files = {"driver": "file", "path": f"{self._directory / self._name}/"}
             return tensorstore.open({"driver": "zarr3", "kvstore": files}, read=True, open=True).result()
-        return zarr.open_array(self._place.zarr_store(), path=self._name, mode="r")
+        return zarr.open_array(StrictStore(self._place, [self._name]), path=self._name, mode="r")
 
     def _require_files(self, rows: slice | np.ndarray) -> None:
         if isinstance(rows, slice):
             numbers = range(rows.start // self._file_rows, -(-rows.stop // self._file_rows))
         else:
             numbers = np.unique(rows // self._file_rows).tolist()
-        assert self._directory is not None
+        assert isinstance(self._place, LocalPlace)
         for number in numbers:
-            path = self._directory / self._name / f"c.{number}{'.0' * (len(self.shape) - 1)}"
-            if not path.exists():
-                raise StoreError(
-                    f"{path} cannot be read: it is missing, though its unit is committed; "
-                    f"run `looptap verify {self._directory}`"
-                )
+            require_file(self._place, f"{self._name}/c.{number}{'.0' * (len(self.shape) - 1)}")
 
 
 def _tensorstore() -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ....errors import StoreError
+from ..places.disk import open_regular
 
 _TRIED_PAGES = 8
 _TRIED_RUNS = 8  # once so many were in memory, one of so many is tried: asking takes a microsecond
@@ -56,17 +57,17 @@ class Mapping:
             StoreError: it is larger than any such file can be, or cannot be mapped.
         """
         start = place * self.file_bytes
-        descriptor = os.open(path, os.O_RDONLY)
         try:
-            num_bytes = os.fstat(descriptor).st_size
-            if num_bytes > self.file_bytes:
-                raise OSError(f"it holds {num_bytes} bytes, more than can have been written")
-            if num_bytes:
-                self._map(start, num_bytes, descriptor)
+            with open_regular(path) as file:
+                num_bytes = os.fstat(file.fileno()).st_size
+                if num_bytes > self.file_bytes:
+                    raise OSError(f"it holds {num_bytes} bytes, more than can have been written")
+                if num_bytes:
+                    self._map(start, num_bytes, file.fileno())
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error}") from error
-        finally:
-            os.close(descriptor)
         return self.data[start : start + num_bytes]
 
     def _map(self, start: int, num_bytes: int, descriptor: int) -> None:

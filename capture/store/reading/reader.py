@@ -20,6 +20,7 @@ from ..plan import plan_of
 from ..writing.commit import Store
 from .decoded_arrays import LibraryArray
 from .mapped_states import Key, MappedArray, can_map
+from .strict_store import StrictStore
 
 
 def open_store(
@@ -47,7 +48,8 @@ def open_store(
         raise RequestError(f"missing is {missing!r}: give 'mask' or 'raise'")
     store = Store.open(path)
     with os_errors_named(path, "read"):
-        dataset = xr.open_zarr(store.zarr_store(), chunks=None, consolidated=True)
+        strict = StrictStore(store.place, set(store.layout.coordinates) - {"unit_done"})
+        dataset = xr.open_zarr(strict, chunks=None, consolidated=True)
     is_done_U = np.zeros(store.num_units, bool)
     is_done_U[store.done()] = True
     for name in store.arrays:

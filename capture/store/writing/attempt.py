@@ -12,12 +12,12 @@ import os
 import platform
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 
 from ....errors import UnitTakenError
 from ..keys import attempt_key, entry_key
+from ..ledger_entry import entry_checksum
 from ..places.place import Sink
 from .commit import Store
 from .encode import write_array
@@ -229,12 +229,6 @@ class _NamedSink:
 
     def discard(self) -> None:
         self._sink.discard()
-
-
-def entry_checksum(entry: dict[str, Any]) -> str:
-    """Returns the crc32c of a ledger entry without its checksum, eight hex digits."""
-    text = json.dumps({name: value for name, value in entry.items() if name != "checksum"})
-    return f"{google_crc32c.value(text.encode()):08x}"
 
 
 def _now() -> str:

@@ -6,36 +6,40 @@ exclusive ledger entry, `.looptap/ledger/<u>.json`, is the commit. Units without
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import zarr
 
 from ....errors import StoreError
-from ..keys import COMPLETE, LEDGER, SUMMARY, entry_key
-from ..layout import read_group, unit_arrays
+from ..group import Group, read_group
+from ..keys import COMPLETE, LEDGER, STAGING, SUMMARY, attempt_key, attempt_of, entry_key, entry_unit
+from ..ledger_entry import entry_bytes, parse_entry
 from ..places.directory import LocalPlace
+from ..places.disk import file_record
 from ..places.open import open_place
 from ..places.place import Place
 from ..plan import StoredPlan
 from .encode import encode, file_shape
 
+_SHARD = re.compile(r"c\.(0|[1-9][0-9]{0,17})((?:\.0)*)")
+
 
 class Store:
     """A store being written. Many processes may write units of it; one of them drives (`places/lock.py`)."""
 
-    def __init__(self, place: Place, group: dict[str, Any]):
-        self.place = place
-        self.document: dict[str, Any] = group["attributes"]["plan"]
+    def __init__(self, place: Place, group: Group):
+        self.place, self.layout = place, group
+        self.document: dict[str, Any] = group.plan
         """The plan as it lies in the store, with fields that another version of looptap may have added."""
         self.plan = StoredPlan.from_json(self.document, f"the plan of {place}")
         self.num_units = self.plan.num_units
-        self.metadata: dict[str, dict[str, Any]] = group["consolidated_metadata"]["metadata"]
-        self.arrays = unit_arrays(group)
+        self.metadata, self.arrays = group.metadata, group.arrays
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
@@ -71,9 +75,21 @@ class Store:
 
     def shard_keys(self, name: str, unit: int) -> list[str]:
         """Returns the keys of the files that hold one unit's rows of an array, in the order of rows."""
-        shard_rows, *_ = shape = file_shape(self.arrays[name])
-        k = self.unit_rows(name) // shard_rows
-        return [f"{name}/c.{i}" + ".0" * (len(shape) - 1) for i in range(unit * k, (unit + 1) * k)]
+        k, end = self._unit_files(name), ".0" * (len(self.arrays[name]["shape"]) - 1)
+        return [f"{name}/c.{i}{end}" for i in range(unit * k, (unit + 1) * k)]
+
+    def unit_of(self, key: str) -> int | None:
+        """Returns the unit whose file has this key; None if it is no unit's file."""
+        name, _, file = key.partition("/")
+        match = _SHARD.fullmatch(file)
+        if name not in self.arrays or match is None:
+            return None
+        unit = int(match[1]) // self._unit_files(name)
+        is_deep_enough = len(match[2]) == 2 * (len(self.arrays[name]["shape"]) - 1)
+        return unit if is_deep_enough and unit < self.num_units else None
+
+    def _unit_files(self, name: str) -> int:
+        return self.unit_rows(name) // file_shape(self.arrays[name])[0]
 
     @cached_property
     def unit_bytes(self) -> int:
@@ -84,8 +100,8 @@ class Store:
 
     def done(self) -> list[int]:
         """Returns the units that are committed, in order."""
-        stems = (name[:-5] for name in self.place.names(LEDGER) if name.endswith(".json"))
-        return sorted(unit for unit in map(int, filter(str.isdecimal, stems)) if unit < self.num_units)
+        units = map(entry_unit, self.place.file_names(LEDGER))
+        return sorted(unit for unit in units if unit is not None and unit < self.num_units)
 
     def todo(self) -> list[int]:
         """Returns the units that are not committed, in order. Lists one directory and reads nothing else."""
@@ -99,18 +115,26 @@ class Store:
             StoreError: it is damaged.
         """
         try:
-            return json.loads(self.place.read(entry_key(unit)))
+            content = self.place.read(entry_key(unit))
         except FileNotFoundError:
             return None
+        files = {name: self.shard_keys(name, unit) for name in self.arrays}
+        try:
+            return parse_entry(content, unit, self.plan.hash, files)
         except ValueError as error:
             raise StoreError(
                 f"{self}/{entry_key(unit)} cannot be read ({error}): run `looptap verify --repair {self}`"
             ) from error
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Reads the ledger entries of all committed units, in order."""
+        """Reads the ledger entries of all committed units, in order.
+
+        Raises:
+            StoreError: one is damaged.
+        """
         for unit in self.done():
-            yield cast(dict[str, Any], self.entry(unit))
+            if (entry := self.entry(unit)) is not None:  # or it was voided since
+                yield entry
 
     def finish(self) -> None:
         """Closes a store whose units are all committed: checks sizes, writes `unit_done` and the summary.
@@ -136,50 +160,60 @@ class Store:
                             f"run `looptap verify {self}`"
                         )
         with self.place.full_disk_named("the summary", 1024 * self.num_units):
-            self._write_unit_done()
-            self.place.replace(SUMMARY, _to_parquet(self.entries()))
-            self.place.replace(COMPLETE, b"")
-        self.place.clean_drafts()
+            contents = {**self.marks(done=True), SUMMARY: _summary(self.entries())}
+            for key, content in contents.items():
+                self.place.replace(key, content)
+            records = {key: file_record(content) for key, content in contents.items()}
+            self.place.replace(COMPLETE, json.dumps(records).encode())
+        self.clean_drafts()
+
+    def clean_drafts(self) -> None:
+        """Removes what killed attempts of this store left in their folders; to be called while no worker
+        runs.
+        """
+        for name in self.place.names(STAGING):
+            unit, _ = attempt = attempt_of(name) or (self.num_units, 0)
+            if unit < self.num_units and self.place.exists(attempt_key(*attempt)):
+                keys = [key for array in self.arrays for key in self.shard_keys(array, unit)]
+                is_committed = self.place.exists(entry_key(unit))
+                self.place.clean_draft(name, [*keys, entry_key(unit)], keys if is_committed else ())
 
     def full_disk_named(self, unit: int) -> AbstractContextManager[None]:
         """Reports a full disk as StoreFullError, with what one unit takes before compression."""
         return self.place.full_disk_named(f"unit {unit}", self.unit_bytes)
 
-    def _write_unit_done(self) -> None:
-        metadata = json.loads(self.place.read("unit_done/zarr.json"))
-        (num_rows,) = file_shape(metadata)
-        for index, first in enumerate(range(0, self.num_units, num_rows)):
-            done = np.ones(min(num_rows, self.num_units - first), np.uint8)
-            self.place.replace(f"unit_done/c.{index}", encode(metadata, done).tobytes())
+    def marks(self, *, done: bool) -> dict[str, bytes]:
+        """Returns what the files of `unit_done` hold, by key, with all units done or none."""
+        metadata = self.metadata["unit_done"]
+        num_rows, *_ = file_shape(metadata)
+        firsts = range(0, self.num_units, num_rows)
+        parts = (np.full(min(num_rows, self.num_units - first), done, np.uint8) for first in firsts)
+        contents = (encode(metadata, part).tobytes() for part in parts)
+        return dict(zip(self.layout.chunk_keys("unit_done"), contents, strict=True))
 
 
-def _to_parquet(entries: Iterable[dict[str, Any]]) -> bytes:
-    """Returns the ledger as a table, a row a unit: columns for sums and plots, and the entry as JSON."""
+def summary_rows(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the summary, one a unit: columns for sums and plots, and the entry as JSON."""
+    for entry in entries:
+        yield {
+            "unit": entry["unit"],
+            "attempt": entry["attempt"],
+            "num_sequences": entry["num_sequences"],
+            "num_tokens": entry["num_tokens"],
+            "seconds": entry["seconds"],
+            "num_bytes": entry_bytes(entry),
+            "num_non_finite": sum(entry["non_finite"].values()),
+            "host": entry["host"],
+            "committed": entry["committed"],
+            "entry": json.dumps(entry),
+        }
+
+
+def _summary(entries: Iterable[dict[str, Any]]) -> bytes:
+    """Returns the ledger as a table in Parquet."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    table = pa.Table.from_pylist(
-        [
-            {
-                "unit": entry["unit"],
-                "attempt": entry["attempt"],
-                "num_sequences": entry["num_sequences"],
-                "num_tokens": entry["num_tokens"],
-                "seconds": entry["seconds"],
-                "num_bytes": entry_bytes(entry),
-                "num_non_finite": sum(entry["non_finite"].values()),
-                "host": entry["host"],
-                "committed": entry["committed"],
-                "entry": json.dumps(entry),
-            }
-            for entry in entries
-        ]
-    )
     sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(list(summary_rows(entries))), sink)
     return sink.getvalue().to_pybytes()
-
-
-def entry_bytes(entry: dict[str, Any]) -> int:
-    """Returns the bytes of a unit in the store, from its ledger entry."""
-    return sum(shard["bytes"] for shards in entry["shards"].values() for shard in shards)

@@ -38,6 +38,37 @@ def encode(metadata: dict[str, Any], values: np.ndarray) -> np.ndarray:
     return np.frombuffer(data, np.uint8)  # read-only
 
 
+def decode(metadata: dict[str, Any], content: bytes) -> np.ndarray:
+    """Returns the values of the one chunk that a file of this array holds, the inverse of `encode`.
+
+    Raises:
+        ValueError: it is no such chunk.
+    """
+    values = np.empty(file_shape(metadata), metadata["data_type"])
+    try:
+        if (num_bytes := _frame_bytes(content)) != values.nbytes:
+            raise ValueError(f"it holds {num_bytes} bytes")
+        numcodecs.Zstd().decode(content, out=values)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"it is no chunk of {list(values.shape)} {values.dtype}: {error}") from None
+    return values
+
+
+def _frame_bytes(frame: bytes) -> int | None:
+    """Returns the size of the content that a zstd frame says it has (RFC 8878, 3.1.1.1); None if it says
+    none.
+    """
+    if len(frame) < 6:
+        return None
+    descriptor = frame[4]
+    is_single, size_flag, dictionary_flag = descriptor >> 5 & 1, descriptor >> 6, descriptor & 3
+    width = (1 if is_single else 0, 2, 4, 8)[size_flag]
+    start = 5 + (not is_single) + (0, 1, 2, 4)[dictionary_flag]
+    if not width or len(frame) < start + width:
+        return None
+    return int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
+
+
 def write_array(metadata: dict[str, Any], rows: np.ndarray, sinks: list[Sink]) -> list[dict[str, Any]]:
     """Writes a unit's rows of one array, one sink a file.
 

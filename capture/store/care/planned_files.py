@@ -1,0 +1,310 @@
+"""The files that are written when a store is made, and what they must be, from what is left of their copies.
+
+Most is there twice: the plan in `zarr.json` and `.looptap/plan.json`, an array's metadata in `zarr.json` and
+its own folder, and of every file a checksum in `.looptap/files.json`. So of two copies that differ the one
+whose checksum was noted is right, and a checksum that two equal copies contradict is wrong. What only the
+data know (`token_id`, ...) is restored by the capture's own command (`restore.py`).
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ....errors import StoreError, StoreUnreadableError
+from ..group import Group, check_array, check_group, no_store, parse_group, remains_of, shown_name
+from ..keys import ARRAY_NAME, ATTEMPTS, FILES, LEDGER, PLAN, STAGING
+from ..places.disk import file_record
+from ..places.place import Place
+from ..plan import StoredPlan
+from ..quantities import QUANTITIES
+from ..writing.encode import decode, encode, file_shape
+from .patience import Patience
+
+Record = dict[str, Any]
+"""`bytes` and `crc32c` of a file, as `file_record` makes it."""
+
+COORDINATES = (
+    "depth", "stage", "layer", "recurrence", "depth_other", "state_depth", "token_id", "token_position",
+    "token_sequence", "sequence_start", "sequence_length", "sequence_id", "state_token", "unit_done",
+)  # fmt: skip
+"""Coordinates in the order in which captures write them."""
+
+
+@dataclass
+class Planned:
+    """What a store's planned files are and should be."""
+
+    group: Group
+    noted: dict[str, Record]
+    """What `files.json` says; empty if it says nothing that can be read."""
+    records: dict[str, Record] = field(default_factory=dict)
+    """What it should say."""
+    wrong: dict[str, str] = field(default_factory=dict)
+    """Key -> what is wrong, of files that are damaged or missing."""
+    content: dict[str, bytes] = field(default_factory=dict)
+    """Key -> what it should hold, of those that can be made again from what is in the store."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Key -> why it could not be read, of files of which nothing is known."""
+
+
+def read_planned(place: Place, patience: Patience) -> Planned:
+    """Reads the planned files of a store and says what is wrong with them; writes nothing.
+
+    Raises:
+        StoreMissingError: nothing is there.
+        StoreError: there is no store of this format, or not enough is left of one to say what it was.
+        StoreUnreadableError: its metadata cannot be read.
+    """
+    place.refuse_links([".looptap", LEDGER, ATTEMPTS, STAGING])
+    noted = _noted(place, patience)
+    group = _settled_group(place, noted, patience)
+    place.refuse_links(group.metadata)
+    planned = Planned(group, noted)
+    contents = {"zarr.json": group.to_bytes(), PLAN: group.plan_bytes()}
+    contents |= {f"{name}/zarr.json": group.array_bytes(name) for name in group.metadata}
+    for key, content in contents.items():
+        _settle_metadata(place, planned, key, content, patience)
+    for name in group.coordinates:
+        if name != "unit_done":  # which is written again when a store is closed
+            for key in group.chunk_keys(name):
+                _settle_coordinate(place, planned, name, key, patience)
+    _settle_records(place, planned)
+    return planned
+
+
+def records_bytes(records: dict[str, Record]) -> bytes:
+    """Returns the content of `files.json`."""
+    return json.dumps(records).encode()
+
+
+def derived_coordinate(plan: StoredPlan, name: str) -> np.ndarray | None:
+    """Returns a coordinate that the plan alone tells; None for others."""
+    model = plan.model
+    stages = [(0, model.prelude, 1), (1, model.core, model.recurrences), (2, model.coda, 1)]
+    steps = [
+        (stage, layer, recurrence if stage == 1 else -1)
+        for stage, num_layers, times in stages
+        for recurrence in range(times)
+        for layer in range(num_layers)
+    ]
+    match name:
+        case "depth" | "depth_other":
+            return np.arange(len(steps), dtype=np.int32)
+        case "stage":
+            return np.array([stage for stage, _, _ in steps], np.int8)
+        case "layer":
+            return np.array([layer for _, layer, _ in steps], np.int16)
+        case "recurrence":
+            return np.array([recurrence for _, _, recurrence in steps], np.int16)
+    return None
+
+
+def _settle_metadata(place: Place, planned: Planned, key: str, content: bytes, patience: Patience) -> None:
+    try:
+        found = patience.read(place, key)
+    except StoreUnreadableError as error:
+        planned.unread[key] = str(error)
+        planned.records[key] = planned.noted.get(key) or file_record(content)
+        return
+    if found is not None and _parse(found) == _parse(content):
+        noted = planned.noted.get(key)
+        if file_record(found) == noted or file_record(content) != noted:
+            planned.records[key] = file_record(found)
+            return
+    planned.wrong[key] = "is missing" if found is None else _differs(found, planned.noted.get(key))
+    planned.content[key], planned.records[key] = content, file_record(content)
+
+
+def _settle_coordinate(place: Place, planned: Planned, name: str, key: str, patience: Patience) -> None:
+    metadata, noted = planned.group.metadata[name], planned.noted.get(key)
+    try:
+        found = patience.read(place, key)
+    except StoreUnreadableError as error:
+        planned.unread[key] = str(error)
+        if noted is not None:
+            planned.records[key] = noted
+        return
+    if found is not None and noted is not None and file_record(found) == noted:
+        planned.records[key] = noted
+        return
+    content = _derived_content(planned.group, name, key)
+    if found is not None and (noted is None or _has_checksum(metadata) or found == content):
+        try:
+            decode(metadata, found)
+            planned.records[key] = file_record(found)
+            return
+        except ValueError:
+            pass
+    planned.wrong[key] = "is missing" if found is None else _differs(found, noted)
+    if content is not None and noted in (None, file_record(content)):
+        planned.content[key], planned.records[key] = content, file_record(content)
+    elif noted is not None:
+        planned.records[key] = noted
+
+
+def _settle_records(place: Place, planned: Planned) -> None:
+    strange = sorted(set(planned.noted) - set(planned.group.planned_keys()))
+    differ = [key for key, record in planned.records.items() if planned.noted.get(key) != record]
+    if not planned.noted:
+        planned.wrong[FILES] = "is damaged" if place.exists(FILES) else "is missing"
+    elif strange:
+        planned.wrong[FILES] = f"names {shown_name(strange[0])}, which is no file that was written with it"
+    elif differ and differ[0] not in planned.wrong:
+        planned.wrong[FILES] = f"says something else of {differ[0]} than what is there and sound"
+    if strange or differ or FILES in planned.wrong:
+        planned.content[FILES] = records_bytes(planned.records)
+
+
+def _settled_group(place: Place, noted: dict[str, Record], patience: Patience) -> Group:
+    """Returns the group as it was written, from `zarr.json` and from the copies of its parts."""
+    root = patience.read(place, "zarr.json")
+    if root is not None and noted.get("zarr.json") == file_record(root):
+        return parse_group(root, str(place))
+    try:
+        group = None if root is None else parse_group(root, str(place))
+    except StoreError as error:
+        if not place.exists(PLAN):
+            raise
+        group, said = None, error
+    else:
+        said = None
+    names = place.names("")
+    if root is None and remains_of(place, names) is None:
+        raise no_store(place)
+    hopeless = f"{place} cannot be made whole from what is in it"
+    plan = _settled_plan(place, group, noted, patience)
+    if plan is None:
+        raise StoreError(f"{hopeless}: zarr.json and {PLAN} are both damaged; copy one from a backup")
+    metadata: dict[str, dict[str, Any]] = {}
+    wanted = plan.get("settings", {}).get("quantities", ()) if isinstance(plan.get("settings"), dict) else ()
+    for name in _array_names(group, noted, names, wanted):
+        found = _settled_array(place, name, group, noted, patience)
+        if found is None:
+            raise StoreError(f"{hopeless}: {name}/zarr.json and its copy in zarr.json are both damaged")
+        metadata[name] = found
+    if group is not None:
+        coordinates = group.coordinates
+    else:
+        with_chunks = {key.partition("/")[0] for key in noted if "/c." in key} | {"unit_done"}
+        are = with_chunks if noted else set(metadata) - set(QUANTITIES)
+        coordinates = tuple(name for name in metadata if name in are)
+    settled = Group(plan, coordinates, metadata)
+    try:
+        check_group(settled, str(place))
+    except StoreError as error:
+        raise StoreError(f"{hopeless}: {said or error}") from error
+    return settled
+
+
+def _settled_plan(
+    place: Place, group: Group | None, noted: dict[str, Record], patience: Patience
+) -> dict[str, Any] | None:
+    content = patience.read(place, PLAN)
+    copy = None if content is None else _parse(content)
+    if content is not None and isinstance(copy, dict) and noted.get(PLAN) == file_record(content):
+        return copy
+    copies = [document for document in (group and group.plan, copy) if isinstance(document, dict)]
+    if len(copies) == 2 and copies[0] == copies[1]:
+        return copies[0]
+    sound = [document for document in copies if _has_its_hash(document)]
+    return sound[0] if sound else copies[0] if len(copies) == 1 and group is not None else None
+
+
+def _settled_array(
+    place: Place, name: str, group: Group | None, noted: dict[str, Record], patience: Patience
+) -> dict[str, Any] | None:
+    key = f"{name}/zarr.json"
+    content = patience.read(place, key)
+    own = None if content is None else _parse(content)
+    if content is not None and isinstance(own, dict) and noted.get(key) == file_record(content):
+        return own
+    copies = [array for array in (group and group.metadata.get(name), own) if _is_array(name, array)]
+    for array in copies:  # the one of which the checksum was noted
+        if file_record(json.dumps(array, indent=2).encode()) == noted.get(key):
+            return array
+    is_agreed = len(copies) == 1 or (len(copies) == 2 and copies[0] == copies[1])
+    return copies[0] if is_agreed else None
+
+
+def _array_names(
+    group: Group | None, noted: dict[str, Record], names: list[str], quantities: Any
+) -> list[str]:
+    """Returns the names of all arrays, in the order in which a capture writes them."""
+    if group is not None:
+        return list(group.metadata)
+    found = {key.partition("/")[0] for key in noted if key.endswith("/zarr.json")}
+    if not found:
+        found = {name for name in names if name in COORDINATES or name in quantities}
+    order = dict.fromkeys([*COORDINATES, *quantities, *QUANTITIES])
+    known = [name for name in order if name in found]
+    return [*known, *sorted(name for name in found - set(known) if ARRAY_NAME.fullmatch(name))]
+
+
+def _noted(place: Place, patience: Patience) -> dict[str, Record]:
+    """Returns the notes of `files.json` that read as such; empty if there are none."""
+    content = patience.read(place, FILES)
+    files = None if content is None else _parse(content)
+    if not isinstance(files, dict):
+        return {}
+    return {key: record for key, record in files.items() if _is_record(record)}
+
+
+def _is_record(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and set(record) == {"bytes", "crc32c"}
+        and type(record["bytes"]) is int
+        and isinstance(record["crc32c"], str)
+    )
+
+
+def _is_array(name: str, array: Any) -> bool:
+    try:
+        check_array(name, array)
+    except ValueError:
+        return False
+    return True
+
+
+def _has_its_hash(document: dict[str, Any]) -> bool:
+    """Whether a plan's fields have the hash that it says."""
+    try:
+        plan = StoredPlan.from_json({**document, "hash": None}, "it")
+    except StoreError:
+        return False
+    return plan.hash == document.get("hash")
+
+
+def _has_checksum(metadata: dict[str, Any]) -> bool:
+    return bool(metadata["codecs"][-1].get("configuration", {}).get("checksum"))
+
+
+def _derived_content(group: Group, name: str, key: str) -> bytes | None:
+    values = derived_coordinate(StoredPlan.from_json(group.plan), name)
+    metadata = group.metadata[name]
+    if (
+        values is None
+        or list(values.shape) != metadata["shape"]
+        or str(values.dtype) != metadata["data_type"]
+    ):
+        return None
+    first = group.chunk_keys(name).index(key) * file_shape(metadata)[0]
+    return encode(metadata, values[first : first + file_shape(metadata)[0]]).tobytes()
+
+
+def _differs(found: bytes, noted: Record | None) -> str:
+    if noted is None:
+        return "is damaged"
+    if len(found) != noted["bytes"]:
+        return f"holds {len(found)} bytes, {noted['bytes']} were written"
+    return f"crc32c is {file_record(found)['crc32c']}, {noted['crc32c']} was written"
+
+
+def _parse(content: bytes) -> Any:
+    """Returns the JSON of a file; None where it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,75 @@
+"""A store as Zarr libraries read it, in which a file that should be there and is not is no fill value."""
+
+import os
+import stat
+from collections.abc import Collection
+from typing import Any
+
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore, WrapperStore
+
+from ....errors import StoreError, StoreUnreadableError
+from ..places.directory import LocalPlace
+from ..places.place import Place
+
+
+class StrictStore(WrapperStore[Store]):
+    """What zarr-python and xarray open to read arrays of which every file exists.
+
+    Args:
+        names: these arrays.
+    """
+
+    def __init__(self, place: Place, names: Collection[str]):
+        self._place, self._names = place, frozenset(names)
+        is_local = isinstance(place, LocalPlace)
+        super().__init__(LocalStore(place.path, read_only=True) if is_local else place.zarr_store())
+
+    def _with_store(self, store: Store) -> "StrictStore":
+        return self  # read-only already, which is all that is asked of it
+
+    def __getstate__(self) -> tuple[Place, frozenset[str]]:
+        return self._place, self._names
+
+    def __setstate__(self, state: tuple[Place, frozenset[str]]) -> None:
+        self.__init__(*state)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StrictStore) and other.__getstate__() == self.__getstate__()
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        name, _, file = key.partition("/")
+        is_chunk = name in self._names and file.startswith("c.")
+        if is_chunk and isinstance(self._place, LocalPlace):
+            require_file(self._place, key)
+        value = await super().get(key, prototype, byte_range)
+        if value is None and is_chunk:
+            raise lost(self._place, key)
+        return value
+
+
+def require_file(place: LocalPlace, key: str) -> None:
+    """Makes sure that a file is there: no link, which may lead anywhere, and no pipe, which never ends.
+
+    Raises:
+        StoreError: it is not.
+    """
+    path = place.path / key
+    try:
+        is_file = stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        raise lost(place, key) from None
+    except OSError as error:
+        raise StoreUnreadableError(f"{path} cannot be read: {error.strerror}") from error
+    if not is_file:
+        raise StoreError(f"{path} cannot be read: it is no file; run `looptap verify {place}`")
+
+
+def lost(place: Any, key: str) -> StoreError:
+    """Returns the error for a file of a committed unit, or of a coordinate, that is not there."""
+    return StoreError(
+        f"{place}/{key} cannot be read: it is missing, though it was written; run `looptap verify {place}`"
+    )
