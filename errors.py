@@ -228,6 +228,12 @@ class StoreUnreadableError(StoreError):
     status = 503
 
 
+class NoFileError(StoreError):
+    """A folder, link or pipe has the name of a file of the store."""
+
+    status = 409
+
+
 class StoreUnreachableError(StoreUnreadableError):
     """An object store does not answer, or cannot be reached from here."""
 

@@ -119,8 +119,8 @@ def print_repaired(repair: Repair) -> None:
         console.print(f"  {len(repair.units_voided)} units are to do again: {shown}")
     if repair.irreparable:
         console.print(
-            f"  {len(repair.irreparable)} files hold what only the data tell: the capture's own command, "
-            "begun again, writes them",
+            f"  {len(repair.irreparable)} files are not as they were: the capture's own command, begun "
+            "again, writes what only its data tell",
             style="red",
         )
     if repair.units_missing:

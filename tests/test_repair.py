@@ -190,7 +190,10 @@ def test_what_only_the_data_tell_cannot_be_repaired(store, capsys, monkeypatch):
     (store.path / "token_id/c.0").unlink()
     assert run(monkeypatch, "verify", store.path, "--repair") == 1
     said = capsys.readouterr().out
-    assert "token_id/c.0" in said and "the capture's own command, begun again, writes them" in said
+    assert (
+        "token_id/c.0" in said
+        and "the capture's own command, begun again, writes what only its data tell" in said
+    )
     assert store.done() == list(range(NUM_UNITS))
 
 

@@ -29,6 +29,7 @@ class Patience:
         """Reads a file; None if there is none.
 
         Raises:
+            NoFileError: something else has its name.
             StoreUnreadableError: it could not be read, whenever it was tried.
         """
 
@@ -36,8 +37,6 @@ class Patience:
             try:
                 return place.read(key)
             except (FileNotFoundError, NotADirectoryError):
-                if place.exists(key):
-                    raise StoreUnreadableError(f"{place}/{key} is there and is no file") from None
                 return None
 
         return self.ask(read)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import StoreError, StoreUnreadableError
+from ....errors import NoFileError, StoreError, StoreUnreadableError
 from ..group import Group, check_array, check_group, no_store, parse_group, remains_of, shown_name
 from ..keys import ARRAY_NAME, ATTEMPTS, FILES, LEDGER, PLAN, STAGING
 from ..places.disk import file_record
@@ -45,6 +45,8 @@ class Planned:
     """Key -> what is wrong, of files that are damaged or missing."""
     content: dict[str, bytes] = field(default_factory=dict)
     """Key -> what it should hold, of those that can be made again from what is in the store."""
+    blocked: dict[str, str] = field(default_factory=dict)
+    """Key -> what is wrong, where something that is no file has the name: it is not ours to remove."""
     unread: dict[str, str] = field(default_factory=dict)
     """Key -> why it could not be read, of files of which nothing is known."""
 
@@ -104,8 +106,8 @@ def derived_coordinate(plan: StoredPlan, name: str) -> np.ndarray | None:
 def _settle_metadata(place: Place, planned: Planned, key: str, content: bytes, patience: Patience) -> None:
     try:
         found = patience.read(place, key)
-    except StoreUnreadableError as error:
-        planned.unread[key] = str(error)
+    except (StoreUnreadableError, NoFileError) as error:
+        _put_aside(planned, key, error)
         planned.records[key] = planned.noted.get(key) or file_record(content)
         return
     if found is not None and _parse(found) == _parse(content):
@@ -117,12 +119,17 @@ def _settle_metadata(place: Place, planned: Planned, key: str, content: bytes, p
     planned.content[key], planned.records[key] = content, file_record(content)
 
 
+def _put_aside(planned: Planned, key: str, error: StoreError) -> None:
+    where = planned.blocked if isinstance(error, NoFileError) else planned.unread
+    where[key] = str(error)
+
+
 def _settle_coordinate(place: Place, planned: Planned, name: str, key: str, patience: Patience) -> None:
     metadata, noted = planned.group.metadata[name], planned.noted.get(key)
     try:
         found = patience.read(place, key)
-    except StoreUnreadableError as error:
-        planned.unread[key] = str(error)
+    except (StoreUnreadableError, NoFileError) as error:
+        _put_aside(planned, key, error)
         if noted is not None:
             planned.records[key] = noted
         return
@@ -157,9 +164,17 @@ def _settle_records(place: Place, planned: Planned) -> None:
         planned.content[FILES] = records_bytes(planned.records)
 
 
+def _read_copy(place: Place, key: str, patience: Patience) -> bytes | None:
+    """Returns one of two copies; None where something that is no file has its name."""
+    try:
+        return patience.read(place, key)
+    except NoFileError:
+        return None
+
+
 def _settled_group(place: Place, noted: dict[str, Record], patience: Patience) -> Group:
     """Returns the group as it was written, from `zarr.json` and from the copies of its parts."""
-    root = patience.read(place, "zarr.json")
+    root = _read_copy(place, "zarr.json", patience)
     if root is not None and noted.get("zarr.json") == file_record(root):
         return parse_group(root, str(place))
     try:
@@ -201,7 +216,7 @@ def _settled_group(place: Place, noted: dict[str, Record], patience: Patience) -
 def _settled_plan(
     place: Place, group: Group | None, noted: dict[str, Record], patience: Patience
 ) -> dict[str, Any] | None:
-    content = patience.read(place, PLAN)
+    content = _read_copy(place, PLAN, patience)
     copy = None if content is None else _parse(content)
     if content is not None and isinstance(copy, dict) and noted.get(PLAN) == file_record(content):
         return copy
@@ -216,7 +231,7 @@ def _settled_array(
     place: Place, name: str, group: Group | None, noted: dict[str, Record], patience: Patience
 ) -> dict[str, Any] | None:
     key = f"{name}/zarr.json"
-    content = patience.read(place, key)
+    content = _read_copy(place, key, patience)
     own = None if content is None else _parse(content)
     if content is not None and isinstance(own, dict) and noted.get(key) == file_record(content):
         return own
@@ -244,7 +259,7 @@ def _array_names(
 
 def _noted(place: Place, patience: Patience) -> dict[str, Record]:
     """Returns the notes of `files.json` that read as such; empty if there are none."""
-    content = patience.read(place, FILES)
+    content = _read_copy(place, FILES, patience)
     files = None if content is None else _parse(content)
     if not isinstance(files, dict):
         return {}

@@ -40,7 +40,8 @@ class Repair:
     units_missing: list[int]
     """Units to do now."""
     irreparable: list[Problem]
-    """Problems of files that only the data tell: the capture's own command writes them again."""
+    """Problems of files that only the data tell, which the capture's own command writes again, and of things
+    that are no files, which are to be moved away."""
     foreign: list[str]
     """Names in the store that are none of its files; they were left alone."""
 
@@ -59,9 +60,12 @@ def repair_store(path: str | Path) -> Repair:
         store, planned = found.store, found.planned
         folders = [LEDGER, ATTEMPTS, STAGING, *store.metadata]
         store.place.restore_folders(folders)
+        blocked = {problem.file for problem in found.blocked}
         irreparable = [Problem(None, key, what) for key, what in planned.wrong.items()]
         irreparable = [problem for problem in irreparable if problem.file not in planned.content]
-        for key in sorted(planned.content, key=lambda key: (key == FILES, key == "zarr.json")):  # these last
+        irreparable += found.blocked
+        restored = [key for key in planned.content if key not in blocked]
+        for key in sorted(restored, key=lambda key: (key == FILES, key == "zarr.json")):  # these last
             store.place.replace(key, planned.content[key])
         voided = sorted({problem.unit for problem in found.problems if problem.unit is not None})
         closing = {COMPLETE, SUMMARY, *store.layout.chunk_keys("unit_done")}
@@ -76,11 +80,11 @@ def repair_store(path: str | Path) -> Repair:
             store.finish()
         return Repair(
             path=str(store),
-            problems=found.problems,
+            problems=[*found.problems, *found.blocked],
             unread=found.unread,
             units_voided=voided,
             files_removed=num_removed,
-            files_restored=sorted(planned.content),
+            files_restored=sorted(restored),
             units_missing=store.todo(),
             irreparable=irreparable,
             foreign=found.foreign,

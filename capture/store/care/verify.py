@@ -15,7 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ....errors import StoreError, StoreUnreadableError
+from ....errors import NoFileError, StoreError, StoreUnreadableError
 from ..group import shown_name
 from ..keys import (
     ATTEMPTS,
@@ -90,6 +90,8 @@ class Examined:
     planned: Planned
     done: list[int]
     problems: list[Problem] = field(default_factory=list)
+    blocked: list[Problem] = field(default_factory=list)
+    """Things that are no files under names of files: nothing can be done before they are moved away."""
     unread: list[Problem] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
     """Keys of files that killed processes left, which may be removed."""
@@ -127,7 +129,7 @@ def verify_store(path: str | Path) -> Report:
         path=str(found.store),
         units_done=found.done,
         units_missing=[unit for unit in range(found.store.num_units) if unit not in done],
-        problems=found.problems,
+        problems=[*found.problems, *found.blocked],
         unread=found.unread,
         uncommitted=found.leftovers,
         drafts=found.drafts,
@@ -144,6 +146,7 @@ def examine(path: str | Path) -> Examined:
     store = Store(place, planned.group)
     found = Examined(store, planned, patience.ask(store.done))
     found.problems += [Problem(None, key, what) for key, what in planned.wrong.items()]
+    found.blocked += [Problem(None, key, what) for key, what in planned.blocked.items()]
     found.unread += [Problem(None, key, what) for key, what in planned.unread.items()]
     _check_units(found, found.done, patience)
     _check_closing(found, patience)
@@ -184,7 +187,9 @@ def _check_units(found: Examined, units: list[int], patience: Patience) -> None:
         for file, answer in zip(
             to_read, pool.map(lambda file: _check_file(store, sizes, file, patience), to_read), strict=True
         ):
-            if isinstance(answer, StoreUnreadableError):
+            if isinstance(answer, NoFileError):
+                found.blocked.append(Problem(None, file.key, str(answer)))
+            elif isinstance(answer, StoreUnreadableError):
                 found.unread.append(Problem(file.unit, file.key, str(answer)))
             elif answer is not None:
                 found.problems.append(Problem(file.unit, file.key, answer))
@@ -208,14 +213,13 @@ def _sizes(
 
 def _check_file(
     store: Store, sizes: dict[str, int], file: _Written, patience: Patience
-) -> str | StoreUnreadableError | None:
+) -> str | StoreUnreadableError | NoFileError | None:
     """Returns what is wrong with a file, or why that is not known; None if it is sound."""
     num_bytes = sizes.get(file.key)
     try:
         if num_bytes is None:
-            if patience.ask(lambda: store.place.exists(file.key)):
-                return "is no file, or came while it was looked for"
-            return "is missing"
+            patience.ask(lambda: store.place.read_range(file.key, 0, 1))
+            raise StoreUnreadableError(f"{file.key} came while it was looked for")
         if num_bytes != file.num_bytes:
             return f"holds {num_bytes} bytes, {file.num_bytes} were written"
         if _wrong_piece(store, file, patience) is None:
@@ -223,7 +227,7 @@ def _check_file(
         return _wrong_piece(store, file, patience)  # bytes that come right the second time were read wrongly
     except FileNotFoundError:
         return "is missing"
-    except StoreUnreadableError as error:
+    except (StoreUnreadableError, NoFileError) as error:
         return error
 
 
@@ -261,8 +265,9 @@ def _check_closing(found: Examined, patience: Patience) -> None:
                     found.problems.append(Problem(None, key, what))
             return
         summary = patience.read(store.place, SUMMARY)
-    except StoreUnreadableError as error:
-        found.unread.append(Problem(None, COMPLETE, str(error)))
+    except (StoreUnreadableError, NoFileError) as error:
+        where = found.blocked if isinstance(error, NoFileError) else found.unread
+        where.append(Problem(None, "what closes the store", str(error)))
         return
     if not is_whole:
         what = f"says that the store is complete, the ledger has {len(done)} of {store.num_units} units"

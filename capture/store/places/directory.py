@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote
 
-from ....errors import StoreError, StoreExistsError, StoreUnreadableError
+from ....errors import NoFileError, StoreError, StoreExistsError, StoreUnreadableError
 from ..keys import ATTEMPTS, LEDGER, STAGING
 from . import disk
 from .disk import Identity, identity, open_regular, write_new
@@ -102,7 +102,7 @@ class LocalPlace:
         try:
             with open_regular(path) as file:
                 return file.read()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, NoFileError):
             raise
         except OSError as error:
             raise _unreadable(path, error) from error
@@ -112,7 +112,7 @@ class LocalPlace:
         try:
             with open_regular(path) as file:
                 return os.pread(file.fileno(), num_bytes, offset)
-        except FileNotFoundError:
+        except (FileNotFoundError, NoFileError):
             raise
         except OSError as error:
             raise _unreadable(path, error) from error
@@ -275,11 +275,19 @@ class LocalDraft:
         except FileNotFoundError:
             return
         try:
+            disk.require_file(aside)
             check(aside)
         except BaseException:
-            with suppress(FileExistsError):
-                disk.publish(aside, self._root / key)
+            self._put_back(aside, self._root / key)
             raise
+
+    def _put_back(self, aside: Path, target: Path) -> None:
+        if aside.is_dir() and not aside.is_symlink():  # has no links; what came meanwhile stays
+            with suppress(OSError):
+                os.rename(aside, target)
+        else:
+            with suppress(FileExistsError):
+                disk.publish(aside, target)
 
     def _require_ours(self, aside: Path) -> None:
         key = unquote(aside.name.removeprefix(_ASIDE))

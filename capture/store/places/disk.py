@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import google_crc32c
 
-from ....errors import FULL, StoreFullError
+from ....errors import FULL, NoFileError, StoreFullError
 
 Identity = tuple[int, int, int]
 
@@ -38,13 +38,23 @@ def open_regular(path: Path) -> BinaryIO:
 
     Raises:
         FileNotFoundError: there is none.
-        OSError: it is something else, or cannot be read.
+        NoFileError: it is something else.
+        OSError: it cannot be read.
     """
+    require_file(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def require_file(path: Path) -> None:
+    """Makes sure that what has a name is a file.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        NoFileError: it is something else.
+    """
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise NoFileError(f"{path} is no file, and a store has one there: move it away and run this again")
 
 
 def replace(path: Path, data: bytes) -> None:

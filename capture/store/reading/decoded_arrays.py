@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.storage import StorePath
 
 from ..places.directory import LocalPlace
 from ..places.place import Place
 from .mapped_states import Key
-from .strict_store import StrictStore, require_file
+from .strict_store import StrictStore, damaged, require_file
 
 _was_forked = False
 
@@ -29,7 +30,7 @@ class LibraryArray:
     """
 
     def __init__(self, place: Place, directory: Path | None, name: str, metadata: dict[str, Any]) -> None:
-        self._place, self._directory, self._name = place, directory, name
+        self._place, self._directory, self._name, self._metadata = place, directory, name, metadata
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
         self.dtype = np.dtype(metadata["data_type"])
         self._file_rows: int = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
@@ -44,20 +45,27 @@ class LibraryArray:
         """Reads values at the outer product of the axes' keys.
 
         Raises:
-            StoreError: a file that should be there is missing. Libraries would read fill values.
+            StoreError: a file that should be there is missing, for which libraries would read fill values,
+                or is damaged.
         """
         if self._directory is not None:
             self._require_files(key[0])
-        if self._reader is None or self._pid != os.getpid():
-            self._reader, self._pid = self._open(), os.getpid()
-        values = self._reader.oindex[key]
-        return np.asarray(values if isinstance(values, np.ndarray) else values.read().result())
+        try:
+            if self._reader is None or self._pid != os.getpid():
+                self._reader, self._pid = self._open(), os.getpid()
+            values = self._reader.oindex[key]
+            return np.asarray(values if isinstance(values, np.ndarray) else values.read().result())
+        except (RuntimeError, ValueError) as error:  # what codecs say of bytes that are none of theirs
+            raise damaged(self._place, self._name, error) from error
 
     def _open(self) -> Any:
+        """Opens it by its metadata in the group, which were checked, and not by its own `zarr.json`."""
         if self._directory is not None and (tensorstore := _tensorstore()) is not None:
             files = {"driver": "file", "path": f"{self._directory / self._name}/"}
-            return tensorstore.open({"driver": "zarr3", "kvstore": files}, read=True, open=True).result()
-        return zarr.open_array(StrictStore(self._place, [self._name]), path=self._name, mode="r")
+            spec = {"driver": "zarr3", "kvstore": files, "metadata": self._metadata, "assume_metadata": True}
+            return tensorstore.open(spec, read=True, open=True).result()
+        path = StorePath(StrictStore(self._place, [self._name]), self._name)
+        return zarr.Array.from_dict(path, self._metadata)
 
     def _require_files(self, rows: slice | np.ndarray) -> None:
         if isinstance(rows, slice):

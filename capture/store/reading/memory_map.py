@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ....errors import StoreError
+from ....errors import NoFileError, StoreError
 from ..places.disk import open_regular
 
 _TRIED_PAGES = 8
@@ -64,7 +64,7 @@ class Mapping:
                     raise OSError(f"it holds {num_bytes} bytes, more than can have been written")
                 if num_bytes:
                     self._map(start, num_bytes, file.fileno())
-        except FileNotFoundError:
+        except (FileNotFoundError, NoFileError):
             raise
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error}") from error

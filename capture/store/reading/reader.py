@@ -20,7 +20,7 @@ from ..plan import plan_of
 from ..writing.commit import Store
 from .decoded_arrays import LibraryArray
 from .mapped_states import Key, MappedArray, can_map
-from .strict_store import StrictStore
+from .strict_store import StrictStore, damaged
 
 
 def open_store(
@@ -49,17 +49,20 @@ def open_store(
     store = Store.open(path)
     with os_errors_named(path, "read"):
         strict = StrictStore(store.place, set(store.layout.coordinates) - {"unit_done"})
-        dataset = xr.open_zarr(strict, chunks=None, consolidated=True)
+        try:
+            dataset = xr.open_zarr(strict, chunks=None, consolidated=True)
+        except (RuntimeError, ValueError) as error:  # axes are read at once
+            raise damaged(store, "a coordinate", error) from error
     is_done_U = np.zeros(store.num_units, bool)
     is_done_U[store.done()] = True
     for name in store.arrays:
         rows = _UnitRows(store, name, is_done_U, missing)
         dataset[name] = _lazy(dataset[name].variable, rows, decode)
-    if not is_done_U.all():
-        for name, absent in (("sequence_length", 0), ("token_sequence", -1)):
-            if name in dataset.variables:
-                rows = _UnitRows(store, name, is_done_U, "mask", absent)
-                dataset[name] = _lazy(dataset[name].variable, rows, decode)
+    absent = {"sequence_length": 0, "token_sequence": -1}
+    for name in set(store.layout.coordinates) - {"unit_done"} - set(dataset.dims):
+        is_there_U = is_done_U if name in absent else np.ones(store.num_units, bool)
+        rows = _UnitRows(store, name, is_there_U, "mask", absent.get(name))
+        dataset = dataset.assign_coords({name: _lazy(dataset[name].variable, rows, decode)})
     done = ("unit", is_done_U.astype(np.uint8), dataset["unit_done"].attrs)
     return dataset.assign_coords(unit_done=done).assign_attrs(
         units_done=int(is_done_U.sum()), units_total=store.num_units
@@ -155,6 +158,8 @@ class _UnitRows(BackendArray):
 
     def _committed(self, key: Key) -> np.ndarray:
         rows, *rest = key
+        if self._is_done_U.all():
+            return self._source.read(key)
         unit_rows = self.shape[0] // len(self._is_done_U)
         if isinstance(rows, slice):
             units = np.arange(rows.start // unit_rows, -(-max(rows.stop, rows.start) // unit_rows))

@@ -1,7 +1,5 @@
 """A store as Zarr libraries read it, in which a file that should be there and is not is no fill value."""
 
-import os
-import stat
 from collections.abc import Collection
 from typing import Any
 
@@ -9,7 +7,8 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
-from ....errors import StoreError, StoreUnreadableError
+from ....errors import NoFileError, StoreError, StoreUnreadableError
+from ..places import disk
 from ..places.directory import LocalPlace
 from ..places.place import Place
 
@@ -55,17 +54,24 @@ def require_file(place: LocalPlace, key: str) -> None:
     """Makes sure that a file is there: no link, which may lead anywhere, and no pipe, which never ends.
 
     Raises:
-        StoreError: it is not.
+        StoreError, NoFileError, StoreUnreadableError: it is not, or that cannot be said.
     """
     path = place.path / key
     try:
-        is_file = stat.S_ISREG(os.lstat(path).st_mode)
+        disk.require_file(path)
+    except NoFileError:
+        raise
     except FileNotFoundError:
         raise lost(place, key) from None
     except OSError as error:
         raise StoreUnreadableError(f"{path} cannot be read: {error.strerror}") from error
-    if not is_file:
-        raise StoreError(f"{path} cannot be read: it is no file; run `looptap verify {place}`")
+
+
+def damaged(place: Any, name: str, error: Exception) -> StoreError:
+    """Returns the error for bytes of an array that cannot be decoded."""
+    return StoreError(
+        f"{place}: {name} cannot be read, it is damaged ({error}); run `looptap verify {place}`"
+    )
 
 
 def lost(place: Any, key: str) -> StoreError:
