@@ -223,7 +223,7 @@ class _Array(msgspec.Struct):
     ]
     chunk_grid: _ChunkGrid
     chunk_key_encoding: _ChunkKeys
-    fill_value: float | str
+    fill_value: float | Literal["NaN"]
     codecs: list[_Codec]
     attributes: dict[str, Any]
     dimension_names: list[str]

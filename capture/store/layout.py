@@ -27,7 +27,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from ...errors import StoreExistsError, os_errors_named
 from .group import Group, store_exists
 from .keys import FILES, PLAN
-from .places.disk import checksum, write_new
+from .places.disk import file_record, write_new
 from .places.open import open_place
 from .plan import StoredPlan
 
@@ -155,8 +155,7 @@ def _fill(
     write_new(root / "zarr.json", group.to_bytes())
     (root / ".looptap").mkdir()
     write_new(root / PLAN, group.plan_bytes())
-    planned = [p for p in root.rglob("*") if p.is_file() and not p.match("unit_done/c.*")]
-    files = {str(p.relative_to(root)): {"bytes": p.stat().st_size, "crc32c": checksum(p)} for p in planned}
+    files = {key: file_record((root / key).read_bytes()) for key in group.planned_keys()}
     write_new(root / FILES, json.dumps(files).encode())
 
 

@@ -174,7 +174,7 @@ def _read_copy(place: Place, key: str, patience: Patience) -> bytes | None:
 
 def _settled_group(place: Place, noted: dict[str, Record], patience: Patience) -> Group:
     """Returns the group as it was written, from `zarr.json` and from the copies of its parts."""
-    root = _read_copy(place, "zarr.json", patience)
+    root = patience.read(place, "zarr.json")
     if root is not None and noted.get("zarr.json") == file_record(root):
         return parse_group(root, str(place))
     try:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ....errors import NoFileError
 from ..keys import FILES
 from ..layout import Coordinate
 from ..places.disk import file_record
@@ -25,9 +26,12 @@ def restore_planned(store: Store, coordinates: Mapping[str, Coordinate]) -> list
         keys of the files that were written again.
     Raises:
         StoreUnreadableError: a file can be neither read nor known to be lost.
+        NoFileError: something that is no file has the name of one.
     """
     place, patience = store.place, Patience()
     planned = read_planned(place, patience)
+    for what in planned.blocked.values():
+        raise NoFileError(what)
     known = {name: values for name, (_, values, _) in coordinates.items() if name in store.metadata}
     for name, values in known.items():
         metadata, rows = store.metadata[name], file_shape(store.metadata[name])[0]

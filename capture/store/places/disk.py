@@ -120,15 +120,6 @@ def identity(path: Path) -> Identity | None:
     return status.st_dev, status.st_ino, status.st_mtime_ns  # numbers of deleted files are used again
 
 
-def checksum(path: Path) -> str:
-    """Returns the crc32c of a file's content, eight hex digits."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(8 << 20):
-            value = google_crc32c.extend(value, block)
-    return f"{value:08x}"
-
-
 def file_record(content: bytes) -> dict[str, Any]:
     """Returns what a store notes of a file that it writes: `bytes` and `crc32c`, eight hex digits."""
     return {"bytes": len(content), "crc32c": f"{google_crc32c.value(content):08x}"}

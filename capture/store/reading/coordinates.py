@@ -14,7 +14,6 @@ from ..keys import FILES
 from ..places.disk import file_record
 from ..writing.commit import Store
 from ..writing.encode import decode, file_shape
-from .strict_store import lost
 
 
 class Coordinates:
@@ -47,7 +46,7 @@ class Coordinates:
         try:
             content = self._store.place.read(key)
         except FileNotFoundError:
-            raise lost(self._store, key) from None
+            raise self._damaged(f"{key} is missing") from None
         if file_record(content) != self._noted().get(key):
             raise self._damaged(f"{key} is not what was written when it was made")
         try:
