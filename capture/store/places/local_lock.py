@@ -49,10 +49,12 @@ class DriverLock:
     def release(self) -> None:
         self._stop.set()
         self._thread.join()
-        with _guard(self._path):
-            if self.held:
-                self._path.unlink()
-        os.close(self._descriptor)
+        try:
+            with _guard(self._path):
+                if self.held:
+                    self._path.unlink()
+        finally:
+            os.close(self._descriptor)
 
     def _beat(self) -> None:
         while not self._stop.wait(lease.HEARTBEAT_S):
