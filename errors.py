@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # EFBIG: a file size limit of the shell or the file system
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class UserError(Exception):
@@ -228,10 +229,14 @@ class StoreUnreachableError(StoreError):
     status = 503
 
 
-class StoreFullError(StoreError):
-    """The disk, the quota or the file size limit is exhausted."""
+class StoreRefusedError(StoreError):
+    """The store's place takes nothing more: it became read-only, permission is missing, or it is full."""
 
     status = 503
+
+
+class StoreFullError(StoreRefusedError):
+    """The disk, the quota or the file size limit is exhausted."""
 
 
 class StoreLockedError(StoreError):

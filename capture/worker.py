@@ -11,6 +11,7 @@ import torch
 import zarr
 from torch import Tensor
 
+from ..errors import StoreRefusedError
 from .models.interventions import Interventions
 from .models.model import PLAIN, LoopedModel
 from .models.starts import StatesFile, initial_state, prelude_direction
@@ -65,17 +66,26 @@ class Worker:
         )
 
     def run(self, unit: int) -> dict[str, Any]:
-        """Captures and commits one unit; returns its ledger entry. An error is noted with the attempt."""
+        """Captures and commits one unit; returns its ledger entry. An error is noted with the attempt.
+
+        Raises:
+            StoreFullError, StoreRefusedError: the place cannot be written, or has no room for the unit, which
+                then is not begun.
+            anything that a model or a device throws.
+        """
+        with self._store.full_disk_named(unit):
+            sequences = self._sequences(unit)
+        num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+        self._store.check_room(unit, {"token": num_tokens, "sequence": len(sequences)})
         with begin_attempt(self._store, unit) as attempt:
             try:
-                return self._run(unit, attempt)
+                return self._run(unit, sequences, attempt)
             except Exception as error:
-                attempt.fail(f"{type(error).__name__}: {error}")
+                _note(attempt, error)
                 raise
 
-    def _run(self, unit: int, attempt: Attempt) -> dict[str, Any]:
+    def _run(self, unit: int, sequences: list[_Sequence], attempt: Attempt) -> dict[str, Any]:
         started_s = time.perf_counter()
-        sequences = self._sequences(unit)
         num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
         stream = self._open_stream(attempt)
         try:
@@ -220,6 +230,19 @@ class Worker:
         array = self._group[name]
         assert isinstance(array, zarr.Array)
         return array
+
+
+def _note(attempt: Attempt, error: Exception) -> None:
+    """Notes why an attempt failed. That this cannot be written does not hide why: only a store that takes
+    nothing more has the last word, and its message has both.
+    """
+    try:
+        attempt.fail(f"{type(error).__name__}: {error}")
+    except StoreRefusedError:
+        if not isinstance(error, StoreRefusedError):
+            raise
+    except OSError as unwritten:
+        error.add_note(f"this could not be noted in the store: {unwritten}")
 
 
 def _undefined(name: str, sizes: dict[str, int], device: torch.device) -> Tensor:

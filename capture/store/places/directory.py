@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from ....errors import StoreError, StoreExistsError
+from ....errors import REFUSED, StoreError, StoreExistsError, StoreRefusedError
 from ..keys import ATTEMPTS, LEDGER, STAGING
 from . import disk
 from .disk import Identity, identity, write_new
@@ -143,7 +143,12 @@ class LocalPlace:
 
     def free_bytes(self) -> int | None:
         path = self.path.absolute()
-        return shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
+        usage = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists()))
+        return usage.free if usage.total else None
+
+    def check_room(self, task: str, needed_bytes: int, num_files: int) -> None:
+        """Raises StoreFullError if there is less room than the task needs."""
+        disk.check_room(self.path, task, needed_bytes, num_files)
 
     def full_disk_named(self, task: str, needed_bytes: int) -> AbstractContextManager[None]:
         return disk.full_disk_named(self.path, task, needed_bytes)
@@ -240,7 +245,8 @@ class _NotOursError(Exception):
 
 
 def _unreadable(path: Path, error: OSError) -> StoreError:
-    return StoreError(f"{path} cannot be read: {error.strerror}")
+    kind = StoreRefusedError if error.errno in REFUSED else StoreError
+    return kind(f"{path} cannot be read: {error.strerror}")
 
 
 def _new_path(path: Path) -> Path:

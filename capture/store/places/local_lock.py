@@ -42,10 +42,12 @@ class DriverLock:
     def release(self) -> None:
         self._stop.set()
         self._thread.join()
-        with _guard(self._path):
-            if self.held:
-                self._path.unlink()
-        os.close(self._descriptor)
+        try:
+            with _guard(self._path):
+                if self.held:
+                    self._path.unlink()
+        finally:
+            os.close(self._descriptor)
 
     def _beat(self) -> None:
         while not self._stop.wait(lease.HEARTBEAT_S):
@@ -83,7 +85,11 @@ def holder_of(lock_path: Path) -> dict[str, Any] | None:
         return None
     holder["silent_s"] = max(0.0, _file_system_time_s(lock_path.parent) - beat_s)
     if holder["machine"] == machine():
-        return holder if process_start(holder["pid"]) == holder["process_start"] else None
+        if process_start(holder["pid"]) != holder["process_start"]:
+            return None
+        if holder["pid"] != os.getpid():
+            return holder
+        # ours: one that could not be removed, as the disk was read-only, beats no more
     return holder if holder["silent_s"] < lease.STALE_S else None
 
 
