@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # EFBIG: a file size limit of the shell or the file system
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class UserError(Exception):
@@ -238,10 +239,18 @@ class StoreUnreachableError(StoreUnreadableError):
     """An object store does not answer, or cannot be reached from here."""
 
 
-class StoreFullError(StoreError):
-    """The disk, the quota or the file size limit is exhausted."""
+class StoreRefusedError(StoreError):
+    """The store's place takes nothing more: it became read-only, permission is missing, or it is full."""
 
     status = 503
+
+
+class StoreDeniedError(StoreUnreadableError, StoreRefusedError):
+    """Permission to read files of a store is missing."""
+
+
+class StoreFullError(StoreRefusedError):
+    """The disk, the quota or the file size limit is exhausted."""
 
 
 class StoreLockedError(StoreError):

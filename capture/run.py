@@ -82,8 +82,9 @@ def run_capture(
         on_event: told that the run began, of every unit that ends, and of workers that come and go.
         goes_on: asked all the time; after False, units in flight are finished and none is begun.
     Raises:
-        as `prepare_store` and `open_engine`; StoreLockedError: another run writes this store; StoreFullError:
-        the disk filled up; NoWorkersError: no worker is left.
+        as `prepare_store` and `open_engine`; StoreLockedError: another run writes this store; StoreFullError,
+        StoreRefusedError: the disk filled up, or cannot be written any more; NoWorkersError: no worker is
+        left.
     """
     failures: list[UnitFailed] = []
     num_non_finite = 0
@@ -149,7 +150,9 @@ def _watching(is_held: Callable[[], bool], store: Store, goes_on: Callable[[], b
         nonlocal looked_s
         if time.monotonic() - looked_s >= POLL_S:
             looked_s = time.monotonic()
-            if not is_held():
+            with os_errors_named(store.place.address, "read"):
+                held = is_held()
+            if not held:
                 raise StoreLockedError(
                     f"another run has taken {store} over, as this one gave no sign of life for too "
                     "long; it stops, and what it committed stays"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import StoreRefusedError
 from .models.interventions import Interventions
 from .models.model import PLAIN, LoopedModel
 from .models.starts import StatesFile, initial_state, prelude_direction
@@ -63,17 +64,26 @@ class Worker:
         self._state_depths: list[int] = self._coordinates.rows("state_depth").tolist() if has_states else []
 
     def run(self, unit: int) -> dict[str, Any]:
-        """Captures and commits one unit; returns its ledger entry. An error is noted with the attempt."""
+        """Captures and commits one unit; returns its ledger entry. An error is noted with the attempt.
+
+        Raises:
+            StoreFullError, StoreRefusedError: the place cannot be written, or has no room for the unit, which
+                then is not begun.
+            anything that a model or a device throws.
+        """
+        with self._store.full_disk_named(unit):
+            sequences = self._sequences(unit)
+        num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+        self._store.check_room(unit, {"token": num_tokens, "sequence": len(sequences)})
         with begin_attempt(self._store, unit) as attempt:
             try:
-                return self._run(unit, attempt)
+                return self._run(unit, sequences, attempt)
             except Exception as error:
-                attempt.fail(f"{type(error).__name__}: {error}")
+                _note(attempt, error)
                 raise
 
-    def _run(self, unit: int, attempt: Attempt) -> dict[str, Any]:
+    def _run(self, unit: int, sequences: list[_Sequence], attempt: Attempt) -> dict[str, Any]:
         started_s = time.perf_counter()
-        sequences = self._sequences(unit)
         num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
         stream = self._open_stream(attempt)
         try:
@@ -213,6 +223,19 @@ class Worker:
             return np.arange(sum(len(sequence.token_ids) for sequence in sequences))
         slots = self._coordinates.rows("state_token", unit * rows, (unit + 1) * rows)
         return slots[slots >= 0] - unit * C
+
+
+def _note(attempt: Attempt, error: Exception) -> None:
+    """Notes why an attempt failed. That this cannot be written does not hide why: only a store that takes
+    nothing more has the last word, and its message has both.
+    """
+    try:
+        attempt.fail(f"{type(error).__name__}: {error}")
+    except StoreRefusedError:
+        if not isinstance(error, StoreRefusedError):
+            raise
+    except OSError as unwritten:
+        error.add_note(f"this could not be noted in the store: {unwritten}")
 
 
 def _undefined(name: str, sizes: dict[str, int], device: torch.device) -> Tensor:

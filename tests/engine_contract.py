@@ -22,7 +22,7 @@ from looptap.capture.engines.drive import run_on
 from looptap.capture.engines.events import Receipt, UnitDone, UnitFailed, WorkerLost
 from looptap.capture.engines.scheduler import Limits
 from looptap.capture.engines.work import Recipe, RunUnit
-from looptap.errors import NoWorkersError, StoreFullError
+from looptap.errors import NoWorkersError, StoreFullError, StoreRefusedError
 
 QUICK = Limits(reissue_s=0.5, lost_s=1.5)
 
@@ -40,7 +40,8 @@ class Files:
     """Unit -> how many of its workers it kills."""
     dies_done: frozenset[int] = frozenset()
     """Units that kill their worker just after they are committed."""
-    full: frozenset[int] = frozenset()
+    refused: dict[int, type[StoreRefusedError]] = field(default_factory=dict)
+    """Units for which the store has no room, or cannot be written."""
     long: frozenset[int] = frozenset()
     """Units that take a minute."""
     hangs: bool = False
@@ -68,8 +69,8 @@ class Files:
             os.kill(os.getpid(), signal.SIGKILL)
         if number <= self.raises.get(unit, 0):
             raise RuntimeError(f"unit {unit} raises for the {number}th time")
-        if unit in self.full:
-            raise StoreFullError(f"no room left to write unit {unit}")
+        if unit in self.refused:
+            raise self.refused[unit](f"unit {unit} cannot be written")
         (self.directory / f"done.{unit}").touch(exist_ok=False)  # twice would be an error
         if unit in self.dies_done:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -152,11 +153,15 @@ class PoolContract:
         (failed,) = [event for event in events if isinstance(event, UnitFailed)]
         assert "Traceback" in failed.error and "unit 4 raises for the 3th time" in failed.error
 
-    def test_a_full_store_ends_the_run(self, make_pool: MakePool, tmp_path):
-        files = Files(tmp_path, full=frozenset({3}))
-        with pytest.raises(StoreFullError, match="no room left to write unit 3"):
+    @pytest.mark.parametrize("kind", [StoreFullError, StoreRefusedError])
+    def test_a_store_that_refuses_ends_the_run(self, make_pool: MakePool, tmp_path, kind):
+        """At once: what waits behind the refused unit is not begun, and nothing is begun a second time."""
+        files = Files(tmp_path, refused=dict.fromkeys(range(3, 99), kind), seconds=0.02)
+        with pytest.raises(StoreRefusedError, match=r"^unit \d+ cannot be written$") as refused:
             run(make_pool, files, 99, limits=self.limits)
-        assert len(files.done()) < 90
+        assert type(refused.value) is kind and files.done() <= {0, 1, 2}
+        begun = files.times_begun()
+        assert set(begun.values()) == {1} and len(set(begun) - files.done()) <= 2, "more than one a worker"
 
     def test_a_run_that_is_told_to_stop_finishes_what_it_began(self, make_pool: MakePool, tmp_path):
         files = Files(tmp_path, seconds=0.1)

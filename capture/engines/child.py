@@ -14,7 +14,7 @@ import threading
 import traceback
 from multiprocessing.connection import Connection
 
-from ...errors import StoreFullError
+from ...errors import StoreRefusedError
 from .work import Recipe, RunUnit
 
 _PR_SET_PDEATHSIG = 1
@@ -60,8 +60,9 @@ def _work(driver: Connection, run: RunUnit) -> None:
             continue
         try:
             driver.send(("done", (unit, run(unit))))
-        except StoreFullError as error:
-            driver.send(("full", str(error)))
+        except StoreRefusedError as error:
+            driver.send(("refused", error))
+            return  # so will it be for what waits
         except Exception:
             # whatever a model or a driver throws belongs to this unit alone
             driver.send(("raised", (unit, traceback.format_exc())))

@@ -14,7 +14,14 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote
 
-from ....errors import NoFileError, StoreError, StoreExistsError, StoreUnreadableError
+from ....errors import (
+    REFUSED,
+    NoFileError,
+    StoreDeniedError,
+    StoreError,
+    StoreExistsError,
+    StoreUnreadableError,
+)
 from ..keys import ATTEMPTS, LEDGER, STAGING
 from . import disk
 from .disk import Identity, identity, open_regular, write_new
@@ -193,7 +200,12 @@ class LocalPlace:
 
     def free_bytes(self) -> int | None:
         path = self.path.absolute()
-        return shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
+        usage = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists()))
+        return usage.free if usage.total else None
+
+    def check_room(self, task: str, needed_bytes: int, num_files: int) -> None:
+        """Raises StoreFullError if there is less room than the task needs."""
+        disk.check_room(self.path, task, needed_bytes, num_files)
 
     def full_disk_named(self, task: str, needed_bytes: int) -> AbstractContextManager[None]:
         return disk.full_disk_named(self.path, task, needed_bytes)
@@ -300,7 +312,8 @@ class _NotOursError(Exception):
 
 
 def _unreadable(path: Path, error: OSError) -> StoreError:
-    return StoreUnreadableError(f"{path} cannot be read: {error.strerror}")
+    kind = StoreDeniedError if error.errno in REFUSED else StoreUnreadableError
+    return kind(f"{path} cannot be read: {error.strerror}")
 
 
 def _is_file(path: Path) -> bool:

@@ -5,17 +5,16 @@ The order is always data, directory, then the name that vouches for them, each s
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import google_crc32c
 
-from ....errors import FULL, NoFileError, StoreFullError
+from ....errors import FULL, REFUSED, NoFileError, StoreFullError, StoreRefusedError
 
 Identity = tuple[int, int, int]
 
@@ -61,9 +60,14 @@ def replace(path: Path, data: bytes) -> None:
     """Replaces a file, or makes it; readers see the old or the new content whole."""
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     new.unlink(missing_ok=True)
-    write_new(new, data)
-    sync([new])
-    os.replace(new, path)
+    try:
+        write_new(new, data)
+        sync([new])
+        os.replace(new, path)
+    except OSError:
+        with suppress(OSError):  # what was written of it takes room that may be needed
+            new.unlink()
+        raise
     sync([path.parent])
 
 
@@ -125,20 +129,52 @@ def file_record(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "crc32c": f"{google_crc32c.value(content):08x}"}
 
 
+def check_room(path: Path, task: str, needed_bytes: int, num_files: int) -> None:
+    """Raises StoreFullError if a disk has less room than a task needs, in bytes or in files (inodes)."""
+    room = os.statvfs(path)  # 0 blocks or files in all: the file system does not count them
+    free_bytes, free_files = room.f_bavail * room.f_frsize, room.f_favail
+    if room.f_blocks and free_bytes < needed_bytes:
+        raise StoreFullError(
+            f"no room left to write {task} in {path}: it needs up to {needed_bytes / 1e6:,.1f} MB, "
+            f"{free_bytes / 1e6:,.1f} MB are free; make room and run the same command again"
+        )
+    if room.f_files and free_files < num_files:
+        raise StoreFullError(
+            f"no room left to write {task} in {path}: it needs {num_files} files, and the file system can "
+            f"make {free_files} more; delete files there and run the same command again"
+        )
+
+
 @contextmanager
 def full_disk_named(path: Path, task: str, needed_bytes: int) -> Iterator[None]:
-    """Turns "no space left" into a message that says what was being written and how much room it needs."""
+    """Turns "no space left", "read-only" and "permission denied" into a message that says what was being
+    written and what to do.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
-            raise
-        free_bytes = shutil.disk_usage(path).free
-        raise StoreFullError(
-            f"no room left to write {task} in {path} ({os.strerror(error.errno)}): it needs up to "
-            f"{needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free; nothing of it was "
-            f"published; make room and run the same command again"
-        ) from error
+        if error.errno in FULL:
+            raise StoreFullError(
+                f"no room left to write {task} in {path} ({os.strerror(error.errno)}): it needs up to "
+                f"{needed_bytes / 1e6:,.1f} MB, {_free(path)}; nothing of it was published; make room and "
+                f"run the same command again"
+            ) from error
+        if error.errno in REFUSED:
+            raise StoreRefusedError(
+                f"{task} cannot be written in {path}: {os.strerror(error.errno)}; make it writable and run "
+                f"the same command again"
+            ) from error
+        raise
+
+
+def _free(path: Path) -> str:
+    """Returns what is free on a disk, as text; the error that is being reported is not hidden by another."""
+    try:
+        room = os.statvfs(path)
+    except OSError as error:
+        return f"what is free is not known ({error.strerror})"
+    no_files = " and no more files can be made" if room.f_files and not room.f_favail else ""
+    return f"{room.f_bavail * room.f_frsize / 1e6:,.1f} MB are free{no_files}"
 
 
 def _sync_one(path: Path) -> None:

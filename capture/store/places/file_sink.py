@@ -6,6 +6,7 @@ Terabytes through the page cache would evict everything else and cost several ti
 import errno
 import os
 import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,11 @@ class FileSink:
         self._close()
 
     def discard(self) -> None:
-        """Drops the file."""
-        self._close()
-        self._path.unlink(missing_ok=True)
+        """Drops the file; what cannot be dropped goes with its folder."""
+        with suppress(OSError):
+            self._close()
+        with suppress(OSError):
+            self._path.unlink()
 
     def _write_some(self, offset: int, view: memoryview) -> int:
         if self.is_direct is not False and _in_pages(offset, view):
@@ -79,10 +82,11 @@ class FileSink:
             return self._direct
 
     def _close(self) -> None:
-        for descriptor in (self._descriptor, self._direct):
-            if descriptor is not None and descriptor >= 0:
-                os.close(descriptor)
+        descriptors = [each for each in (self._direct, self._descriptor) if each is not None and each >= 0]
         self._descriptor, self._direct = -1, None
+        with ExitStack() as stack:  # a network file system may say only now that it is full; both are closed
+            for descriptor in descriptors:
+                stack.callback(os.close, descriptor)
 
 
 def _in_pages(offset: int, view: memoryview) -> bool:

@@ -104,7 +104,11 @@ def _holder(lock_path: Path, now_s: float) -> dict[str, Any] | None:
         return None
     holder["silent_s"] = max(0.0, now_s - beat_s)
     if holder["machine"] == machine():
-        return holder if process_start(holder["pid"]) == holder["process_start"] else None
+        if process_start(holder["pid"]) != holder["process_start"]:
+            return None
+        if holder["pid"] != os.getpid():
+            return holder
+        # ours: one that could not be removed, as the disk was read-only, beats no more
     return holder if lease.is_fresh(now_s - beat_s) else None
 
 

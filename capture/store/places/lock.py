@@ -1,7 +1,7 @@
 """Keeps drivers to one at a time, whatever place the store lies in."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ def driver_lock(path: str | Path) -> Iterator[DriverLock | ObjectLock]:
         lock = acquire(place.path / DRIVER_LOCK) if is_local else ObjectLock.acquire(place)
     try:
         yield lock
-    finally:
+    except BaseException:
+        with suppress(OSError):  # a disk that is read-only by now; the lock lapses with this process
+            lock.release()
+        raise
+    with os_errors_named(place.address, "written"):
         lock.release()
 
 

@@ -154,7 +154,9 @@ class Place(Protocol):
         ...
 
     def full_disk_named(self, task: str, needed_bytes: int) -> AbstractContextManager[None]:
-        """Reports that there is no room left as StoreFullError, which says what was being written."""
+        """Reports that there is no room left as StoreFullError, and that writing is refused as
+        StoreRefusedError; both say what was being written.
+        """
         ...
 
     def zarr_store(self) -> Any:

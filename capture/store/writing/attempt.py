@@ -29,13 +29,14 @@ def begin_attempt(store: Store, unit: int) -> "Attempt":
 
     Raises:
         UnitTakenError: the unit is committed already.
+        StoreRefusedError, StoreFullError: the place cannot be written.
     """
     if not 0 <= unit < store.num_units:
         raise ValueError(f"unit {unit} is not in the plan: it has units 0 to {store.num_units - 1}")
-    if store.place.exists(entry_key(unit)):
-        raise UnitTakenError(f"unit {unit} of {store} is committed: nothing is left to do for it")
-    number = 1
     with store.full_disk_named(unit):
+        if store.place.exists(entry_key(unit)):
+            raise UnitTakenError(f"unit {unit} of {store} is committed: nothing is left to do for it")
+        number = 1
         while True:
             try:
                 # numbers have no gaps, so the first free one is above all others
@@ -49,7 +50,8 @@ def begin_attempt(store: Store, unit: int) -> "Attempt":
 class Attempt:
     """`write` or `open_writer` every array of the store once, then `commit`.
 
-    As a context manager it cleans up after itself if the body raises.
+    As a context manager it cleans up after itself if the body raises. Whatever meets a full disk, or one that
+    cannot be written, raises StoreFullError or StoreRefusedError.
     """
 
     def __init__(self, store: Store, unit: int, number: int):
@@ -81,7 +83,8 @@ class Attempt:
                 f"{name} takes up to {num_rows} rows of {dtype} {shape[1:]} a unit, "
                 f"not {rows.dtype} {list(rows.shape)}"
             )
-        self._record(name, write_array(array, rows, self._open_sinks(name)))
+        with self.store.full_disk_named(self.unit):
+            self._record(name, write_array(array, rows, self._open_sinks(name)))
 
     def open_writer(self, name: str, **options: Any) -> ShardWriter:
         """Writes one array piece by piece; it is closed at commit.
@@ -89,7 +92,9 @@ class Attempt:
         Args:
             options: options of ShardWriter.
         """
-        self._writers[name] = ShardWriter(self.store.arrays[name], self._open_sinks(name), **options)
+        with self.store.full_disk_named(self.unit):
+            sinks = self._open_sinks(name)
+        self._writers[name] = ShardWriter(self.store.arrays[name], sinks, **options)
         return self._writers[name]
 
     def commit(self, receipt: dict[str, Any]) -> dict[str, Any]:
@@ -102,28 +107,38 @@ class Attempt:
             the ledger entry: the receipt with unit, attempt, shards, host, pid and time of commit.
         Raises:
             UnitTakenError: the unit is committed, or a later attempt at it has begun.
-            StoreFullError: no room. Nothing of this attempt stays in either case, but what a later one
-                replaces.
+            StoreFullError, StoreRefusedError: no room, or the place cannot be written. Nothing of this
+                attempt stays in any case, but what a later one replaces; or, where not even that can be
+                taken back, what the next replaces.
         """
         if missing := set(self.store.arrays) - set(self._shards) - set(self._writers):
             raise ValueError(f"unit {self.unit} cannot be committed without {', '.join(sorted(missing))}")
         try:
-            for name in list(self._writers):
-                self._record(name, self._writers.pop(name).close())
             with self.store.full_disk_named(self.unit):
+                for name in list(self._writers):
+                    self._record(name, self._writers.pop(name).close())
                 entry = self._publish(receipt)
-        except OSError:
-            self._withdraw()
+        except OSError as error:
+            try:
+                self._withdraw()
+            except OSError as kept:
+                error.add_note(f"what was published of it could not be taken back: {kept}")
             raise
         self.discard()
         return entry
 
     def fail(self, error: str) -> None:
-        """Gives the attempt up and writes down the reason, for `status`."""
+        """Gives the attempt up and writes down the reason, for `status`.
+
+        Raises:
+            StoreFullError, StoreRefusedError: that cannot be written; the message has the reason.
+        """
         self.discard()
         note = {"unit": self.unit, "attempt": self.number, "error": error}
         note |= {"host": platform.node(), "time": _now()}
-        self.store.place.replace(attempt_key(self.unit, self.number), json.dumps(note).encode())
+        data = json.dumps(note).encode()
+        with self.store.place.full_disk_named(f"why unit {self.unit} failed ({error})", len(data)):
+            self.store.place.replace(attempt_key(self.unit, self.number), data)
 
     def discard(self) -> None:
         """Removes what was staged."""

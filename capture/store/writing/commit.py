@@ -178,8 +178,27 @@ class Store:
                 is_committed = self.place.exists(entry_key(unit))
                 self.place.clean_draft(name, [*keys, entry_key(unit)], keys if is_committed else ())
 
+    def check_room(self, unit: int, num_rows: dict[str, int]) -> None:
+        """Looks for room for a unit before it is computed; an object store is not asked.
+
+        Args:
+            num_rows: rows that the unit fills of arrays along an axis, by the axis; of others all count.
+        Raises:
+            StoreFullError: there are fewer bytes than the unit takes before compression, or too few files.
+        """
+        if not isinstance(self.place, LocalPlace):
+            return
+        needed_bytes, num_files = 0, 3  # the draft's folder, the attempt, the ledger entry
+        for name, array in self.arrays.items():
+            rows = num_rows.get(array["dimension_names"][0], self.unit_rows(name))
+            needed_bytes += rows * math.prod(array["shape"][1:]) * np.dtype(array["data_type"]).itemsize
+            num_files += self.unit_rows(name) // file_shape(array)[0]
+        self.place.check_room(f"unit {unit}", needed_bytes, num_files)
+
     def full_disk_named(self, unit: int) -> AbstractContextManager[None]:
-        """Reports a full disk as StoreFullError, with what one unit takes before compression."""
+        """Reports a full disk as StoreFullError, with what one unit takes before compression, and one that
+        refuses to be written as StoreRefusedError.
+        """
         return self.place.full_disk_named(f"unit {unit}", self.unit_bytes)
 
     def marks(self, *, done: bool) -> dict[str, bytes]:
