@@ -211,7 +211,7 @@ class StoreMissingError(StoreError, FileNotFoundError):
 
 
 class StoreAddressError(StoreError):
-    """What was given as a store is neither a local directory nor s3://bucket/prefix."""
+    """What was given as a store is no directory or s3://bucket/prefix, or AWS_* variables name no server."""
 
     status = 400
 

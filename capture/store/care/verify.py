@@ -12,6 +12,7 @@ import google_crc32c
 import numpy as np
 import zarr
 
+from ....errors import StoreUnreachableError
 from ..keys import COMPLETE, FILES, LEDGER, SUMMARY, entry_key
 from ..places.place import Place
 from ..writing.attempt import entry_checksum
@@ -78,6 +79,8 @@ def verify_store(path: str | Path) -> Report:
     written: list[_Written] = []
     try:
         written += _planned_files(store)
+    except StoreUnreachableError:  # no damage
+        raise
     except (ValueError, KeyError, TypeError, OSError) as error:
         problems.append(Problem(None, FILES, f"cannot be read ({error})"))
     unit_files, unreadable = _read_entries(store, done)
@@ -154,6 +157,8 @@ def _read_entries(store: Store, units: list[int]) -> tuple[list[_Written], list[
     for unit in units:
         try:
             written += _unit_files(store, unit)
+        except StoreUnreachableError:  # no damage
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             problems.append(Problem(unit, entry_key(unit), f"cannot be read ({error})"))
     return written, problems
@@ -194,6 +199,8 @@ def _check_file(place: Place, num_bytes: int | None, file: _Written) -> Problem 
             if (found := f"{value:08x}") != wanted:
                 where = "" if length == num_bytes else f" of {length} bytes at {offset}"
                 return Problem(file.unit, file.key, f"crc32c{where} is {found}, {wanted} was written")
+    except StoreUnreachableError:  # no damage
+        raise
     except OSError as error:
         return Problem(file.unit, file.key, f"cannot be read ({error.strerror or error})")
     return None
@@ -221,6 +228,8 @@ def _check_metadata(store: Store, done: list[int]) -> Iterator[Problem]:
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(store.place.read(SUMMARY)), columns=["unit", "attempt"])
         summary = table.to_pylist()
+    except StoreUnreachableError:  # no damage
+        raise
     except (OSError, pa.ArrowException) as error:
         yield Problem(None, SUMMARY, f"cannot be read ({error})")
         return

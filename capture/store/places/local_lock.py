@@ -39,6 +39,17 @@ class DriverLock:
         except FileNotFoundError:
             return False
 
+    def __enter__(self) -> "DriverLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def check(self) -> None:
+        """Raises StoreLockedError unless the lock is held."""
+        if not self.held:
+            raise lease.lost(str(self._path.parent.parent))
+
     def release(self) -> None:
         self._stop.set()
         self._thread.join()

@@ -25,10 +25,8 @@ def driver_lock(path: str | Path) -> Iterator[DriverLock | ObjectLock]:
     is_local = isinstance(place, LocalPlace)
     with os_errors_named(place.address, "written"):
         lock = acquire(place.path / DRIVER_LOCK) if is_local else ObjectLock.acquire(place)
-    try:
+    with lock:
         yield lock
-    finally:
-        lock.release()
 
 
 def lock_holder(path: str | Path) -> dict[str, Any] | None:

@@ -38,13 +38,15 @@ class Store:
         self.arrays = unit_arrays(group)
 
     @classmethod
-    def open(cls, path: str | Path) -> "Store":
+    def open(cls, path: str | Path, is_known: bool = False) -> "Store":
         """Opens a local directory or s3://bucket/prefix.
 
+        Args:
+            is_known: as for `open_place`.
         Raises:
             StoreMissingError, StoreError: there is no store of this format.
         """
-        place = open_place(path)
+        place = open_place(path, is_known)
         return cls(place, read_group(place))
 
     def __str__(self) -> str:
