@@ -212,7 +212,7 @@ class StoreMissingError(StoreError, FileNotFoundError):
 
 
 class StoreAddressError(StoreError):
-    """What was given as a store is neither a local directory nor s3://bucket/prefix."""
+    """What was given as a store is no directory or s3://bucket/prefix, or AWS_* variables name no server."""
 
     status = 400
 
@@ -229,14 +229,20 @@ class StoreUnreadableError(StoreError):
     status = 503
 
 
+class StoreDamagedError(StoreError):
+    """Bytes of a store were read and are not what was written, or are missing."""
+
+
 class NoFileError(StoreError):
     """A folder, link or pipe has the name of a file of the store."""
 
     status = 409
 
 
-class StoreUnreachableError(StoreUnreadableError):
+class StoreUnreachableError(StoreError):
     """An object store does not answer, or cannot be reached from here."""
+
+    status = 503
 
 
 class StoreRefusedError(StoreError):

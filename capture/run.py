@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import NoRoomError, OtherPlanError, StoreLockedError, os_errors_named
+from ..errors import NoRoomError, OtherPlanError, os_errors_named
 from .engines.drive import POLL_S
 from .engines.engine import open_engine, run_units
 from .engines.events import Event, FilesRestored, RunBegan, UnitDone, UnitFailed
@@ -18,6 +18,7 @@ from .store.care.repair import clean
 from .store.care.restore import restore_planned
 from .store.group import store_exists
 from .store.layout import create_store
+from .store.places.lease import lost
 from .store.places.lock import driver_lock
 from .store.places.open import open_place
 from .store.plan import plan_differences
@@ -110,6 +111,7 @@ def run_capture(
                     num_non_finite += event.receipt.num_non_finite
                 on_event(event)
         if not (left := store.todo()):
+            lock.check()
             with os_errors_named(store.place.address, "written"):
                 store.finish()
                 clean(store)
@@ -153,10 +155,7 @@ def _watching(is_held: Callable[[], bool], store: Store, goes_on: Callable[[], b
             with os_errors_named(store.place.address, "read"):
                 held = is_held()
             if not held:
-                raise StoreLockedError(
-                    f"another run has taken {store} over, as this one gave no sign of life for too "
-                    "long; it stops, and what it committed stays"
-                )
+                raise lost(str(store))
         return goes_on()
 
     return ask

@@ -112,9 +112,10 @@ def info(
         neurons: Also show prediction and suppression neurons of every block: of a model from its weights,
             of a store as they were recorded.
     """
+    from ..capture.store.places.address import is_url
     from .tables import print_model, print_neurons, print_store
 
-    if target.startswith("s3://") or os.path.isdir(os.path.join(target, ".looptap")):
+    if is_url(target) or os.path.isdir(os.path.join(target, ".looptap")):
         print_store(target)
         if neurons:
             from ..capture.store.writing.commit import Store

@@ -5,6 +5,7 @@ signals to the driver, which then lets it finish. It is told what to do through 
 """
 
 import ctypes
+import logging
 import os
 import platform
 import queue
@@ -14,8 +15,7 @@ import threading
 import traceback
 from multiprocessing.connection import Connection
 
-from ...errors import StoreRefusedError
-from .work import Recipe, RunUnit
+from .work import ENDS_RUN, Recipe, RunUnit
 
 _PR_SET_PDEATHSIG = 1
 
@@ -23,6 +23,8 @@ _PR_SET_PDEATHSIG = 1
 def main(descriptor: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # that an object store is away the driver says for all
+    logging.getLogger("looptap.store").addHandler(logging.NullHandler())
     die_with(parent)
     driver = Connection(descriptor)
     driver.send(("placed", f"{platform.node()}, process {os.getpid()}"))
@@ -60,8 +62,8 @@ def _work(driver: Connection, run: RunUnit) -> None:
             continue
         try:
             driver.send(("done", (unit, run(unit))))
-        except StoreRefusedError as error:
-            driver.send(("refused", error))
+        except ENDS_RUN as error:
+            driver.send(("ends run", error))
             return  # so will it be for what waits
         except Exception:
             # whatever a model or a driver throws belongs to this unit alone

@@ -48,7 +48,7 @@ def run_units(plan: Plan, store: Store, units: list[int], goes_on: Callable[[], 
 
     Raises:
         NoWorkersError: no worker is left and none can come.
-        StoreFullError, StoreRefusedError: no unit can be committed any more.
+        StoreFullError, StoreRefusedError, StoreUnreachableError: no unit can be committed any more.
     """
     run = plan.settings.run
     pool, depth = _make_pool(plan, store)

@@ -6,9 +6,8 @@ import traceback
 from collections import deque
 from collections.abc import Iterable
 
-from ...errors import StoreRefusedError
 from .events import Done, Placed, Raised, Ready, Report
-from .work import Recipe, RunUnit
+from .work import ENDS_RUN, Recipe, RunUnit
 
 
 class ThisProcess:
@@ -43,7 +42,7 @@ class ThisProcess:
         """Does nothing: one unit is held at a time, so none waits."""
 
     def poll(self, timeout_s: float) -> Iterable[Report]:
-        """Raises StoreFullError, StoreRefusedError: no unit can be committed any more."""
+        """Raises StoreRefusedError, StoreUnreachableError: no unit can be committed any more."""
         if self._reports:
             reports, self._reports = self._reports, []
             return reports
@@ -51,7 +50,7 @@ class ThisProcess:
         unit = self._units.popleft()
         try:
             return [Done(0, unit, self._run(unit))]
-        except StoreRefusedError:
+        except ENDS_RUN:
             raise
         except Exception:
             # whatever a model or a driver throws belongs to this unit alone

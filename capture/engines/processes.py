@@ -14,7 +14,6 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ...errors import StoreRefusedError
 from .events import Died, Done, NotStarted, Placed, Raised, Ready, Receipt, Report, Returned
 from .work import Recipe
 
@@ -76,7 +75,7 @@ class Processes:
         pipe.close()
 
     def poll(self, timeout_s: float) -> Iterable[Report]:
-        """Raises StoreFullError, StoreRefusedError: no unit can be committed any more."""
+        """Raises StoreRefusedError, StoreUnreachableError: no unit can be committed any more."""
         of_pipe = {pipe: worker for worker, (_, pipe) in self._children.items()}
         if not of_pipe:
             time.sleep(timeout_s)  # wait() of nothing returns at once
@@ -128,7 +127,6 @@ def _report(worker: int, what: str, detail: Any) -> Report:
             return Returned(worker, detail)
         case "raised":
             return Raised(worker, *detail)
-        case "refused":
-            assert isinstance(detail, StoreRefusedError)
+        case "ends run":
             raise detail
     raise AssertionError(what)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from ...errors import ClusterError, StoreRefusedError
+from ...errors import ClusterError
 from .events import (
     Available,
     Died,
@@ -32,7 +32,7 @@ from .events import (
     Returned,
     Unavailable,
 )
-from .work import Recipe, RunUnit
+from .work import ENDS_RUN, Recipe, RunUnit
 
 PING_S = 0.5
 CONNECT_S = 10.0
@@ -137,7 +137,7 @@ class Actors:
         self._calls = {ref: call for ref, call in self._calls.items() if call[1] != worker}
 
     def poll(self, timeout_s: float) -> Iterable[Report]:
-        """Raises StoreFullError, StoreRefusedError: no unit can be committed any more."""
+        """Raises StoreRefusedError, StoreUnreachableError: no unit can be committed any more."""
         now_s = time.monotonic()
         for worker, due_s in list(self._pings_due_s.items()):
             if now_s >= due_s:
@@ -186,8 +186,7 @@ class Actors:
             return Done(worker, unit, detail)
         if kind == "raised":
             return Raised(worker, unit, detail)
-        if kind == "refused":
-            assert isinstance(detail, StoreRefusedError)
+        if kind == "ends run":
             raise detail
         assert kind == "returned", kind
         return Returned(worker, unit)
@@ -223,15 +222,15 @@ class Actor:
         self._count = _counters()
         return None
 
-    def run(self, unit: int) -> tuple[str, Receipt | str | StoreRefusedError | None]:
+    def run(self, unit: int) -> tuple[str, Receipt | str | Exception | None]:
         assert self._run is not None and self._count is not None
         if self._is_draining.is_set():
             return "returned", None
         try:
             receipt = self._run(unit)
-        except StoreRefusedError as error:
+        except ENDS_RUN as error:
             self._is_draining.set()  # so will it be for what waits
-            return "refused", error
+            return "ends run", error
         except Exception:
             # whatever a model or a driver throws belongs to this unit alone
             self._count("failures", 1)

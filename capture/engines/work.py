@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ...errors import RecipeError, UnitTakenError
+from ...errors import RecipeError, StoreRefusedError, StoreUnreachableError, UnitTakenError
 from .events import Receipt
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..worker import Worker
 
 
+ENDS_RUN = (StoreRefusedError, StoreUnreachableError)  # no unit can be committed any more
 RunUnit = Callable[[int], Receipt]
 Recipe = Callable[[], RunUnit]  # builds what runs units, in the process where it will
 
@@ -48,7 +49,7 @@ class CaptureRecipe:
         from ..store.plan import StoredModel
         from ..store.writing.commit import Store
 
-        store = Store.open(self.store)
+        store = Store.open(self.store, is_known=True)
         if (store.plan.hash, store.plan.created) != (self.plan_hash, self.created):
             raise RecipeError(
                 f"{self.store} is another store here than where the capture was started: "

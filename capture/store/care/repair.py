@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....errors import StoreError
+from ....errors import StoreDamagedError
 from ..keys import ATTEMPTS, COMPLETE, FILES, LEDGER, STAGING, SUMMARY, attempt_key, attempt_of, entry_key
 from ..places.lock import driver_lock
 from ..places.open import open_place
@@ -122,7 +122,7 @@ def _is_of(store: Store, unit: int, number: int) -> bool:
     try:
         entry = store.entry(unit)
         return entry is not None and entry["attempt"] == number
-    except StoreError:
+    except StoreDamagedError:
         return False
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ....errors import NoFileError, StoreError, StoreUnreadableError
+from ....errors import NoFileError, StoreDamagedError, StoreUnreadableError
 from ..group import shown_name
 from ..keys import (
     ATTEMPTS,
@@ -168,7 +168,7 @@ def _check_units(found: Examined, units: list[int], patience: Patience) -> None:
             entry = patience.ask(lambda unit=unit: store.entry(unit))
         except StoreUnreadableError as error:
             found.unread.append(Problem(unit, entry_key(unit), str(error)))
-        except StoreError as error:
+        except StoreDamagedError as error:
             found.problems.append(
                 Problem(unit, entry_key(unit), f"cannot be read ({error.__cause__ or error})")
             )

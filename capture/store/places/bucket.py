@@ -7,25 +7,35 @@ same.
 
 import os
 import platform
+import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ....errors import BucketMissingError, StoreAddressError, StoreError, StoreUnreachableError
+from ....errors import BucketMissingError, StoreDeniedError, StoreError, StoreUnreachableError
+from .address import endpoint, split_url
 from .place import Bytes
+from .server import Answer, Away, server_at, start, wait_for
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
-_RETRIES: dict[str, Any] = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+_RETRIES: dict[str, Any] = {"max_retries": 0, "retry_timeout": timedelta(0)}  # `Server.ask` tries again
 _REQUEST_S = 30
 _UPLOAD_S = 900  # half a gibibyte at 0.6 MB/s
 _SMALL_BYTES = 4 << 20
 _WRITER = "looptap-writer"
+_METADATA_SERVICE = "169.254.169.254"  # asked for credentials where the environment has none
+# what passes by itself: no answer or half of one, a server that is busy or starts, a proxy that misses it
+_PASSING = re.compile(
+    r"HTTP error: (?!builder error)|status code: (408|425|429|500|502|503|504|52\d)"
+    r"|<Code>(SlowDown|InternalError|ServiceUnavailable|RequestTimeout)</Code>"
+)
 
 
 @dataclass(frozen=True)
@@ -42,18 +52,23 @@ class Found:
 class Bucket:
     """A prefix in a bucket. Credentials and endpoint come from AWS_* variables."""
 
-    def __init__(self, url: str):
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        if not bucket:
-            raise StoreAddressError(f"{url} names no bucket: give s3://bucket/prefix")
+    def __init__(self, url: str, is_known: bool = False):
+        """Args:
+        url: s3://bucket/prefix.
+        is_known: whether there is such a server, so that it is waited for from the first request on.
+        """
+        self._bucket, self._prefix = split_url(url)
+        self._endpoint = endpoint()
+        self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         try:
             import obstore  # noqa: F401
         except ImportError as error:
             raise StoreUnreachableError(
                 f"{url} is reached through obstore: pip install 'looptap[s3]'"
             ) from error
-        self.url, self._bucket, self._prefix = url.rstrip("/"), bucket, prefix.strip("/")
-        self._endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        self._server = server_at(self._bucket, self._endpoint)
+        self._server.has_answered |= is_known
+        self._asked = set[Future[Any]]()  # requests that threads wait for
 
     def __str__(self) -> str:
         return self.url
@@ -63,13 +78,10 @@ class Bucket:
         return self.url
 
     def __reduce__(self) -> tuple[Any, ...]:  # connections stay in their process
-        return type(self), (self.url,)
+        return type(self), (self.url, self._server.has_answered)
 
     def names(self, folder: str) -> list[str]:
-        import obstore
-
-        with self.explained(f"list {folder or 'the store'}"):
-            found = obstore.list_with_delimiter(self.client, folder or None)
+        found = self._list(folder)
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
         return [path.rpartition("/")[2] for path in paths]
 
@@ -77,11 +89,7 @@ class Bucket:
         return list(self.sizes(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        import obstore
-
-        with self.explained(f"list {folder}"):
-            found = obstore.list_with_delimiter(self.client, folder)
-        return {meta["path"].rpartition("/")[2]: meta["size"] for meta in found["objects"]}
+        return {meta["path"].rpartition("/")[2]: meta["size"] for meta in self._list(folder)["objects"]}
 
     def exists(self, key: str) -> bool:
         return self.find(key) is not None if key else bool(self.names(""))
@@ -89,14 +97,18 @@ class Bucket:
     def read(self, key: str) -> bytes:
         import obstore
 
-        with self.explained(f"read {key}"):
-            return bytes(obstore.get(self.client, key).bytes())
+        async def get() -> bytes:
+            return bytes(await (await obstore.get_async(self.client, key)).bytes_async())
+
+        return self.ask(f"read {key}", get)
 
     def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
         import obstore
 
-        with self.explained(f"read {key}"):
-            return bytes(obstore.get_range(self.client, key, start=offset, length=num_bytes))
+        async def get() -> bytes:
+            return bytes(await obstore.get_range_async(self.client, key, start=offset, length=num_bytes))
+
+        return self.ask(f"read {key}", get)
 
     def create(self, key: str, data: bytes) -> None:
         writer = make_token()
@@ -105,27 +117,29 @@ class Bucket:
     def replace(self, key: str, data: bytes) -> None:
         import obstore
 
-        with self.explained(f"write {key}"):
-            obstore.put(self.client, key, data, use_multipart=False)
+        self.ask(f"write {key}", lambda: obstore.put_async(self.client, key, data, use_multipart=False))
 
     def remove(self, keys: Iterable[str]) -> None:
         import obstore
 
-        with self.explained("remove objects"):
-            if keys := list(keys):
-                obstore.delete(self.client, keys)
+        if keys := list(keys):
+            self.ask("remove objects", lambda: obstore.delete_async(self.client, keys))
 
     def find(self, key: str) -> Found | None:
         """Returns what is known of an object without reading it; None if there is none."""
+        return self.wait(self.find_async(key))
+
+    async def find_async(self, key: str) -> Found | None:
+        """Does what `find` does, on the thread of requests."""
         import obstore
 
         try:
-            with self.explained(f"look at {key}"):
-                found = obstore.get(self.client, key, options={"head": True})
-                meta = found.meta
+            found = await self.ask_async(
+                f"look at {key}", lambda: obstore.get_async(self.client, key, options={"head": True})
+            )
         except FileNotFoundError:
             return None
-        writer = found.attributes.get(_WRITER)
+        meta, writer = found.meta, found.attributes.get(_WRITER)
         return Found(str(meta["e_tag"]), writer, meta["size"], meta["last_modified"])
 
     def put(self, key: str, data: Bytes, *, writer: str, over: str | None) -> str:
@@ -137,23 +151,26 @@ class Bucket:
         Raises:
             FileExistsError: something else has the name, or has it now.
         """
+        return self.wait(self.put_async(key, data, writer=writer, over=over))
+
+    async def put_async(self, key: str, data: Bytes, *, writer: str, over: str | None) -> str:
+        """Does what `put` does, on the thread of requests."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         client = self.client if len(data) <= _SMALL_BYTES else self._uploads
+        mode: Any = "create" if over is None else {"e_tag": over}
+        attributes: Any = {_WRITER: writer}
         try:
-            with self.explained(f"write {key}"):
-                done = obstore.put(
-                    client,
-                    key,
-                    data,
-                    attributes={_WRITER: writer},
-                    mode="create" if over is None else {"e_tag": over},
-                    use_multipart=False,
-                )
-                return str(done["e_tag"])
+            done = await self.ask_async(
+                f"write {key}",
+                lambda: obstore.put_async(
+                    client, key, data, attributes=attributes, mode=mode, use_multipart=False
+                ),
+            )
+            return str(done["e_tag"])
         except (AlreadyExistsError, PreconditionError):
-            found = self.find(key)
+            found = await self.find_async(key)
             if found is None or found.writer != writer:
                 raise FileExistsError(f"{self.url}/{key} was put by another") from None
             return found.e_tag
@@ -194,7 +211,7 @@ class Bucket:
         from obstore.store import S3Store
 
         options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
-        if (self._endpoint or "").startswith("http://"):
+        if (self._endpoint or "").lower().startswith("http://"):
             options["allow_http"] = True
         with self.explained("connect"):
             return S3Store(
@@ -205,6 +222,61 @@ class Bucket:
                 retry_config=_RETRIES,  # pyright: ignore[reportArgumentType]
             )
 
+    def _list(self, folder: str) -> Any:
+        import obstore
+
+        what = f"list {folder or 'the store'}"
+        return self.ask(what, lambda: obstore.list_with_delimiter_async(self.client, folder or None))
+
+    def ask(self, task: str, request: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Makes a request of obstore, and waits where the server is away (`Server.ask`).
+
+        Raises:
+            StoreError, FileNotFoundError, obstore's errors for failed conditions: as `explained` does.
+        """
+        return self.wait(self.ask_async(task, request))
+
+    async def ask_async(self, task: str, request: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Does what `ask` does, on the thread of requests or in another event loop."""
+
+        async def once() -> Answer:
+            from obstore.exceptions import BaseError
+
+            try:
+                return await request()
+            except BaseError as error:
+                if (reason := self._passing(str(error))) is not None:
+                    raise Away(reason) from None
+                raise
+
+        with self.explained(task):
+            return await self._server.ask(once)
+
+    def wait(self, coroutine: Coroutine[Any, Any, Answer], timeout_s: float | None = None) -> Answer:
+        """Waits for one of the methods that end in `_async`."""
+        future = start(coroutine)
+        self._asked.add(future)
+        try:
+            return wait_for(future, timeout_s)
+        finally:
+            self._asked.discard(future)
+
+    def give_up(self) -> None:
+        """Ends the requests that other threads wait for: CancelledError is raised there."""
+        for future in list(self._asked):
+            future.cancel()
+
+    def _passing(self, text: str) -> str | None:
+        """Returns why an error of obstore will pass by itself, as it seems; None if it will not."""
+        said, _, details = text.partition("\n\nDebug source")
+        if not _PASSING.search(said) or (_METADATA_SERVICE in said and not self._server.has_answered):
+            return None
+        self._server.has_answered |= "status code" in said
+        # the innermost of nested errors is the last that is quoted
+        quoted = re.findall(r'(?:message|error): "([^"]+)"', details) or re.findall(r"TimedOut", details)
+        reason = said.removeprefix("Generic S3 error: ").rpartition(" - ")[2][:200]
+        return f"{reason}: {quoted[-1]}" if quoted else reason
+
     @contextmanager
     def explained(self, task: str) -> Iterator[None]:
         """Turns errors of obstore into one line that says what to do; absence and failed conditions pass."""
@@ -214,7 +286,7 @@ class Bucket:
             yield
         except (o.AlreadyExistsError, o.PreconditionError):
             raise
-        except (FileNotFoundError, o.BaseError) as error:
+        except (FileNotFoundError, o.BaseError, Away) as error:
             where = f"{self.url} ({self._endpoint or 'AWS'})"
             said = str(error).partition("\n\nDebug source")[0]
             if "NoSuchBucket" in said:
@@ -225,9 +297,9 @@ class Bucket:
                 raise
             if (
                 isinstance(error, o.PermissionDeniedError | o.UnauthenticatedError)
-                or "169.254.169.254" in said
+                or _METADATA_SERVICE in said
             ):
-                raise StoreError(
+                raise StoreDeniedError(
                     f"{where} does not let this account {task}: check AWS_ACCESS_KEY_ID, "
                     f"AWS_SECRET_ACCESS_KEY and what they may do ({said})"
                 ) from None

@@ -1,4 +1,4 @@
-"""The common part of drivers' locks on disks and in object stores: times, and a second driver's error."""
+"""The common part of drivers' locks on disks and in object stores: times, and errors of drivers."""
 
 import json
 from typing import Any
@@ -34,3 +34,11 @@ def parse(content: bytes) -> dict[str, Any] | None:
 def is_fresh(silent_s: float) -> bool:
     """Whether a sign of life counts; one from the future does not, as its clock was another then."""
     return abs(silent_s) < STALE_S
+
+
+def lost(store: str) -> StoreLockedError:
+    """Returns the error for a driver whose lock another took over."""
+    return StoreLockedError(
+        f"another run has taken {store} over, as this one gave no sign of life for too long; it stops, and "
+        "what it committed stays"
+    )

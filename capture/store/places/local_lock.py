@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ....errors import StoreError
+from ....errors import StoreError, os_errors_named
 from ..keys import GUARD, passing_for
 from . import lease
 from .disk import open_regular, sync, write_new
@@ -45,6 +45,22 @@ class DriverLock:
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
         except FileNotFoundError:
             return False
+
+    def __enter__(self) -> "DriverLock":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            with os_errors_named(self._path, "written"):
+                self.release()
+        else:
+            with suppress(OSError):  # a disk that is read-only by now; the lock lapses with this process
+                self.release()
+
+    def check(self) -> None:
+        """Raises StoreLockedError unless the lock is held."""
+        if not self.held:
+            raise lease.lost(str(self._path.parent.parent))
 
     def release(self) -> None:
         self._stop.set()

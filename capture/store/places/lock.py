@@ -1,7 +1,7 @@
 """Keeps drivers to one at a time, whatever place the store lies in."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,8 @@ def driver_lock(path: str | Path) -> Iterator[DriverLock | ObjectLock]:
     is_local = isinstance(place, LocalPlace)
     with os_errors_named(place.address, "written"):
         lock = acquire(place.path / DRIVER_LOCK) if is_local else ObjectLock.acquire(place)
-    try:
+    with lock:
         yield lock
-    except BaseException:
-        with suppress(OSError):  # a disk that is read-only by now; the lock lapses with this process
-            lock.release()
-        raise
-    with os_errors_named(place.address, "written"):
-        lock.release()
 
 
 def lock_holder(path: str | Path) -> dict[str, Any] | None:

@@ -4,36 +4,40 @@ Its holder changes it every few seconds; who sees it unchanged for `STALE_S`, by
 over. It is never deleted but marked as released, so that no release can hit a successor's lock.
 """
 
+import asyncio
 import json
 import os
 import platform
-import threading
-import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from ....errors import StoreError, StoreLockedError
+from ....errors import StoreUnreachableError
 from ..keys import DRIVER_LOCK
 from . import lease
 from .bucket import Bucket, make_token
 from .liveness import machine, process_start
+from .server import start
+
+RELEASE_S = 3.0  # time for a release when the run failed, which may be as the server is away
+
+_held_here = set[str]()  # writers of locks that this process holds
 
 
 class ObjectLock:
-    """The lock while it is held; `held` turns False if another driver took it over, or if this one could not
-    say for so long that it lives that another may have.
+    """The lock while it is held; `held` turns False if another driver took it over.
+
+    Only the server can tell that: another takes the lock over by a put there. While it is away nobody can, so
+    a beat waits for it as all requests do, and is the first to hear.
     """
 
     def __init__(self, bucket: Bucket, over: str | None):
         """Takes the lock. Raises FileExistsError if another driver was quicker."""
         self._bucket, self._writer = bucket, make_token()
         self._num_beats = 0
-        self._e_tag: str | None = None
-        self._stop = threading.Event()
-        self._put(over)
-        self._thread = threading.Thread(target=self._beat, name="looptap heartbeat", daemon=True)
-        self._thread.start()
+        self._e_tag: str | None = bucket.wait(self._put(self._writer, over))
+        _held_here.add(self._writer)
+        self._beating = start(self._beat())
 
     @classmethod
     def acquire(cls, bucket: Bucket) -> "ObjectLock":
@@ -51,38 +55,52 @@ class ObjectLock:
     def __enter__(self) -> "ObjectLock":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.release()
+        else:
+            with suppress(StoreUnreachableError, TimeoutError):  # the lock lapses then
+                self.release(RELEASE_S)
 
     @property
     def held(self) -> bool:
-        return self._e_tag is not None and time.monotonic() - self._beat_s < lease.STALE_S
+        """Raises StoreError if the lock could not be kept: the server is away for too long, or refuses."""
+        if self._beating.done():
+            self._beating.result()
+        return self._e_tag is not None
 
     def check(self) -> None:
         """Raises StoreLockedError unless the lock is held, by what the server says now."""
         found = self._bucket.find(DRIVER_LOCK)
         if found is None or found.writer != self._writer:
-            raise StoreLockedError(f"another process took {self._bucket} over while this one was silent")
+            raise lease.lost(str(self._bucket))
 
-    def release(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._e_tag is not None:
-            with suppress(FileExistsError):  # it is a successor's
-                self._put(self._e_tag, released=True)
-        self._e_tag = None
+    def release(self, timeout_s: float | None = None) -> None:
+        """Marks the lock as released. Raises TimeoutError: the server takes longer than that."""
+        self._beating.cancel()
+        _held_here.discard(self._writer)
+        self._bucket.wait(self._release(), timeout_s)
 
-    def _beat(self) -> None:
-        while not self._stop.wait(lease.HEARTBEAT_S):
+    async def _release(self) -> None:
+        released = make_token()  # not the beats' writer, of which one may be under way
+        for _ in range(3):
+            found = await self._bucket.find_async(DRIVER_LOCK)
+            if found is None or found.writer != self._writer:
+                return  # it is a successor's
+            with suppress(FileExistsError):
+                await self._put(released, found.e_tag)
+                return
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(lease.HEARTBEAT_S)
             try:
-                self._put(self._e_tag)
+                self._e_tag = await self._put(self._writer, self._e_tag)
             except FileExistsError:
                 self._e_tag = None
                 return
-            except StoreError:
-                continue  # the server may be back before the lock lapses
 
-    def _put(self, over: str | None, released: bool = False) -> None:
+    async def _put(self, writer: str, over: str | None) -> str:
         """Puts the lock with content that differs from before, so that nobody's condition holds any more."""
         self._num_beats += 1
         mine = {
@@ -92,11 +110,9 @@ class ObjectLock:
             "machine": machine(),
             "writer": self._writer,
             "beat": self._num_beats,
-            "released": released,
+            "released": writer != self._writer,
         }
-        sent_s = time.monotonic()
-        self._e_tag = self._bucket.put(DRIVER_LOCK, json.dumps(mine).encode(), writer=self._writer, over=over)
-        self._beat_s = sent_s
+        return await self._bucket.put_async(DRIVER_LOCK, json.dumps(mine).encode(), writer=writer, over=over)
 
 
 def object_lock_holder(bucket: Bucket) -> dict[str, Any] | None:
@@ -114,5 +130,7 @@ def _read(bucket: Bucket, now: datetime) -> dict[str, Any] | None:
     silent_s = (now - found.modified).total_seconds()
     holder["silent_s"] = max(0.0, silent_s)
     if holder["machine"] == machine():
+        if holder["pid"] == os.getpid() and holder["writer"] not in _held_here:
+            return None  # its release did not reach the server
         return holder if process_start(holder["pid"]) == holder["process_start"] else None
     return holder if lease.is_fresh(silent_s) else None

@@ -7,6 +7,7 @@ condition that it is still that: no object is deleted to make room, so none that
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -68,7 +69,16 @@ class ObjectPlace(Bucket):
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-            return list(pool.map(function, items))
+            running = [pool.submit(function, item) for item in items]
+            try:
+                return [future.result() for future in running]
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                # an error waits for what was begun, Ctrl-C for nothing: the server may be away
+                while isinstance(error, KeyboardInterrupt) and not all(each.done() for each in running):
+                    self.give_up()
+                    time.sleep(0.05)
+                raise
 
     def free_bytes(self) -> int | None:
         return None
@@ -77,9 +87,9 @@ class ObjectPlace(Bucket):
         return nullcontext()
 
     def zarr_store(self) -> Any:
-        from zarr.storage import ObjectStore
+        from .patient_reads import PatientReads
 
-        return ObjectStore(self.client, read_only=True)
+        return PatientReads(self)
 
     def _leftovers(self) -> list[str] | None:
         """Returns the keys that a killed `make` put here, without the lock; None if there is anything else.
@@ -103,7 +113,6 @@ class ObjectPlace(Bucket):
         """Returns the keys of all objects but the lock and what a lock's probe may have left."""
         import obstore
 
-        with self.explained("list the store"):
-            found = obstore.list(self.client).collect()
+        found = self.ask("list the store", lambda: obstore.list(self.client).collect_async())
         keys = [meta["path"] for meta in found if meta["path"] != DRIVER_LOCK]
         return [key for key in keys if passing_for(key.removeprefix(".looptap/")) != "driver.lock"]

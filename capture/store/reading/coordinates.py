@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import StoreError
+from ....errors import StoreDamagedError
 from ..keys import FILES
 from ..places.disk import file_record
 from ..writing.commit import Store
@@ -28,7 +28,7 @@ class Coordinates:
         """Returns rows of a coordinate, all by default.
 
         Raises:
-            StoreError: a file is not what was written.
+            StoreDamagedError: a file is not what was written.
         """
         metadata = self._store.metadata[name]
         end = metadata["shape"][0] if stop is None else stop
@@ -64,8 +64,8 @@ class Coordinates:
                 raise self._damaged(f"{FILES} cannot be read ({error})") from None
         return self._records
 
-    def _damaged(self, what: str) -> StoreError:
-        return StoreError(
+    def _damaged(self, what: str) -> StoreDamagedError:
+        return StoreDamagedError(
             f"{self._store} is damaged: {what}; the capture's own command, begun again, writes it as its "
             "data tell"
         )

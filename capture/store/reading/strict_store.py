@@ -7,7 +7,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
-from ....errors import NoFileError, StoreError, StoreUnreadableError
+from ....errors import NoFileError, StoreDamagedError, StoreError, StoreUnreadableError
 from ..places import disk
 from ..places.directory import LocalPlace
 from ..places.place import Place
@@ -69,13 +69,13 @@ def require_file(place: LocalPlace, key: str) -> None:
 
 def damaged(place: Any, name: str, error: Exception) -> StoreError:
     """Returns the error for bytes of an array that cannot be decoded."""
-    return StoreError(
+    return StoreDamagedError(
         f"{place}: {name} cannot be read, it is damaged ({error}); run `looptap verify {place}`"
     )
 
 
 def lost(place: Any, key: str) -> StoreError:
     """Returns the error for a file of a committed unit, or of a coordinate, that is not there."""
-    return StoreError(
+    return StoreDamagedError(
         f"{place}/{key} cannot be read: it is missing, though it was written; run `looptap verify {place}`"
     )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ....errors import StoreError
+from ....errors import StoreDamagedError, StoreError
 from ..group import Group, read_group
 from ..keys import COMPLETE, LEDGER, STAGING, SUMMARY, attempt_key, attempt_of, entry_key, entry_unit
 from ..ledger_entry import entry_bytes, parse_entry
@@ -42,13 +42,15 @@ class Store:
         self.metadata, self.arrays = group.metadata, group.arrays
 
     @classmethod
-    def open(cls, path: str | Path) -> "Store":
+    def open(cls, path: str | Path, is_known: bool = False) -> "Store":
         """Opens a local directory or s3://bucket/prefix.
 
+        Args:
+            is_known: as for `open_place`.
         Raises:
             StoreMissingError, StoreError: there is no store of this format.
         """
-        place = open_place(path)
+        place = open_place(path, is_known)
         return cls(place, read_group(place))
 
     def __str__(self) -> str:
@@ -112,7 +114,7 @@ class Store:
         """Reads a unit's ledger entry; None while it is not committed.
 
         Raises:
-            StoreError: it is damaged.
+            StoreDamagedError: it is damaged.
         """
         try:
             content = self.place.read(entry_key(unit))
@@ -122,7 +124,7 @@ class Store:
         try:
             return parse_entry(content, unit, self.plan.hash, files)
         except ValueError as error:
-            raise StoreError(
+            raise StoreDamagedError(
                 f"{self}/{entry_key(unit)} cannot be read ({error}): run `looptap verify --repair {self}`"
             ) from error
 
@@ -130,7 +132,7 @@ class Store:
         """Reads the ledger entries of all committed units, in order.
 
         Raises:
-            StoreError: one is damaged.
+            StoreDamagedError: one is damaged.
         """
         for unit in self.done():
             if (entry := self.entry(unit)) is not None:  # or it was voided since
