@@ -50,7 +50,7 @@ OURS = {
     "capture/store/layout.py": {"ValueError"},  # arrays and coordinates are planned by us
     "capture/store/places/bucket.py": {"FileExistsError"},  # how a place says that a name is taken
     "capture/store/places/directory.py": {"FileExistsError"},
-    "capture/store/places/disk.py": {"FileExistsError", "OSError"},  # as the system itself would refuse
+    "capture/store/places/disk.py": {"FileExistsError"},
     "capture/store/places/object_draft.py": {"FileExistsError"},
     "capture/store/reading/memory_map.py": {"OSError"},  # caught beside it
     "capture/store/writing/attempt.py": {"ValueError"},  # a worker gave the wrong unit, shape or arrays
