@@ -1,8 +1,9 @@
 """Damages stores at random and demands that it is noticed, mended, and does no harm to anything else.
 
-    python -m looptap.tests.store_damage CASES [FIRST]
+    python -m looptap.tests.store_damage CASES [FIRST] [s3]
 
-tries so many cases in a temporary directory, beginning with number FIRST, and prints what came of them.
+tries so many cases in a temporary directory, or in a bucket, beginning with number FIRST, and prints what
+came of them.
 """
 
 import os
@@ -11,11 +12,12 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import obstore
 import xarray as xr
 
 from looptap.capture.plan import Plan, make_plan
@@ -24,8 +26,10 @@ from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.care.repair import repair_store
 from looptap.capture.store.care.status import store_status
 from looptap.capture.store.care.verify import verify_store
+from looptap.capture.store.places.objects import ObjectPlace
 from looptap.capture.store.reading.reader import open_store
 from looptap.errors import StoreError
+from looptap.tests.s3_server import BUCKET, environment, serve_s3
 
 MODEL = "random:(1,2x3,1)I,norm=pre,width=32,heads=2,seed=5"
 LENGTHS = (40, 33, 25, 60, 12, 50, 44, 31, 20, 64, 18, 37)
@@ -128,12 +132,53 @@ class Place:
         shutil.copytree(calm, store)
         return cls(root, store, [])
 
+    @property
+    def address(self) -> str | Path:
+        return self.store
+
     def outside(self) -> dict[str, bytes]:
         return {
             str(path): path.read_bytes()
             for path in self.root.rglob("*")
             if self.store not in path.parents and path.is_file()
         }
+
+    def gone(self) -> list[str]:
+        """Strangers that are not there any more."""
+        return [str(path) for path in self.strangers if not path.exists()]
+
+
+@dataclass
+class BucketPlace(Place):
+    """The same in a bucket: a copy on disk is damaged, and its files are put under a prefix of their own."""
+
+    url: str = ""
+
+    @property
+    def address(self) -> str:
+        return self.url
+
+    def put(self) -> None:
+        client = ObjectPlace(self.url).client
+        for path in self.store.rglob("*"):
+            if path.is_file():
+                obstore.put(client, self._key(path), path.read_bytes())
+        obstore.put(ObjectPlace(self.url + "-beside").client, "precious.txt", b"precious")
+
+    def outside(self) -> dict[str, bytes]:
+        beside = ObjectPlace(self.url + "-beside")
+        return super().outside() | {key: beside.read(key) for key in self._keys(beside)}
+
+    def gone(self) -> list[str]:
+        there = set(self._keys(ObjectPlace(self.url)))
+        return [key for path in self.strangers if (key := self._key(path)) not in there]
+
+    def _key(self, path: Path) -> str:
+        return str(path.relative_to(self.store))
+
+    @staticmethod
+    def _keys(place: ObjectPlace) -> list[str]:
+        return [meta["path"] for meta in obstore.list(place.client).collect()]
 
 
 def damage(place: Place, chance: random.Random) -> str:
@@ -170,14 +215,14 @@ def check(calm: xr.Dataset, plan: Plan, place: Place) -> Counter[str]:
     outside = place.outside()
     seen: Counter[str] = Counter()
     try:
-        is_named = not verify_store(place.store).ok
+        is_named = not verify_store(place.address).ok
     except StoreError:
         is_named = True
     seen["named by verify"] += is_named
     found = None
     try:
-        store_status(place.store)
-        found = open_store(place.store).load()
+        store_status(place.address)
+        found = open_store(place.address).load()
     except StoreError:
         seen["reading raises"] += 1
     if found is not None and not same(calm, found):
@@ -186,22 +231,21 @@ def check(calm: xr.Dataset, plan: Plan, place: Place) -> Counter[str]:
         seen["harmless"] += 1
     hopeless = None
     try:
-        repair_store(place.store)
+        repair_store(place.address)
     except StoreError as error:
         hopeless = str(error)
         assert "backup" in hopeless or "both damaged" in hopeless or "cannot be made whole" in hopeless, error
     if hopeless is None:
         outcome = run_capture(plan)
         assert outcome.complete, outcome
-        report = verify_store(place.store)
+        report = verify_store(place.address)
         assert report.ok and not report.units_missing and not report.uncommitted, report
-        assert same(calm, open_store(place.store).load()), "mended, and not what it was"
+        assert same(calm, open_store(place.address).load()), "mended, and not what it was"
         seen["mended"] += 1
     else:
         seen["too little is left"] += 1
     assert place.outside() == outside, "something outside the store changed"
-    gone = [path for path in place.strangers if not path.exists()]
-    assert not gone, f"{gone} disappeared"
+    assert not place.gone(), f"{place.gone()} disappeared"
     return seen
 
 
@@ -226,11 +270,21 @@ def same(calm: xr.Dataset, found: xr.Dataset) -> bool:
     return True
 
 
-def run_case(calm: Path, dataset: xr.Dataset, plan: Plan, folder: Path, number: int) -> Counter[str]:
+def run_case(
+    calm: Path, dataset: xr.Dataset, plan: Plan, folder: Path, number: int, url: str | None = None
+) -> Counter[str]:
+    """Tries one case.
+
+    Args:
+        url: prefix of objects, where it is to be tried in a bucket.
+    """
     chance = random.Random(number)
     place = Place.copy(calm, folder / f"{number}")
     what = damage(place, chance)
-    run = replace(plan, settings=plan.settings.but(store=place.store))
+    if url is not None:
+        place = BucketPlace(place.root, place.store, place.strangers, f"{url}/{number}")
+        place.put()
+    run = replace(plan, settings=plan.settings.but(store=place.address))
     try:
         return check(dataset, run, place)
     except BaseException as error:
@@ -240,15 +294,20 @@ def run_case(calm: Path, dataset: xr.Dataset, plan: Plan, folder: Path, number: 
         shutil.rmtree(place.root)
 
 
-def main(num_cases: int, first: int = 0, report: Callable[[str], None] = print) -> None:
+def main(num_cases: int, first: int = 0, where: str = "disk") -> None:
     total: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        url = None
+        if where == "s3":
+            os.environ |= environment(stack.enter_context(serve_s3()))
+            url = f"s3://{BUCKET}/damage"
         plan, calm = make_calm(Path(folder))
         dataset = open_store(calm).load()
         for number in range(first, first + num_cases):
-            total += run_case(calm, dataset, plan, Path(folder), number)
-    report(f"{num_cases} cases: " + ", ".join(f"{count} {what}" for what, count in total.most_common()))
+            total += run_case(calm, dataset, plan, Path(folder), number, url)
+    print(f"{num_cases} cases: " + ", ".join(f"{count} {what}" for what, count in total.most_common()))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    numbers = [int(text) for text in sys.argv[1:] if text.isdecimal()]
+    main(*numbers, where="s3" if "s3" in sys.argv else "disk")
