@@ -20,8 +20,8 @@ import numpy as np
 
 from ..capture.engines.drive import run_on
 from ..capture.engines.events import Done, Event, Placed, Ready, Receipt, Report, UnitDone, WorkerJoined
+from ..capture.engines.patience import Limits
 from ..capture.engines.processes import Processes
-from ..capture.engines.scheduler import Limits
 from ..capture.engines.work import RunUnit
 from ..capture.store.layout import ArraySpec, create_store
 from ..capture.store.writing.attempt import begin_attempt

@@ -154,11 +154,12 @@ def _to_line(event: Event) -> str | None:
     match event:
         case WorkerLost(worker=worker, where=where, why=why, unit=unit):
             during = "" if unit is None else f" in unit {unit}"
-            return f"worker {worker} ({where}) is lost{during}: {why}; its units go to others"
+            return f"worker {worker} ({where}) is lost{during}: {why}; others get its units"
         case WorkerRefused(worker=worker, why=why):
             return f"worker {worker} could not be started: {why}"
         case SlowUnit(unit=unit, where=where, seconds=seconds, median_s=median_s):
-            return f"unit {unit} takes {seconds:.0f} s on {where}; units take {median_s:.1f} s"
+            usual = "" if median_s is None else f", and units take {median_s:.1f} s"
+            return f"unit {unit} takes {seconds:.0f} s on {where}{usual}: it is given out again"
         case FilesRestored(files=files):
             more = f" and {len(files) - 3} more" if len(files) > 3 else ""
             return f"written again, as they were damaged or lost: {', '.join(files[:3])}{more}"

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from looptap.capture.engines.drive import run_on
-from looptap.capture.engines.events import Receipt, UnitDone, UnitFailed, WorkerLost
-from looptap.capture.engines.scheduler import Limits
+from looptap.capture.engines.events import Receipt, SlowUnit, UnitDone, UnitFailed, WorkerJoined, WorkerLost
+from looptap.capture.engines.patience import Limits
 from looptap.capture.engines.work import Recipe, RunUnit
 from looptap.errors import NoWorkersError, StoreFullError, StoreRefusedError
 
@@ -46,8 +46,12 @@ class Files:
     """Units that take a minute."""
     hangs: bool = False
     """Units never end, and let no other thread of their process run."""
+    freezes: dict[int, int] = field(default_factory=dict)
+    """Unit -> how many of its workers it stops for good, as SIGSTOP does. A unit may then be done twice."""
     waits: bool = False
     """Units go on once there is a file `go`."""
+    waits_after: int | None = None
+    """Unit after whose end all others wait for it."""
     cannot: str | None = None
     """Why no worker can be made."""
 
@@ -63,15 +67,19 @@ class Files:
         time.sleep(60 if unit in self.long else self.seconds)
         if self.hangs:
             re.match(r"(a+)+$", "a" * 64 + "b")  # it tries 2**64 ways
-        while self.waits and not (self.directory / "go").exists():
+        waits = self.waits or (self.directory / f"done.{self.waits_after}").exists()
+        while waits and not (self.directory / "go").exists():
             time.sleep(0.01)
         if number <= self.kills.get(unit, 0):
             os.kill(os.getpid(), signal.SIGKILL)
+        if number <= self.freezes.get(unit, 0):
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(60)  # another thread may get it, a little later
         if number <= self.raises.get(unit, 0):
             raise RuntimeError(f"unit {unit} raises for the {number}th time")
         if unit in self.refused:
             raise self.refused[unit](f"unit {unit} cannot be written")
-        (self.directory / f"done.{unit}").touch(exist_ok=False)  # twice would be an error
+        (self.directory / f"done.{unit}").touch(exist_ok=bool(self.freezes))  # twice would be an error
         if unit in self.dies_done:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.committed(unit)
@@ -232,6 +240,37 @@ class ProcessPoolContract(PoolContract):
         assert ended(events) == {0: "done", 1: "done", 2: "failed", 3: "done"}
         lost = [event for event in events if isinstance(event, WorkerLost)]
         assert [(event.unit, event.why) for event in lost] == [(2, "unit 2 took longer than 0.7 s")] * 3
+
+    def test_a_frozen_worker_is_given_up_and_another_started(self, make_pool: MakePool, tmp_path):
+        """Its unit is done by the other worker, what waited behind it too; nothing counts as a failure."""
+        files, events = Files(tmp_path, freezes={9: 1}, seconds=0.1, waits_after=9), []
+        limits = Limits(slow_s=4, grace_s=0.5)
+        with make_pool(files, 2) as pool:
+            for event in run_on(pool, range(150), committed=files.committed, limits=limits, wanted=2):
+                events.append(event)
+                if sum(isinstance(event, WorkerJoined) for event in events) == 3:
+                    (tmp_path / "go").touch()
+        assert ended(events) == dict.fromkeys(range(150), "done")
+        frozen = int((tmp_path / "begun.9.1").read_text().split()[0])
+        assert files.times_begun()[9] >= 2 and not is_alive(frozen)
+        slow = [event for event in events if isinstance(event, SlowUnit)]
+        lost = [event for event in events if isinstance(event, WorkerLost)]
+        assert slow[0].unit == 9 and [event.unit for event in lost] == [9]
+
+    def test_a_worker_that_is_frozen_alone_is_replaced(self, make_pool: MakePool, tmp_path):
+        files = Files(tmp_path, freezes={6: 1})
+        events = run(make_pool, files, 9, 1, limits=Limits(slow_s=2, frozen_s=4))
+        assert ended(events) == dict.fromkeys(range(9), "done")
+        assert [event.unit for event in events if isinstance(event, WorkerLost)] == [6]
+        assert len(files.workers()) == 2 and files.times_begun()[6] == 2
+
+    def test_a_run_that_is_to_stop_does_not_wait_for_a_frozen_worker(self, make_pool: MakePool, tmp_path):
+        files = Files(tmp_path, freezes={6: 9})
+        limits = Limits(slow_s=2)
+        events = run(
+            make_pool, files, 9, 1, limits=limits, goes_on=lambda: not (tmp_path / "begun.6.1").exists()
+        )
+        assert ended(events) == dict.fromkeys(range(6), "done") and files.times_begun()[6] == 1
 
     def test_workers_that_cannot_be_made_end_the_run(self, make_pool: MakePool, tmp_path):
         files = Files(tmp_path, cannot="weights_sha256 differs")

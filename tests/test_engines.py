@@ -7,24 +7,26 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from threading import Thread
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from looptap.capture.engines import drive, processes, work
 from looptap.capture.engines.drive import run_on
 from looptap.capture.engines.engine import open_engine
-from looptap.capture.engines.events import UnitDone, WorkerJoined
+from looptap.capture.engines.events import Receipt, UnitDone, WorkerJoined
 from looptap.capture.engines.local import ThisProcess
+from looptap.capture.engines.patience import Limits
 from looptap.capture.engines.processes import Processes
-from looptap.capture.engines.scheduler import Limits
 from looptap.capture.engines.work import make_recipe
 from looptap.capture.plan import make_plan
 from looptap.capture.run import prepare_store, run_capture
 from looptap.capture.settings import CaptureSettings
 from looptap.capture.store.writing.commit import Store
-from looptap.errors import EngineError, PlanError, RecipeError, StoreLockedError
+from looptap.errors import EngineError, PlanError, RecipeError, StoreLockedError, UnitTakenError
 from looptap.tests.engine_contract import (
     Files,
     PoolContract,
@@ -108,6 +110,24 @@ class TestProcesses(ProcessPoolContract):
         run(lambda recipe, n: Processes(recipe, n, ["0", "GPU-7f", "2"]), files, 16, 3)
         shown = list(files.gpus().values())
         assert len(shown) == 4 and set(shown) == {"0", "GPU-7f", "2"}
+
+    def test_a_worker_that_does_not_die_keeps_its_place_and_its_gpu(self, monkeypatch, tmp_path):
+        """As one does that waits inside the kernel for a disk."""
+        monkeypatch.setattr(processes, "DEATH_S", 0.1)
+        with Processes(Files(tmp_path), 2, ["0", "1"]) as pool:
+            pool.start(0)
+            pool.start(1)
+            child, _ = pool._children[0]
+            child.send_signal(signal.SIGSTOP)  # or it would see that its pipe is closed
+            with monkeypatch.context() as patch:
+                patch.setattr(child, "kill", lambda: None)
+                pool.kill(0)
+                assert pool.num_places() == 1 and pool._gpu_of == {0: "0", 1: "1"}
+            child.kill()
+            child.wait()
+            assert pool.num_places() == 2
+            pool.start(2)
+            assert pool._gpu_of == {1: "1", 2: "0"}
 
     @pytest.mark.parametrize(
         ("num_workers", "environment", "threads"), [(1, None, 1), (3, None, 1), (1, "1", 1)]
@@ -211,6 +231,53 @@ def test_a_recipe_makes_a_worker(checkpoint):
     recipe, _ = checkpoint
     assert recipe()(0).num_tokens == 48
     assert recipe()(0).num_tokens == 48, "committed already, which is as good"
+
+
+class OtherWorker:
+    """A worker whose attempts are stopped by later ones of another, on a clock that sleeping moves."""
+
+    def __init__(self, monkeypatch, seconds: float, commits_at_s: float):
+        self.now_s, self.seconds, self.commits_at_s, self.num_begun = 0.0, seconds, commits_at_s, 0
+        monkeypatch.setattr(work, "time", self)
+        monkeypatch.setattr(work, "committed", self.committed)
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def committed(self, store, unit) -> Receipt | None:
+        return Receipt(num_tokens=unit) if self.now_s >= self.commits_at_s else None
+
+    def run(self, unit: int) -> dict:
+        self.num_begun += 1
+        self.now_s += self.seconds
+        raise UnitTakenError("a later attempt has begun")
+
+
+def test_a_slow_worker_lets_the_later_attempt_commit(monkeypatch):
+    """A third attempt would stop the second, which takes as long as the first did."""
+    for seed in range(20):
+        monkeypatch.setattr(work.random, "random", Random(seed).random)
+        other = OtherWorker(monkeypatch, seconds=100, commits_at_s=199)
+        assert work.run_unit(other, None, 7) == Receipt(num_tokens=7)
+        assert other.num_begun == 1 and other.now_s < 202
+
+
+def test_a_later_attempt_that_died_is_not_waited_for_for_ever(monkeypatch):
+    other = OtherWorker(monkeypatch, seconds=100, commits_at_s=float("inf"))
+    with pytest.raises(UnitTakenError):
+        work.run_unit(other, None, 7)
+    assert other.num_begun == 5 and 1000 < other.now_s < 1600
+
+
+def test_a_run_that_was_stopped_itself_thinks_no_worker_slow(monkeypatch):
+    """A job manager may stop all its processes for an hour."""
+    seconds = iter([10.0, 10.5, 3610.5, 3611.0])
+    monkeypatch.setattr(drive.time, "monotonic", lambda: next(seconds))
+    clock = drive._Clock()
+    assert [clock.now_s() for _ in range(3)] == [0.5, 5.5, 6.0]
 
 
 def test_other_weights_are_refused(checkpoint):

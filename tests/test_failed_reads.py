@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from looptap.capture.store.care import patience
+from looptap.capture.store.care import retry
 from looptap.capture.store.care.repair import repair_store
 from looptap.capture.store.care.verify import verify_store
 from looptap.capture.store.reading.reader import open_store
@@ -21,7 +21,7 @@ ERRORS = (errno.EIO, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE)
 
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> Store:
-    monkeypatch.setattr(patience, "WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "WAITS_S", (0.0, 0.0, 0.0))
     store = open_or_create(tmp_path / "run.zarr", NUM_UNITS)
     for unit in range(NUM_UNITS):
         write_unit(begin_attempt(store, unit)).commit(RECEIPT)
@@ -124,9 +124,9 @@ def test_bytes_that_were_read_wrongly_once_are_sound(store, monkeypatch):
 
 def test_waiting_has_an_end(monkeypatch):
     waited = []
-    monkeypatch.setattr(patience.time, "sleep", waited.append)
-    monkeypatch.setattr(patience, "WAITS_S", (1.0, 2.0))
-    patient = patience.Patience(most_s=7.0)
+    monkeypatch.setattr(retry.time, "sleep", waited.append)
+    monkeypatch.setattr(retry, "WAITS_S", (1.0, 2.0))
+    patient = retry.Patience(most_s=7.0)
 
     def fail():
         raise StoreUnreadableError("no")

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
+import psutil
 import pytest
 import zarr
 
@@ -151,6 +152,46 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, options):
     assert capture.returncode == 130, "".join(lines) + said
     assert "what is committed is safe" in said and "Traceback" not in said
     assert num_committed(path) == 0 and not (path / ".looptap" / "driver.lock").exists()
+
+
+def frozen_worker(capture: subprocess.Popen, path: Path) -> psutil.Process:
+    """Stops a worker for good while it has units, after enough are done for a median."""
+    wait_for_units(capture, path, 6)
+    workers = [child for child in psutil.Process(capture.pid).children() if "-m" in child.cmdline()]
+    workers[0].send_signal(signal.SIGSTOP)
+    return workers[0]
+
+
+@pytest.mark.alone
+def test_a_frozen_worker_does_not_hold_the_run(tmp_path, calm_store):
+    path, ids_path = tmp_path / "run.zarr", calm_store.with_name("ids.npy")
+    capture = start(ids_path, path, "--workers", "2")
+    worker = frozen_worker(capture, path)
+    said = finish(capture)
+    assert f"40 of 40 units are in {path}" in said and "failed" not in said
+    assert not worker.is_running()
+    check_equal(path, calm_store)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("signals", [["SIGTERM"], ["SIGTERM", "SIGINT"]], ids=["terminated", "ctrl-c twice"])
+def test_a_run_with_a_frozen_worker_can_be_stopped(tmp_path, calm_store, signals):
+    """Once: as soon as its unit is slow. Twice: at once."""
+    path, ids_path = tmp_path / "run.zarr", calm_store.with_name("ids.npy")
+    capture = start(ids_path, path, "--workers", "1")
+    worker = frozen_worker(capture, path)
+    for name in signals:
+        capture.send_signal(signal.Signals[name])
+        if name != signals[-1]:
+            assert capture.stdout is not None
+            while "finishing the units in flight" not in capture.stdout.readline():
+                assert capture.poll() is None
+    said, _ = capture.communicate()
+    assert capture.returncode == 130 and "Traceback" not in said, said
+    assert ("the run is to stop" in said) == (len(signals) == 1)
+    assert not worker.is_running() and not (path / ".looptap" / "driver.lock").exists()
+    finish(start(ids_path, path))
+    check_equal(path, calm_store)
 
 
 def test_what_the_dead_left_is_in_nobodys_way(tmp_path, calm_store):

@@ -82,14 +82,18 @@ def test_lines_come_with_every_tenth_or_after_ten_seconds(console, clock):
     [
         (
             WorkerLost(2, "host, process 7", "exit -9", 17, 1),
-            "worker 2 (host, process 7) is lost in unit 17: exit -9; its units go to others",
+            "worker 2 (host, process 7) is lost in unit 17: exit -9; others get its units",
         ),
         (
             WorkerLost(2, "host", "exit -9", None, 1),
-            "worker 2 (host) is lost: exit -9; its units go to others",
+            "worker 2 (host) is lost: exit -9; others get its units",
         ),
         (WorkerRefused(0, "no model"), "worker 0 could not be started: no model"),
-        (SlowUnit(4, "host", 99.6, 3.21), "unit 4 takes 100 s on host; units take 3.2 s"),
+        (
+            SlowUnit(4, "host", 99.6, 3.21),
+            "unit 4 takes 100 s on host, and units take 3.2 s: it is given out again",
+        ),
+        (SlowUnit(4, "host", 601, None), "unit 4 takes 601 s on host: it is given out again"),
         (UnitFailed(4, "Traceback: no"), "unit 4 failed three times:\nTraceback: no"),
     ],
     ids=lambda value: type(value).__name__,

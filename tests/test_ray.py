@@ -23,8 +23,8 @@ from ray.cluster_utils import Cluster
 from looptap.capture.engines.drive import run_on
 from looptap.capture.engines.engine import open_engine
 from looptap.capture.engines.events import WorkerJoined, WorkerLost
+from looptap.capture.engines.patience import Limits
 from looptap.capture.engines.ray import Actors, cluster
-from looptap.capture.engines.scheduler import Limits
 from looptap.capture.plan import make_plan
 from looptap.capture.run import run_capture
 from looptap.capture.settings import CaptureSettings

@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from .events import Done, Event, Give, Kill, Receipt, Report, Start, UnitDone, UnitFailed
-from .scheduler import Limits, Scheduler
+from .events import Died, Done, Event, Give, Kill, NotStarted, Receipt, Report, Start, UnitDone, UnitFailed
+from .patience import Limits
+from .scheduler import Scheduler
 
 POLL_S = 1.0  # at least so often the run looks at its lock, its members, and whether it is to stop
+_LONGEST_STEP_S = 5.0
 
 
 class Pool(Protocol):
@@ -26,7 +28,9 @@ class Pool(Protocol):
     def give(self, worker: int, unit: int) -> None: ...
 
     def kill(self, worker: int) -> None:
-        """Ends a worker; the pool need not report anything more of it."""
+        """Ends a worker, without waiting for long; the pool need not report anything more of it. One that
+        does not die keeps its place until it does.
+        """
         ...
 
     def drain(self) -> None:
@@ -59,10 +63,10 @@ def run_on(
         NoWorkersError: no worker is left and none can come.
     """
     scheduler = Scheduler(units, limits, wanted)
-    is_draining, looked_s, num_places = False, float("-inf"), 0
+    clock, is_draining, looked_s, num_places = _Clock(), False, float("-inf"), 0
     heard: list[Report] = []  # reports that we make ourselves, from the ledger
     while True:
-        now_s = time.monotonic()
+        now_s = clock.now_s()
         if now_s - looked_s >= POLL_S:
             looked_s, num_places = now_s, pool.num_places()
         if not is_draining and not goes_on():
@@ -78,6 +82,7 @@ def run_on(
                     pool.start(command.worker)
                 case Kill():
                     pool.kill(command.worker)
+                    looked_s = float("-inf")
                 case Give():
                     receipt = committed(command.unit) if command.again else None
                     if receipt is None:
@@ -93,4 +98,20 @@ def run_on(
             return
         if not heard:
             for report in pool.poll(POLL_S):
-                scheduler.take(report, time.monotonic())
+                scheduler.take(report, clock.now_s())
+                if isinstance(report, Died | NotStarted):
+                    looked_s = float("-inf")
+
+
+class _Clock:
+    """Counts the seconds in which this process runs. If it is stopped, or waits for its disk, so are its
+    workers as a rule, and must not all seem slow when it goes on.
+    """
+
+    def __init__(self) -> None:
+        self._looked_s, self._now_s = time.monotonic(), 0.0
+
+    def now_s(self) -> float:
+        looked_s, self._looked_s = self._looked_s, time.monotonic()
+        self._now_s += min(self._looked_s - looked_s, _LONGEST_STEP_S)
+        return self._now_s

@@ -11,8 +11,8 @@ from ..store.writing.commit import Store
 from .drive import Pool, run_on
 from .events import Event
 from .local import ThisProcess
+from .patience import Limits
 from .processes import Processes
-from .scheduler import Limits
 from .work import committed, make_recipe, make_runner
 
 

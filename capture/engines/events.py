@@ -224,12 +224,15 @@ class WorkerRefused(Event):
 
 @dataclass(frozen=True)
 class SlowUnit(Event):
-    """A unit takes many times the median time of a unit; reported once for each unit."""
+    """A unit takes many times the median time of a unit, so the next free worker gets it as well; reported
+    once for each worker that takes so long.
+    """
 
     unit: int
     where: str
     seconds: float
-    median_s: float
+    median_s: float | None
+    """Median time of a unit; None while too few are done to tell."""
 
 
 Command = Start | Give | Kill

@@ -17,6 +17,8 @@ from typing import Any
 from .events import Died, Done, NotStarted, Placed, Raised, Ready, Receipt, Report, Returned
 from .work import Recipe
 
+DEATH_S = 5.0  # a process that is killed needs less, unless it waits inside the kernel
+
 
 class Processes:
     """A pool of `num_workers` processes.
@@ -31,16 +33,24 @@ class Processes:
         self._recipe, self._num_workers, self._gpus = recipe, num_workers, gpus
         self._children: dict[int, tuple[subprocess.Popen[bytes], Connection]] = {}
         self._gpu_of: dict[int, str] = {}
+        self._dying: dict[int, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, *_: object) -> None:
+        for child, _pipe in self._children.values():
+            child.kill()  # all of them, before any is waited for
+        end_s = time.monotonic() + DEATH_S
         for worker in list(self._children):
-            self.kill(worker)
+            self._end(worker, end_s)
 
     def num_places(self) -> int:
-        return self._num_workers
+        for worker, child in list(self._dying.items()):
+            if child.poll() is not None:
+                del self._dying[worker]
+                self._gpu_of.pop(worker, None)
+        return self._num_workers - len(self._dying)
 
     def start(self, worker: int) -> None:
         ours, theirs = Pipe()
@@ -68,11 +78,7 @@ class Processes:
             self._tell(worker, None)
 
     def kill(self, worker: int) -> None:
-        child, pipe = self._children.pop(worker)
-        self._gpu_of.pop(worker, None)
-        child.kill()
-        child.wait()
-        pipe.close()
+        self._end(worker, time.monotonic() + DEATH_S)
 
     def poll(self, timeout_s: float) -> Iterable[Report]:
         """Raises StoreRefusedError, StoreUnreachableError: no unit can be committed any more."""
@@ -85,6 +91,15 @@ class Processes:
             reports += self._heard(of_pipe[pipe], pipe)
         return reports
 
+    def _end(self, worker: int, end_s: float) -> None:
+        """Kills a worker. One that waits inside the kernel, for a disk or a GPU, lives on with its GPU."""
+        child, pipe = self._children.pop(worker)
+        self._dying[worker] = child
+        child.kill()
+        pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, end_s - time.monotonic()))
+
     def _heard(self, worker: int, pipe: Connection) -> Iterator[Report]:
         try:
             while pipe.poll():
@@ -95,7 +110,7 @@ class Processes:
         except (EOFError, ConnectionError):
             child, _ = self._children[worker]
             with suppress(subprocess.TimeoutExpired):
-                child.wait(5)
+                child.wait(DEATH_S)
             self.kill(worker)
             yield Died(worker, f"exit {child.returncode}")
 

@@ -11,14 +11,17 @@ worker thought lost is found out by whoever carries out `Give` (`drive.py`), and
 - A worker that does not answer is set aside: soon its units go to others and another worker is started in its
   place, later it is killed. If it answers in between it gets units again. Its late commits are fenced off by
   the store's attempts.
+- A unit that takes many times the median is slow, as if its worker were frozen: what waits behind it goes to
+  others, and the next free worker gets a copy of it. Two workers at most have a unit at a time. One that is
+  still at a slow unit a little after another committed it is killed, which counts for nothing; one that takes
+  the square of that many times is killed for it, alone or not, and that counts as a death.
+- While a run drains, a slow unit is not waited for.
 """
 
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import median
 
-from ...errors import NoWorkersError
 from .events import (
     Available,
     Command,
@@ -42,40 +45,18 @@ from .events import (
     WorkerLost,
     WorkerRefused,
 )
-
-MAX_TRIES = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits of time and number by which a run judges its workers."""
-
-    depth: int = 2
-    """Most units that a worker holds, including the one that it runs."""
-    reissue_s: float = 2.5
-    """Time without an answer after which a worker's units go to others."""
-    lost_s: float = 30.0
-    """Time without an answer after which a worker is killed."""
-    retry_s: float = 60.0
-    """Time before workers are started again after several in a row could not be started."""
-    no_worker_s: float = 600.0
-    """Longest wait for a worker while there is none."""
-    slow_ratio: float = 10.0
-    """Multiple of the median time from which on a unit is reported as slow, if it takes `slow_s` too."""
-    slow_s: float = 1.0
-    """Time below which no unit is reported as slow."""
-    unit_limit_s: float | None = None
-    """Longest time of one unit; a worker that takes longer is killed."""
+from .patience import MAX_TRIES, Limits, Pace, Recruits
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     where: str = "not placed"
     is_placed: bool = False
     is_ready: bool = False
     units: list[int] = field(default_factory=list)  # the first is the one it runs
     began_s: float = 0.0
-    slow_said: bool = False
+    is_slow: bool = False  # what it runs takes many times the median
+    over_since_s: float | None = None  # slow, and another has committed what it runs
     silent_since_s: float | None = None
     unanswered: list[int] = field(default_factory=list)  # nothing will be heard of them
     is_given_up: bool = False  # silent for long enough that its units were taken from it
@@ -98,13 +79,10 @@ class Scheduler:
         self._deaths: Counter[int] = Counter()
         self._workers: dict[int, _Worker] = {}
         self._num_numbered = 0
+        self._copies: set[int] = set()  # units in line that a slow worker has as well
         self._out: list[Command | Event] = []
-        self._seconds: deque[float] = deque(maxlen=101)  # times of the last units
-        self._num_refused = 0  # workers refused since one was ready
-        self._num_stillborn = 0  # workers that died before they were ready, since one was
-        self._last_refusal = ""
-        self._refused_s = 0.0
-        self._alone_since_s: float | None = None
+        self._pace = Pace(self._limits)
+        self._recruits = Recruits(self._limits)
         self._is_draining = False
 
     @property
@@ -131,11 +109,11 @@ class Scheduler:
                 case Placed():
                     worker.is_placed, worker.where = True, report.where
                 case Ready():
-                    worker.is_ready, self._num_refused, self._num_stillborn = True, 0, 0
+                    worker.is_ready = True
+                    self._recruits.joined()
                     self._out.append(WorkerJoined(report.worker, worker.where, self._num_ready()))
                 case NotStarted():
-                    self._num_refused += 1
-                    self._refused(report.worker, report.why, now_s)
+                    self._refused(report.worker, report.why, now_s, died=False)
                 case Raised():
                     if self._take_from(worker, report.unit, now_s) and report.unit in self._open:
                         self._count(self._errors, report.unit, report.error)
@@ -153,8 +131,7 @@ class Scheduler:
                     if worker.is_ready:
                         self._lose(report.worker, report.why)
                     else:
-                        self._num_stillborn += 1
-                        self._refused(report.worker, report.why, now_s)
+                        self._refused(report.worker, report.why, now_s, died=True)
 
     def tick(self, now_s: float, num_places: int) -> list[Command | Event]:
         """Returns the commands to carry out now, in order.
@@ -168,12 +145,14 @@ class Scheduler:
             if worker.silent_since_s is not None:
                 self._silent(number, worker, now_s - worker.silent_since_s)
             elif worker.units:
-                self._slow(number, worker, now_s)
+                self._judge(number, worker, now_s)
         if not self.has_ended and not self._is_draining:
-            self._start(now_s, num_places)
+            if not any(isinstance(command, Kill) for command in self._out):
+                self._start(now_s, num_places)  # or its place may not be free yet
             self._give(now_s)
             if not self._out:
-                self._check_alone(now_s)
+                has_worker = any(w.is_placed and w.silent_since_s is None for w in self._workers.values())
+                self._recruits.check(has_worker, len(self._open), now_s)
         out, self._out = self._out, []
         return out
 
@@ -181,7 +160,7 @@ class Scheduler:
         if (worker := self._workers.get(report.worker)) is not None:
             began_s = worker.began_s
             if worker.units[:1] == [report.unit]:
-                self._seconds.append(now_s - began_s)
+                self._pace.add(now_s - began_s)
             self._take_from(worker, report.unit, now_s)
         if report.unit in self._open:
             self._open.discard(report.unit)  # where it lies in todo it is skipped
@@ -192,85 +171,127 @@ class Scheduler:
         if unit not in worker.units:
             return False
         if worker.units[0] == unit:
-            worker.began_s, worker.slow_said = now_s, False
+            worker.began_s, worker.is_slow, worker.over_since_s = now_s, False, None
         worker.units.remove(unit)
         return True
 
     def _requeue(self, units: list[int]) -> None:
-        """Puts units first in line: lost ones run next, and a unit that always fails is soon known to."""
-        self._todo.extendleft(unit for unit in reversed(units) if unit in self._open)
+        """Puts units first in line: lost ones run next, and a unit that always fails is soon known to. One
+        that is in line already, or that another worker has, is left there.
+        """
+        for unit in reversed(units):
+            if unit in self._open and unit not in self._copies and not self._holders(unit):
+                self._todo.appendleft(unit)
+
+    def _holders(self, unit: int) -> list[_Worker]:
+        return [worker for worker in self._workers.values() if unit in worker.units]
 
     def _count(self, counter: Counter[int], unit: int, why: str) -> None:
-        """Counts one more try, or death, of an open unit that no worker holds."""
+        """Counts one more try, or death, of an open unit that was taken from its worker."""
         counter[unit] += 1
-        if counter[unit] < MAX_TRIES:
+        if counter[unit] < MAX_TRIES or not all(worker.is_slow for worker in self._holders(unit)):
             self._requeue([unit])
         else:
             self._open.discard(unit)
             self._out.append(UnitFailed(unit, why))
 
-    def _lose(self, number: int, why: str) -> None:
-        """Removes a lost worker: its units go to others, and the one that it ran is suspected."""
+    def _lose(self, number: int, why: str, *, counts: bool = True) -> None:
+        """Removes a lost worker: its units go to others, and the one that it ran is suspected, if that
+        counts.
+        """
         worker = self._workers.pop(number)
         units, running = worker.units, worker.units[0] if worker.units else worker.suspect
         event = WorkerLost(number, worker.where, why, running, self._num_ready())
         if not worker.is_given_up:
             self._out.append(event)  # or it was said when its units were taken from it
         self._requeue(units[1:])
-        if running is not None and running in self._open:
+        if not counts:
+            self._requeue(units[:1])
+        elif running is not None and running in self._open:
             died = f"the worker that ran it died {MAX_TRIES} times, last {worker.where}: {why}"
             if units:
                 self._count(self._deaths, running, died)
             else:  # it is with another worker already, or waits for one
                 self._deaths[running] += 1
 
-    def _refused(self, number: int, why: str, now_s: float) -> None:
+    def _kill(self, number: int, why: str, *, counts: bool = True) -> None:
+        self._out.append(Kill(number))
+        self._lose(number, why, counts=counts)
+
+    def _refused(self, number: int, why: str, now_s: float, *, died: bool) -> None:
         del self._workers[number]
-        self._last_refusal, self._refused_s = why, now_s
+        self._recruits.refused(why, now_s, died=died)
         self._out.append(WorkerRefused(number, why))
 
     def _answers(self, number: int, worker: _Worker, now_s: float) -> None:
         worker.silent_since_s, worker.suspect, worker.is_given_up = None, None, False
         for unit in worker.unanswered:
-            if unit in self._open and not self._is_draining:
+            is_elsewhere = unit in self._copies or self._holders(unit) != [worker]
+            if unit in self._open and not self._is_draining and not is_elsewhere:
                 self._out.append(Give(number, unit, again=True))
             elif self._take_from(worker, unit, now_s):
                 self._requeue([unit])
-        worker.unanswered, worker.began_s = [], now_s
+        worker.unanswered, worker.began_s, worker.is_slow = [], now_s, False
 
     def _silent(self, number: int, worker: _Worker, silent_s: float) -> None:
         why = f"does not answer for {silent_s:.0f} s"
         if silent_s >= self._limits.lost_s:
-            self._out.append(Kill(number))
-            self._lose(number, why)
+            self._kill(number, why)
         elif silent_s >= self._limits.reissue_s and not worker.is_given_up:
             worker.is_given_up, worker.suspect = True, worker.units[0] if worker.units else None
             self._out.append(WorkerLost(number, worker.where, why, worker.suspect, self._num_ready()))
-            self._requeue(worker.units)
-            worker.units, worker.unanswered = [], []
+            units, worker.units, worker.unanswered, worker.is_slow = worker.units, [], [], False
+            self._requeue(units)
 
-    def _slow(self, number: int, worker: _Worker, now_s: float) -> None:
+    def _judge(self, number: int, worker: _Worker, now_s: float) -> None:
+        """Judges a worker by the time that it takes for what it runs."""
         unit, seconds, limit_s = worker.units[0], now_s - worker.began_s, self._limits.unit_limit_s
         if limit_s is not None and seconds > limit_s:
-            self._out.append(Kill(number))
-            self._lose(number, f"unit {unit} took longer than {limit_s:g} s")
-        elif not worker.slow_said and len(self._seconds) >= 5:
-            median_s = median(self._seconds)
-            if seconds > max(self._limits.slow_s, self._limits.slow_ratio * median_s):
-                worker.slow_said = True
-                self._out.append(SlowUnit(unit, worker.where, seconds, median_s))
+            self._kill(number, f"unit {unit} took longer than {limit_s:g} s")
+        elif worker.is_slow or seconds > self._pace.slow_s():
+            self._slow(number, worker, seconds, now_s)
+
+    def _slow(self, number: int, worker: _Worker, seconds: float, now_s: float) -> None:
+        unit, *waiting = worker.units
+        if self._is_draining:
+            self._kill(number, f"it takes {seconds:.0f} s, and the run is to stop", counts=False)
+        elif not worker.is_slow:
+            worker.is_slow, worker.units = True, [unit]
+            self._out.append(SlowUnit(unit, worker.where, seconds, self._pace.median_s))
+            self._requeue(waiting)
+            self._copy(unit)
+        elif unit not in self._open:
+            if worker.over_since_s is None:
+                worker.over_since_s = now_s
+            elif now_s - worker.over_since_s >= self._limits.grace_s:
+                self._kill(number, "another worker committed it, and this one goes on", counts=False)
+        elif seconds > self._pace.frozen_s(self._deaths[unit]):
+            self._kill(number, f"it took {seconds:.0f} s")
+        else:
+            self._copy(unit)
+
+    def _copy(self, unit: int) -> None:
+        """Puts a slow unit first in line, unless a second worker has it or will."""
+        if unit in self._open and unit not in self._copies and len(self._holders(unit)) == 1:
+            self._copies.add(unit)
+            self._todo.appendleft(unit)
 
     def _start(self, now_s: float, num_places: int) -> None:
-        if self._is_hopeless and now_s - self._refused_s < self._limits.retry_s:
+        if not self._recruits.may_start(now_s):
             return
-        most = min(num_places, len(self._open), self._wanted or num_places)
+        num_slow = sum(worker.is_slow for worker in self._workers.values())
+        most = min(num_places, len(self._open) + num_slow, self._wanted or num_places)
         for _ in range(most - sum(not worker.is_given_up for worker in self._workers.values())):
             self._workers[self._num_numbered] = _Worker()
             self._out.append(Start(self._num_numbered))
             self._num_numbered += 1
 
     def _give(self, now_s: float) -> None:
-        free = [(n, w) for n, w in self._workers.items() if w.is_ready and w.silent_since_s is None]
+        free = [
+            (number, worker)
+            for number, worker in self._workers.items()
+            if worker.is_ready and worker.silent_since_s is None and not worker.is_slow
+        ]
         for depth in range(self._limits.depth):  # first one for everybody
             for number, worker in free:
                 if len(worker.units) > depth or (depth and len(self._todo) <= len(free)):
@@ -280,33 +301,12 @@ class Scheduler:
                 if not self._todo:
                     return
                 unit = self._todo.popleft()
+                self._copies.discard(unit)
                 if not worker.units:
-                    worker.began_s, worker.slow_said = now_s, False
+                    worker.began_s = now_s
                 worker.units.append(unit)
                 self._out.append(Give(number, unit, again=unit in self._given))
                 self._given.add(unit)
-
-    def _check_alone(self, now_s: float) -> None:
-        if any(w.is_placed and w.silent_since_s is None for w in self._workers.values()):
-            self._alone_since_s = None
-            return
-        if self._alone_since_s is None:
-            self._alone_since_s = now_s
-        left = f"{len(self._open)} units are not done; the same command goes on with them"
-        if self._is_hopeless:
-            raise NoWorkersError(
-                f"no worker could be started in {self._num_refused + self._num_stillborn} tries, and {left}; "
-                f"the last one: {self._last_refusal}"
-            )
-        if now_s - self._alone_since_s >= self._limits.no_worker_s:
-            raise NoWorkersError(
-                f"no worker is left and none came for {self._limits.no_worker_s:.0f} s; {left}"
-            )
-
-    @property
-    def _is_hopeless(self) -> bool:
-        """Whether starting workers is given up; deaths may come from outside, so more of them are allowed."""
-        return self._num_refused >= MAX_TRIES or self._num_stillborn >= 3 * MAX_TRIES
 
     def _num_ready(self) -> int:
         return sum(w.is_ready and w.silent_since_s is None for w in self._workers.values())

@@ -26,6 +26,8 @@ ENDS_RUN = (StoreRefusedError, StoreUnreachableError)  # no unit can be committe
 RunUnit = Callable[[int], Receipt]
 Recipe = Callable[[], RunUnit]  # builds what runs units, in the process where it will
 
+_MAX_TAKEN = 5  # times that a worker begins one unit
+
 
 @dataclass(frozen=True)
 class CaptureRecipe:
@@ -107,21 +109,32 @@ def make_runner(source: "ModelSource", store: "Store", initial_states: "StatesFi
 def run_unit(worker: "Worker", store: "Store", unit: int) -> Receipt:
     """Runs a unit and returns its receipt, or that of a worker which committed it meanwhile.
 
-    A unit that another worker began later, such as one thought lost, is waited for a while and then begun
-    again: that is no fault of the unit's, and the later of the two attempts goes on.
+    If another worker began a later attempt, as this one was slow or thought lost, it gets more time to commit
+    than this one had: a third attempt would stop it in turn. Only if it then has not, because it died, the
+    unit is begun again. That is no fault of the unit's.
     """
-
-    for wait_s in (0.2, 0.5, 1.0, 2.0, None):
+    num_taken = 0
+    while True:
+        began_s = time.monotonic()
         try:
             return Receipt.of(worker.run(unit))
         except UnitTakenError:
-            if wait_s is not None:
-                time.sleep(wait_s * (0.5 + random.random()))  # two of them must not keep step
-            if (receipt := committed(store, unit)) is not None:
+            # two of them must not keep step
+            seconds = (time.monotonic() - began_s) * (1 + random.random()) + random.random()
+            if (receipt := _await_commit(store, unit, seconds)) is not None:
                 return receipt
-            if wait_s is None:
+            num_taken += 1
+            if num_taken == _MAX_TAKEN:
                 raise
-    raise AssertionError
+
+
+def _await_commit(store: "Store", unit: int, seconds: float) -> Receipt | None:
+    """Waits until a unit is committed; None if it was not in so many seconds."""
+    end_s, pause_s = time.monotonic() + seconds, 0.1
+    while (receipt := committed(store, unit)) is None and (left_s := end_s - time.monotonic()) > 0:
+        time.sleep(min(pause_s, left_s))
+        pause_s = min(2 * pause_s, 2.0)
+    return receipt
 
 
 def committed(store: "Store", unit: int) -> Receipt | None:

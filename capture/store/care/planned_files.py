@@ -20,7 +20,7 @@ from ..places.place import Place
 from ..plan import StoredPlan
 from ..quantities import QUANTITIES
 from ..writing.encode import decode, encode, file_shape
-from .patience import Patience
+from .retry import Patience
 
 Record = dict[str, Any]
 """`bytes` and `crc32c` of a file, as `file_record` makes it."""

@@ -17,8 +17,8 @@ from ..keys import ATTEMPTS, COMPLETE, FILES, LEDGER, STAGING, SUMMARY, attempt_
 from ..places.lock import driver_lock
 from ..places.open import open_place
 from ..writing.commit import Store
-from .patience import Patience
 from .planned_files import read_planned
+from .retry import Patience
 from .verify import Problem, check_units, examine
 
 

@@ -10,8 +10,8 @@ from ..layout import Coordinate
 from ..places.disk import file_record
 from ..writing.commit import Store
 from ..writing.encode import decode, encode, file_shape
-from .patience import Patience
 from .planned_files import read_planned, records_bytes
+from .retry import Patience
 
 
 def restore_planned(store: Store, coordinates: Mapping[str, Coordinate]) -> list[str]:

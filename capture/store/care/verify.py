@@ -36,8 +36,8 @@ from ..places.disk import file_record
 from ..places.open import open_place
 from ..writing.commit import Store, summary_rows
 from ..writing.encode import decode
-from .patience import Patience
 from .planned_files import Planned, read_planned
+from .retry import Patience
 
 _READ_BYTES = 8 << 20
 _NUM_READERS = 8
