@@ -160,8 +160,9 @@ class BucketPlace(Place):
 
     def put(self) -> None:
         client = ObjectPlace(self.url).client
+        self.strangers = [path for path in self.strangers if self._key(path).isprintable()]
         for path in self.store.rglob("*"):
-            if path.is_file():
+            if path.is_file() and self._key(path).isprintable():
                 obstore.put(client, self._key(path), path.read_bytes())
         obstore.put(ObjectPlace(self.url + "-beside").client, "precious.txt", b"precious")
 

@@ -59,7 +59,7 @@ def open_store(
         rows = _UnitRows(store, name, is_done_U, missing)
         dataset[name] = _lazy(dataset[name].variable, rows, decode)
     absent = {"sequence_length": 0, "token_sequence": -1}
-    for name in set(store.layout.coordinates) - {"unit_done"} - set(dataset.dims):
+    for name in set(store.layout.coordinates) - {"unit_done"} - set(dataset.xindexes):
         is_there_U = is_done_U if name in absent else np.ones(store.num_units, bool)
         rows = _UnitRows(store, name, is_there_U, "mask", absent.get(name))
         dataset = dataset.assign_coords({name: _lazy(dataset[name].variable, rows, decode)})
