@@ -1,7 +1,8 @@
 """The Ray engine on a cluster of three nodes in this machine: the contract of all pools, nodes that leave and
 come, and captures that end the same whatever was killed.
 
-One cluster for the whole file, as starting one takes seconds, with a temporary directory of its own.
+One cluster for the whole file, as starting one takes seconds, with a temporary directory of its own. It asks
+for a token, as Ray's do by default from 2.61 on.
 """
 
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 from ray.cluster_utils import Cluster
 
 from looptap.capture.engines.drive import run_on
@@ -36,6 +38,7 @@ from looptap.tests.engine_contract import Files, ProcessPoolContract, ended, is_
 pytestmark = pytest.mark.alone
 
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
+TOKEN = "0123456789abcdef" * 4
 NODE = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20}  # there is no GPU; Ray takes our word
 
 
@@ -49,6 +52,10 @@ def nodes():
         patch.setenv("RAY_TMPDIR", directory)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
+        Config.initialize("")  # which read the environment when Ray was imported
         made = Cluster(
             initialize_head=True, head_node_args={**NODE, "num_gpus": 0, "include_dashboard": False}
         )
@@ -178,8 +185,8 @@ def test_a_capture_whose_worker_is_killed(calm, tmp_path):
     assert {entry["pid"] for entry in Store.open(tmp_path / "run.zarr").entries()} <= set(workers)
 
 
-def start(calm: CaptureSettings, path: Path, *options: str) -> subprocess.Popen:
-    """The command, in a process group of its own as a shell's job is."""
+def start(calm: CaptureSettings, path: Path, *options: str, **changes: str | None) -> subprocess.Popen:
+    """The command, in a process group of its own as a shell's job is, with variables changed or unset."""
     command = ["capture", TINY, "--data", str(calm.data.data), "--store", str(path), "--unit-tokens", "48"]
     command += ["--states", "core[all]@last", "--tokens", "last", "--device", "cpu", "--engine", "ray"]
     command += options
@@ -188,7 +195,7 @@ def start(calm: CaptureSettings, path: Path, *options: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"COLUMNS": "1000"},
+        env={k: v for k, v in {**os.environ, "COLUMNS": "1000", **changes}.items() if v is not None},
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -231,6 +238,60 @@ def test_ctrl_c_with_a_cluster_of_its_own(calm, tmp_path):
     assert not (path / ".looptap" / "driver.lock").exists()
     assert run_capture(make_plan(calm.but(store=path))).complete
     check(path, calm)
+
+
+NO_TOKEN = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": None}
+
+
+@pytest.mark.parametrize("mode", [None, "token"], ids=["by default", "asked for"])
+def test_a_cluster_of_its_own_without_a_home(nodes, calm, tmp_path, mode):
+    """Ray asks for a token there by default, and would write a new one to ~/.ray."""
+    (tmp_path / "file").touch()
+    home = str(tmp_path / "file" / "home")
+    variables = NO_TOKEN | {"HOME": home, "RAY_AUTH_MODE": mode, "MPLCONFIGDIR": str(tmp_path)}
+    capture = start(calm, tmp_path / "run.zarr", "--workers", "1", **variables)
+    said, _ = capture.communicate()
+    assert capture.returncode == 0, said
+    check(tmp_path / "run.zarr", calm)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"RAY_AUTH_TOKEN": "another"},
+            "asks for its token, and that of RAY_AUTH_TOKEN is another: set",
+        ),
+        ({"RAY_AUTH_TOKEN": None}, "asks for its token, and none is set here: set RAY_AUTH_MODE=token, and"),
+        (NO_TOKEN, "asks for its token, and none is set here: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for its token, and RAY_AUTH_MODE is not token: set RAY_"),
+        ({"RAY_AUTH_TOKEN": "a b"}, "RAY_AUTH_TOKEN holds a space, a line break or another character"),
+        (
+            {"RAY_AUTH_TOKEN": None, "RAY_AUTH_TOKEN_PATH": "/nowhere/token"},
+            "RAY_AUTH_TOKEN_PATH (/nowhere/token) names no file that can be read",
+        ),
+    ],
+    ids=["wrong", "missing", "unset", "disabled", "no token", "no file"],
+)
+def test_a_token_that_is_not_the_clusters(nodes, calm, tmp_path, variables, message):
+    """One message, at once: Ray itself asks on for 20 seconds."""
+    options = ["--ray-address", nodes.address]
+    capture = start(calm, tmp_path / "run.zarr", *options, **variables, HOME=str(tmp_path))
+    said, _ = capture.communicate(timeout=60)
+    (line,) = [line for line in said.splitlines() if line.startswith("looptap: ")]
+    assert capture.returncode == 2 and message in line and "Traceback" not in said, said
+    assert "gcs_client" not in said and not (tmp_path / "run.zarr").exists()
+
+
+def test_a_token_in_a_file(nodes, calm, tmp_path):
+    """It is enough that it is there."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(f"{TOKEN}\n")
+    variables = NO_TOKEN | {"HOME": str(tmp_path)}
+    capture = start(calm, tmp_path / "run.zarr", "--ray-address", nodes.address, **variables)
+    said, _ = capture.communicate()
+    assert capture.returncode == 0, said
+    check(tmp_path / "run.zarr", calm)
 
 
 def test_ray_leaves_sigterm_to_the_command(nodes):

@@ -32,6 +32,7 @@ from .events import (
     Returned,
     Unavailable,
 )
+from .ray_token import ADVICE, asks_for_token, give_token
 from .work import ENDS_RUN, Recipe, RunUnit
 
 PING_S = 0.5
@@ -58,6 +59,8 @@ def cluster(address: str | None) -> Iterator[None]:
         )
     if address:
         _knock(address)
+    else:
+        give_token()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -65,8 +68,8 @@ def cluster(address: str | None) -> Iterator[None]:
             ray.init(address=address, **quiet)
         else:  # "local": without it Ray would look for a cluster that once was, and wait for it
             ray.init("local", include_dashboard=False, object_store_memory=_STORE_BYTES, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        advice = "; if the cluster asks for a token, set RAY_AUTH_MODE=token" if address else ""
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        advice = f"; {ADVICE}" if address and "uthenticat" in str(error) else ""
         raise ClusterError(
             f"no Ray cluster answers at {address or 'this machine'}: {error}{advice}"
         ) from error
@@ -271,14 +274,19 @@ def _one_line(error: Exception) -> str:
 
 
 def _knock(address: str) -> None:
-    """Raises ClusterError if nothing answers at the address; Ray itself would try for minutes."""
+    """Raises ClusterError if nothing answers at the address, or asks for a token that Ray would not send."""
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return  # "auto", or a form that Ray explains better
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-    except OSError as error:
+    except OSError as error:  # Ray itself would try for minutes
         raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+    if asks_for_token(address) and "RAY_AUTH_MODE" not in os.environ:
+        from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
+
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # which read the environment when Ray was imported
 
 
 def _import_ray() -> ModuleType:
