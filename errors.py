@@ -97,6 +97,12 @@ class DescriptionError(ModelError):
     """Numbers of layers, heads or recurrences that make no model."""
 
 
+class ModelTooLargeError(ModelError):
+    """The weights do not fit into this machine's memory."""
+
+    status = 503
+
+
 class HubError(ModelError):
     """Files of a model cannot be fetched for now: no answer, a file that came damaged, no room for them."""
 

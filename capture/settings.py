@@ -269,3 +269,5 @@ def _check_counts(part: Any, *names: str) -> None:
         value = getattr(part, name)
         if value is not None and value < 1:
             raise RequestError(f"{name} must be at least 1, got {value}")
+        if value is not None and value > 2**62:
+            raise RequestError(f"{name} must be at most 2**62, got {value}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import ModelMissingError, ModelSpecError
+from ...errors import ModelMissingError, ModelSpecError, ModelTooLargeError
 from .checkpoint import Checkpoint, open_checkpoint
 from .description import Description
 from .hub import FORMS
@@ -28,8 +28,21 @@ class ModelSource:
     description: Description
 
     def load(self, device: str = "cpu", dtype: str = "auto") -> LoopedModel:
-        """Returns the model with its weights; dtype "auto" is the one they are stored in."""
-        return self.origin.load(self.description, device, DTYPES[self.resolve_dtype(dtype)])
+        """Returns the model with its weights; dtype "auto" is the one they are stored in.
+
+        Raises:
+            ModelError: they are more than this machine's memory holds.
+        """
+        name = self.resolve_dtype(dtype)
+        kind = DTYPES[name]
+        num_bytes = self.num_parameters * kind.itemsize
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if device == "cpu" and num_bytes > memory_bytes:
+            raise ModelTooLargeError(
+                f"{self.spec} has {num_bytes / 2**30:,.1f} GiB of weights in {name}, and "
+                f"this machine's memory is {memory_bytes / 2**30:,.1f} GiB"
+            )
+        return self.origin.load(self.description, device, kind)
 
     def resolve_dtype(self, dtype: str) -> str:
         """Returns the name of a dtype; "auto" stands for the one that weights are stored in."""

@@ -16,6 +16,8 @@ from typing import NamedTuple
 from ...errors import DescriptionError
 
 STAGES = ("prelude", "core", "coda")  # stages of the common case
+MAX_NUMBER = 2**15 - 1  # of a layer or a recurrence, which stores keep in two bytes
+MAX_DEPTH = 2**16
 
 
 class Step(NamedTuple):
@@ -200,6 +202,12 @@ def prelude_core_coda(
         raise DescriptionError(f"a core of {core} layers cannot run {recurrences} times")
     if min(prelude, core, coda) < 0:
         raise DescriptionError(f"({prelude},{core}x{recurrences},{coda}) has no layers")
+    depth = prelude + core * recurrences + coda
+    if recurrences > MAX_NUMBER or prelude + core + coda > MAX_NUMBER or depth > MAX_DEPTH:
+        raise DescriptionError(
+            f"({prelude},{core}x{recurrences},{coda}) is {depth:,} blocks one after the other; up to "
+            f"{MAX_DEPTH:,} can be recorded, of up to {MAX_NUMBER:,} layers and recurrences"
+        )
     blocks = tuple(range(prelude + core + coda) if blocks is None else blocks)
     middle = Phase("core", blocks[prelude : prelude + core])
     return (

@@ -20,6 +20,7 @@ from .description import NORMS, Block, Description
 from .loop_schedule import prelude_core_coda
 from .model import LoopedModel
 
+MAX_WIDTH = 2**20
 _LOOP = re.compile(r"random:\((\d+),(\d+)(?:x(\d+))?,(\d+)\)(I?)(?:,(.*))?", re.DOTALL)
 
 
@@ -87,6 +88,8 @@ def parse_random(spec: str) -> RandomModel:
     options = _read_options(rest or "")
     if options.norm not in NORMS:
         raise ModelSpecError(f"norm={options.norm} is not known; choose one of {', '.join(NORMS)}")
+    if not 0 < options.width <= MAX_WIDTH:
+        raise ModelSpecError(f"width={options.width} is not from 1 to {MAX_WIDTH}")
     if options.width % options.heads:
         raise ModelSpecError(f"width={options.width} is no multiple of heads={options.heads}")
     times = int(recurrences) if recurrences else int(int(core) > 0)
