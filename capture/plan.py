@@ -172,6 +172,7 @@ def make_plan(
     slots = _slots(settings, dataset, keeps_states="state" in quantities)
     device = resolve_device(model.device, is_here=settings.run.engine != "ray")
     _check_kernels(d, device)
+    source.check_memory(device, model.dtype)
     return Plan(
         settings=settings,
         source=source,

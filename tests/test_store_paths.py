@@ -35,9 +35,11 @@ def test_a_link_to_an_empty_folder(tmp_path):
 
 
 def test_a_link_to_nothing(tmp_path):
+    """Such as to a disk that is not mounted: what it would fill is another."""
     (tmp_path / "run.zarr").symlink_to(tmp_path / "far" / "further")
-    use(tmp_path / "run.zarr")
-    assert (tmp_path / "far" / "further" / "zarr.json").exists()
+    with pytest.raises(StoreExistsError, match=r"run\.zarr is a link to .*far/further, which is not there"):
+        open_or_create(tmp_path / "run.zarr", 2)
+    assert not (tmp_path / "far").exists()
 
 
 def test_a_folder_that_is_empty_or_not_there(tmp_path):

@@ -28,21 +28,20 @@ class ModelSource:
     description: Description
 
     def load(self, device: str = "cpu", dtype: str = "auto") -> LoopedModel:
-        """Returns the model with its weights; dtype "auto" is the one they are stored in.
+        """Returns the model with its weights; dtype "auto" is the one they are stored in."""
+        self.check_memory(device, dtype)
+        return self.origin.load(self.description, device, DTYPES[self.resolve_dtype(dtype)])
 
-        Raises:
-            ModelError: they are more than this machine's memory holds.
-        """
+    def check_memory(self, device: str, dtype: str) -> None:
+        """Raises ModelTooLargeError if the weights are to be on the CPU, and its memory cannot hold them."""
         name = self.resolve_dtype(dtype)
-        kind = DTYPES[name]
-        num_bytes = self.num_parameters * kind.itemsize
+        num_bytes = self.num_parameters * DTYPES[name].itemsize
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if device == "cpu" and num_bytes > memory_bytes:
             raise ModelTooLargeError(
                 f"{self.spec} has {num_bytes / 2**30:,.1f} GiB of weights in {name}, and "
                 f"this machine's memory is {memory_bytes / 2**30:,.1f} GiB"
             )
-        return self.origin.load(self.description, device, kind)
 
     def resolve_dtype(self, dtype: str) -> str:
         """Returns the name of a dtype; "auto" stands for the one that weights are stored in."""

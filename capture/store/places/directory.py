@@ -139,8 +139,11 @@ class LocalPlace:
         disk.sync({path.parent for path in paths})
 
     def make(self, fill: Callable[[Path], None]) -> None:
-        # through a link to an empty folder, the store comes where it leads
-        path = self.path.resolve()
+        path = self.path.resolve()  # through a link to an empty folder, the store comes where that is
+        if self.path.is_symlink() and not path.exists():
+            raise StoreExistsError(
+                f"{self.path} is a link to {path}, which is not there: make it, or choose another path"
+            )
         if path.is_mount():
             raise StoreExistsError(
                 f"{self.path} is where a disk is mounted, and a store appears by the renaming of its folder: "
