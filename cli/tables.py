@@ -15,9 +15,10 @@ from ..capture.models.load import ModelSource
 from ..capture.plan import absent_quantities
 from ..capture.probes.contraction import Contraction
 from ..capture.prompt import Inspection
+from ..capture.store.care.examined import Problem
 from ..capture.store.care.repair import Repair
 from ..capture.store.care.status import StoreStatus
-from ..capture.store.care.verify import Problem, Report
+from ..capture.store.care.verify import Report
 from ..capture.store.plan import StoredSettings, plan_of
 from ..capture.store.quantities import QUANTITIES
 from ..capture.store.writing.commit import Store

@@ -13,23 +13,14 @@ from typing import Any
 import numpy as np
 
 from ....errors import NoFileError, StoreError, StoreUnreadableError
-from ..group import Group, check_array, check_group, no_store, parse_group, remains_of, shown_name
-from ..keys import ARRAY_NAME, ATTEMPTS, FILES, LEDGER, PLAN, STAGING
+from ..group import Group, shown_name
+from ..keys import ATTEMPTS, FILES, LEDGER, PLAN, STAGING
 from ..places.disk import file_record
 from ..places.place import Place
 from ..plan import StoredPlan
-from ..quantities import QUANTITIES
 from ..writing.encode import decode, encode, file_shape
 from .retry import Patience
-
-Record = dict[str, Any]
-"""`bytes` and `crc32c` of a file, as `file_record` makes it."""
-
-COORDINATES = (
-    "depth", "stage", "layer", "recurrence", "depth_other", "state_depth", "token_id", "token_position",
-    "token_sequence", "sequence_start", "sequence_length", "sequence_id", "state_token", "unit_done",
-)  # fmt: skip
-"""Coordinates in the order in which captures write them."""
+from .settle import Record, parse, read_records, settled_group
 
 
 @dataclass
@@ -60,8 +51,8 @@ def read_planned(place: Place, patience: Patience) -> Planned:
         StoreUnreadableError: its metadata cannot be read.
     """
     place.refuse_links([".looptap", LEDGER, ATTEMPTS, STAGING])
-    noted = _noted(place, patience)
-    group = _settled_group(place, noted, patience)
+    noted = read_records(place, patience)
+    group = settled_group(place, noted, patience)
     place.refuse_links(group.metadata)
     planned = Planned(group, noted)
     contents = {"zarr.json": group.to_bytes(), PLAN: group.plan_bytes()}
@@ -110,7 +101,7 @@ def _settle_metadata(place: Place, planned: Planned, key: str, content: bytes, p
         _put_aside(planned, key, error)
         planned.records[key] = planned.noted.get(key) or file_record(content)
         return
-    if found is not None and _parse(found) == _parse(content):
+    if found is not None and parse(found) == parse(content):
         noted = planned.noted.get(key)
         if file_record(found) == noted or file_record(content) != noted:
             planned.records[key] = file_record(found)
@@ -164,134 +155,6 @@ def _settle_records(place: Place, planned: Planned) -> None:
         planned.content[FILES] = records_bytes(planned.records)
 
 
-def _read_copy(place: Place, key: str, patience: Patience) -> bytes | None:
-    """Returns one of two copies; None where something that is no file has its name."""
-    try:
-        return patience.read(place, key)
-    except NoFileError:
-        return None
-
-
-def _settled_group(place: Place, noted: dict[str, Record], patience: Patience) -> Group:
-    """Returns the group as it was written, from `zarr.json` and from the copies of its parts."""
-    root = patience.read(place, "zarr.json")
-    if root is not None and noted.get("zarr.json") == file_record(root):
-        return parse_group(root, str(place))
-    try:
-        group = None if root is None else parse_group(root, str(place))
-    except StoreError as error:
-        if not place.exists(PLAN):
-            raise
-        group, said = None, error
-    else:
-        said = None
-    names = place.names("")
-    if root is None and remains_of(place, names) is None:
-        raise no_store(place)
-    hopeless = f"{place} cannot be made whole from what is in it"
-    plan = _settled_plan(place, group, noted, patience)
-    if plan is None:
-        raise StoreError(f"{hopeless}: zarr.json and {PLAN} are both damaged; copy one from a backup")
-    metadata: dict[str, dict[str, Any]] = {}
-    wanted = plan.get("settings", {}).get("quantities", ()) if isinstance(plan.get("settings"), dict) else ()
-    for name in _array_names(group, noted, names, wanted):
-        found = _settled_array(place, name, group, noted, patience)
-        if found is None:
-            raise StoreError(f"{hopeless}: {name}/zarr.json and its copy in zarr.json are both damaged")
-        metadata[name] = found
-    if group is not None:
-        coordinates = group.coordinates
-    else:
-        with_chunks = {key.partition("/")[0] for key in noted if "/c." in key} | {"unit_done"}
-        are = with_chunks if noted else set(metadata) - set(QUANTITIES)
-        coordinates = tuple(name for name in metadata if name in are)
-    settled = Group(plan, coordinates, metadata)
-    try:
-        check_group(settled, str(place))
-    except StoreError as error:
-        raise StoreError(f"{hopeless}: {said or error}") from error
-    return settled
-
-
-def _settled_plan(
-    place: Place, group: Group | None, noted: dict[str, Record], patience: Patience
-) -> dict[str, Any] | None:
-    content = _read_copy(place, PLAN, patience)
-    copy = None if content is None else _parse(content)
-    if content is not None and isinstance(copy, dict) and noted.get(PLAN) == file_record(content):
-        return copy
-    copies = [document for document in (group and group.plan, copy) if isinstance(document, dict)]
-    if len(copies) == 2 and copies[0] == copies[1]:
-        return copies[0]
-    sound = [document for document in copies if _has_its_hash(document)]
-    return sound[0] if sound else copies[0] if len(copies) == 1 and group is not None else None
-
-
-def _settled_array(
-    place: Place, name: str, group: Group | None, noted: dict[str, Record], patience: Patience
-) -> dict[str, Any] | None:
-    key = f"{name}/zarr.json"
-    content = _read_copy(place, key, patience)
-    own = None if content is None else _parse(content)
-    if content is not None and isinstance(own, dict) and noted.get(key) == file_record(content):
-        return own
-    copies = [array for array in (group and group.metadata.get(name), own) if _is_array(name, array)]
-    for array in copies:  # the one of which the checksum was noted
-        if file_record(json.dumps(array, indent=2).encode()) == noted.get(key):
-            return array
-    is_agreed = len(copies) == 1 or (len(copies) == 2 and copies[0] == copies[1])
-    return copies[0] if is_agreed else None
-
-
-def _array_names(
-    group: Group | None, noted: dict[str, Record], names: list[str], quantities: Any
-) -> list[str]:
-    """Returns the names of all arrays, in the order in which a capture writes them."""
-    if group is not None:
-        return list(group.metadata)
-    found = {key.partition("/")[0] for key in noted if key.endswith("/zarr.json")}
-    if not found:
-        found = {name for name in names if name in COORDINATES or name in quantities}
-    order = dict.fromkeys([*COORDINATES, *quantities, *QUANTITIES])
-    known = [name for name in order if name in found]
-    return [*known, *sorted(name for name in found - set(known) if ARRAY_NAME.fullmatch(name))]
-
-
-def _noted(place: Place, patience: Patience) -> dict[str, Record]:
-    """Returns the notes of `files.json` that read as such; empty if there are none."""
-    content = _read_copy(place, FILES, patience)
-    files = None if content is None else _parse(content)
-    if not isinstance(files, dict):
-        return {}
-    return {key: record for key, record in files.items() if _is_record(record)}
-
-
-def _is_record(record: Any) -> bool:
-    return (
-        isinstance(record, dict)
-        and set(record) == {"bytes", "crc32c"}
-        and type(record["bytes"]) is int
-        and isinstance(record["crc32c"], str)
-    )
-
-
-def _is_array(name: str, array: Any) -> bool:
-    try:
-        check_array(name, array)
-    except ValueError:
-        return False
-    return True
-
-
-def _has_its_hash(document: dict[str, Any]) -> bool:
-    """Whether a plan's fields have the hash that it says."""
-    try:
-        plan = StoredPlan.from_json({**document, "hash": None}, "it")
-    except StoreError:
-        return False
-    return plan.hash == document.get("hash")
-
-
 def _has_checksum(metadata: dict[str, Any]) -> bool:
     return bool(metadata["codecs"][-1].get("configuration", {}).get("checksum"))
 
@@ -315,11 +178,3 @@ def _differs(found: bytes, noted: Record | None) -> str:
     if len(found) != noted["bytes"]:
         return f"holds {len(found)} bytes, {noted['bytes']} were written"
     return f"crc32c is {file_record(found)['crc32c']}, {noted['crc32c']} was written"
-
-
-def _parse(content: bytes) -> Any:
-    """Returns the JSON of a file; None where it is none."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None

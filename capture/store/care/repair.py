@@ -17,9 +17,10 @@ from ..keys import ATTEMPTS, COMPLETE, FILES, LEDGER, STAGING, SUMMARY, attempt_
 from ..places.lock import driver_lock
 from ..places.open import open_place
 from ..writing.commit import Store
+from .examined import Problem
 from .planned_files import read_planned
 from .retry import Patience
-from .verify import Problem, check_units, examine
+from .verify import check_units, examine
 
 
 @dataclass(frozen=True)

@@ -4,55 +4,27 @@ Three things are kept apart: what was read and is wrong, or is not there (`probl
 of which nothing is known (`unread`); and what lies in the store and is none of its files (`foreign`).
 """
 
-import io
-import json
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
-import numpy as np
 
 from ....errors import NoFileError, StoreDamagedError, StoreUnreadableError
-from ..group import shown_name
 from ..keys import (
-    ATTEMPTS,
-    COMPLETE,
-    DRIVER_LOCK,
-    FILES,
-    GUARD,
-    LEDGER,
-    MAKING,
-    STAGING,
-    SUMMARY,
-    attempt_of,
     entry_key,
-    entry_unit,
-    passing_for,
 )
-from ..places.disk import file_record
 from ..places.open import open_place
-from ..writing.commit import Store, summary_rows
-from ..writing.encode import decode
+from ..writing.commit import Store
+from .closing import check_closing
+from .examined import Examined, Problem, Written
 from .planned_files import Planned, read_planned
 from .retry import Patience
+from .strangers import look_around
 
 _READ_BYTES = 8 << 20
 _NUM_READERS = 8
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file that is not what it should be; `unit` is None for a file that no unit wrote."""
-
-    unit: int | None
-    file: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.file}{'' if self.unit is None else f' (unit {self.unit})'}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -80,36 +52,6 @@ class Report:
     def ok(self) -> bool:
         """Whether everything that is committed was read and is sound; units may be missing."""
         return not self.problems and not self.unread
-
-
-@dataclass
-class Examined:
-    """A store as it was found: what `verify_store` reports, and what a repair needs to know."""
-
-    store: Store
-    planned: Planned
-    done: list[int]
-    problems: list[Problem] = field(default_factory=list)
-    blocked: list[Problem] = field(default_factory=list)
-    """Things that are no files under names of files: nothing can be done before they are moved away."""
-    unread: list[Problem] = field(default_factory=list)
-    leftovers: list[str] = field(default_factory=list)
-    """Keys of files that killed processes left, which may be removed."""
-    drafts: list[str] = field(default_factory=list)
-    """Keys of folders in which attempts write, or wrote."""
-    foreign: list[str] = field(default_factory=list)
-    written: "list[_Written]" = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Written:
-    """The record of a file, made when it was written."""
-
-    unit: int | None
-    key: str
-    num_bytes: int
-    pieces: list[list[Any]]
-    """[offset, length, crc32c in hex] of all but holes, in file order."""
 
 
 def verify_store(path: str | Path) -> Report:
@@ -149,8 +91,8 @@ def examine(path: str | Path) -> Examined:
     found.blocked += [Problem(None, key, what) for key, what in planned.blocked.items()]
     found.unread += [Problem(None, key, what) for key, what in planned.unread.items()]
     _check_units(found, found.done, patience)
-    _check_closing(found, patience)
-    _look_around(found, patience)
+    check_closing(found, patience)
+    look_around(found, patience)
     return found
 
 
@@ -174,7 +116,7 @@ def _check_units(found: Examined, units: list[int], patience: Patience) -> None:
             )
         else:
             for shard in (shard for of in entry["shards"].values() for shard in of) if entry else ():
-                found.written.append(_Written(unit, shard["file"], shard["bytes"], shard["pieces"]))
+                found.written.append(Written(unit, shard["file"], shard["bytes"], shard["pieces"]))
     sizes, unlisted = _sizes(store, {file.key.partition("/")[0] for file in found.written}, patience)
     to_read = []
     for file in found.written:
@@ -212,7 +154,7 @@ def _sizes(
 
 
 def _check_file(
-    store: Store, sizes: dict[str, int], file: _Written, patience: Patience
+    store: Store, sizes: dict[str, int], file: Written, patience: Patience
 ) -> str | StoreUnreadableError | NoFileError | None:
     """Returns what is wrong with a file, or why that is not known; None if it is sound."""
     num_bytes = sizes.get(file.key)
@@ -231,7 +173,7 @@ def _check_file(
         return error
 
 
-def _wrong_piece(store: Store, file: _Written, patience: Patience) -> str | None:
+def _wrong_piece(store: Store, file: Written, patience: Patience) -> str | None:
     start, block = 0, b""
     for offset, length, wanted in file.pieces:
         value, at, end = 0, offset, offset + length
@@ -248,120 +190,3 @@ def _wrong_piece(store: Store, file: _Written, patience: Patience) -> str | None
             where = "" if length == file.num_bytes else f" of {length} bytes at {offset}"
             return f"crc32c{where} is {crc}, {wanted} was written"
     return None
-
-
-def _check_closing(found: Examined, patience: Patience) -> None:
-    """Checks what `Store.finish` wrote, against the ledger and against what it noted of it."""
-    store, done = found.store, found.done
-    is_whole = len(done) == store.num_units
-    try:
-        noted = patience.read(store.place, COMPLETE)
-        marks = {key: patience.read(store.place, key) for key in store.layout.chunk_keys("unit_done")}
-        if noted is None:
-            if is_whole and store.place.exists(SUMMARY):
-                found.problems.append(Problem(None, COMPLETE, "is missing, and every unit is there"))
-            for key, content in marks.items():
-                if content is not None and (what := _undecodable(store, content)):
-                    found.problems.append(Problem(None, key, what))
-            return
-        summary = patience.read(store.place, SUMMARY)
-    except (StoreUnreadableError, NoFileError) as error:
-        where = found.blocked if isinstance(error, NoFileError) else found.unread
-        where.append(Problem(None, "what closes the store", str(error)))
-        return
-    if not is_whole:
-        what = f"says that the store is complete, the ledger has {len(done)} of {store.num_units} units"
-        found.problems.append(Problem(None, COMPLETE, what))
-        return
-    records = _closing_records(store, noted)
-    if records is None:
-        found.problems.append(Problem(None, COMPLETE, "is not what was written"))
-    for key, content in marks.items():
-        if what := _wrong_marks(store, content, (records or {}).get(key)):
-            found.problems.append(Problem(None, key, what))
-    is_ledger_sound = all(problem.unit is None for problem in (*found.problems, *found.unread))
-    if is_ledger_sound and (what := _wrong_summary(store, summary, (records or {}).get(SUMMARY))):
-        found.problems.append(Problem(None, SUMMARY, what))
-
-
-def _closing_records(store: Store, noted: bytes) -> dict[str, Any] | None:
-    """Returns what `complete` notes of the files that close a store; None if it is damaged."""
-    if not noted and not store.metadata["unit_done"]["codecs"][-1].get("configuration", {}).get("checksum"):
-        return {}  # as looptap 0.1 wrote it
-    try:
-        records = json.loads(noted)
-        return records if set(records) == {SUMMARY, *store.layout.chunk_keys("unit_done")} else None
-    except (ValueError, TypeError, RecursionError):
-        return None
-
-
-def _wrong_marks(store: Store, content: bytes | None, record: dict[str, Any] | None) -> str | None:
-    if content is None:
-        return "is missing"
-    if record is not None and record != file_record(content):
-        return "is not what was written"
-    if what := _undecodable(store, content):
-        return what
-    marks = decode(store.metadata["unit_done"], content)
-    return None if marks.all() else f"marks {np.count_nonzero(marks)} units, the ledger has all"
-
-
-def _undecodable(store: Store, content: bytes) -> str | None:
-    try:
-        decode(store.metadata["unit_done"], content)
-    except ValueError as error:
-        return f"is damaged: {error}"
-    return None
-
-
-def _wrong_summary(store: Store, content: bytes | None, record: dict[str, Any] | None) -> str | None:
-    if content is None:
-        return "is missing"
-    if record is not None:
-        return None if record == file_record(content) else "is not what was written"
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        return f"cannot be read ({error})"
-    return None if rows == list(summary_rows(store.entries())) else "says something else than the ledger"
-
-
-def _look_around(found: Examined, patience: Patience) -> None:
-    """Finds what is in the store's folders and is none of its files, or was left by a killed process."""
-    store, done = found.store, set(found.done)
-    folders = {".looptap", LEDGER, ATTEMPTS, STAGING, *store.metadata}
-    files = {*store.layout.planned_keys(), *store.layout.chunk_keys("unit_done")}
-    files |= {FILES, COMPLETE, SUMMARY, DRIVER_LOCK, GUARD}
-
-    def is_known(key: str) -> bool:
-        folder, _, name = key.rpartition("/")
-        number = entry_unit(name) if folder == LEDGER else (attempt_of(name) or (None,))[0]
-        if folder in (LEDGER, ATTEMPTS):
-            return number is not None and number < store.num_units
-        return key in files or store.unit_of(key) is not None
-
-    for folder in ["", *sorted(folders)]:
-        try:
-            names = patience.ask(lambda folder=folder: store.place.names(folder))
-            file_names = set(patience.ask(lambda folder=folder: store.place.file_names(folder)))
-        except StoreUnreadableError as error:
-            found.unread.append(Problem(None, folder or ".", str(error)))
-            continue
-        for name in sorted(names):
-            key = f"{folder}/{name}".lstrip("/")
-            if name not in file_names:
-                attempt = attempt_of(name) if folder == STAGING else None
-                if attempt is not None and attempt[0] < store.num_units:
-                    found.drafts.append(key)
-                elif key not in folders:
-                    found.foreign.append(shown_name(key))
-                continue
-            of, unit = passing_for(name), store.unit_of(key)
-            is_passing = key == MAKING or (of is not None and is_known(f"{folder}/{of}".lstrip("/")))
-            if is_passing or (unit is not None and unit not in done):
-                found.leftovers.append(key)
-            elif not is_known(key) and not name.startswith(".nfs"):  # a deleted file that somebody has open
-                found.foreign.append(shown_name(key))

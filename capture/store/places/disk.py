@@ -118,7 +118,7 @@ def _rename_new(source: Path, target: Path) -> None:
 def identity(path: Path) -> Identity | None:
     """Returns what tells a file from others, whatever it is renamed to; None if there is no file."""
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino, status.st_mtime_ns  # numbers of deleted files are used again
