@@ -81,5 +81,5 @@ class ObjectPlace(Bucket):
     def _leftovers(self) -> list[str]:
         import obstore
 
-        found = self.ask("list the store", lambda: obstore.list(self.client).collect_async())
+        found = self.ask("list the store", lambda: obstore.list(self.client).collect())
         return [meta["path"] for meta in found if meta["path"] != DRIVER_LOCK]
