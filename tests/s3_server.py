@@ -68,9 +68,10 @@ class Door:
         if outage == "answer lost":
             _reset(environ)
         if outage == "cut":
-            half = body[: len(body) // 2] or b"HTTP/1.0"
-            length = f"HTTP/1.0 {head[0]}\r\nContent-Length: {len(half) + 1}\r\n\r\n".encode()
-            environ["werkzeug.socket"].sendall(length + half if body else half)
+            half, (status, headers) = body[: len(body) // 2], head
+            lines = [f"{name}: {value}" for name, value in headers if name.lower() != "content-length"]
+            lines = [f"HTTP/1.0 {status}", *lines, f"Content-Length: {len(half) + 1}", "", ""]
+            environ["werkzeug.socket"].sendall("\r\n".join(lines).encode() + half)
             _reset(environ)
         if self.loses(method, path):
             start_response("503 Service Unavailable", [("Content-Type", "text/xml")])

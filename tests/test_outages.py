@@ -410,3 +410,20 @@ def test_readers_wait(url, door, monkeypatch):
     dataset = looptap.open(url)
     with door.away("stopped"), pytest.raises(StoreUnreachableError, match="could not read residual_norm"):
         _ = dataset["residual_norm"].values
+
+
+@pytest.mark.full
+def test_the_process_ends_well(url, door):
+    """A thread of obstore's that needed Python while it exits aborted one process in fifteen."""
+    code = """
+import sys, time
+from looptap.capture.store.places import lease
+from looptap.capture.store.places.lock import driver_lock
+from looptap.capture.store.places.open import open_place
+lease.HEARTBEAT_S = 0.01
+with driver_lock(sys.argv[1]):
+    place = open_place(sys.argv[1])
+    place.map(place.find, ["a"] * 8)
+"""
+    codes = [subprocess.run([sys.executable, "-c", code, url]).returncode for _ in range(40)]
+    assert codes == [0] * 40

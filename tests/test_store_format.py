@@ -1,13 +1,11 @@
 """docs/store-format.md says every field of a store and no other: held to the types and to what is written."""
 
-import asyncio
 import dataclasses
 import json
 import math
 import re
 import types
 import typing
-from collections.abc import Coroutine
 from pathlib import Path
 
 import numpy as np
@@ -150,15 +148,12 @@ def test_a_failed_attempt_has_these_fields(path):
 class FakeBucket:
     """Keeps what was put last."""
 
-    async def put_async(self, key: str, data: bytes, **_: object) -> str:
+    def put(self, key: str, data: bytes, **_: object) -> str:
         self.data = data
         return "tag"
 
-    async def find_async(self, key: str) -> None:
+    def find(self, key: str) -> None:
         return None
-
-    def wait(self, request: Coroutine, timeout_s: float | None = None) -> object:
-        return asyncio.run(request)
 
 
 def test_locks_have_these_fields(path):

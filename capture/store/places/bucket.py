@@ -9,7 +9,8 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ....errors import BucketMissingError, StoreDeniedError, StoreError, StoreUnreachableError
 from .address import endpoint, split_url
 from .place import Bytes
-from .server import Answer, Away, server_at, start, wait_for
+from .server import Answer, Away, server_at, start
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -97,18 +98,15 @@ class Bucket:
     def read(self, key: str) -> bytes:
         import obstore
 
-        async def get() -> bytes:
-            return bytes(await (await obstore.get_async(self.client, key)).bytes_async())
-
-        return self.ask(f"read {key}", get)
+        return self.ask(f"read {key}", lambda: bytes(obstore.get(self.client, key).bytes()))
 
     def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
         import obstore
 
-        async def get() -> bytes:
-            return bytes(await obstore.get_range_async(self.client, key, start=offset, length=num_bytes))
-
-        return self.ask(f"read {key}", get)
+        return self.ask(
+            f"read {key}",
+            lambda: bytes(obstore.get_range(self.client, key, start=offset, length=num_bytes)),
+        )
 
     def create(self, key: str, data: bytes) -> None:
         writer = make_token()
@@ -117,26 +115,20 @@ class Bucket:
     def replace(self, key: str, data: bytes) -> None:
         import obstore
 
-        self.ask(f"write {key}", lambda: obstore.put_async(self.client, key, data, use_multipart=False))
+        self.ask(f"write {key}", lambda: obstore.put(self.client, key, data, use_multipart=False))
 
     def remove(self, keys: Iterable[str]) -> None:
         import obstore
 
         if keys := list(keys):
-            self.ask("remove objects", lambda: obstore.delete_async(self.client, keys))
+            self.ask("remove objects", lambda: obstore.delete(self.client, keys))
 
     def find(self, key: str) -> Found | None:
         """Returns what is known of an object without reading it; None if there is none."""
-        return self.wait(self.find_async(key))
-
-    async def find_async(self, key: str) -> Found | None:
-        """Does what `find` does, on the thread of requests."""
         import obstore
 
         try:
-            found = await self.ask_async(
-                f"look at {key}", lambda: obstore.get_async(self.client, key, options={"head": True})
-            )
+            found = self.ask(f"look at {key}", lambda: obstore.get(self.client, key, options={"head": True}))
         except FileNotFoundError:
             return None
         meta, writer = found.meta, found.attributes.get(_WRITER)
@@ -151,10 +143,6 @@ class Bucket:
         Raises:
             FileExistsError: something else has the name, or has it now.
         """
-        return self.wait(self.put_async(key, data, writer=writer, over=over))
-
-    async def put_async(self, key: str, data: Bytes, *, writer: str, over: str | None) -> str:
-        """Does what `put` does, on the thread of requests."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -162,15 +150,13 @@ class Bucket:
         mode: Any = "create" if over is None else {"e_tag": over}
         attributes: Any = {_WRITER: writer}
         try:
-            done = await self.ask_async(
+            done = self.ask(
                 f"write {key}",
-                lambda: obstore.put_async(
-                    client, key, data, attributes=attributes, mode=mode, use_multipart=False
-                ),
+                lambda: obstore.put(client, key, data, attributes=attributes, mode=mode, use_multipart=False),
             )
             return str(done["e_tag"])
         except (AlreadyExistsError, PreconditionError):
-            found = await self.find_async(key)
+            found = self.find(key)
             if found is None or found.writer != writer:
                 raise FileExistsError(f"{self.url}/{key} was put by another") from None
             return found.e_tag
@@ -226,40 +212,40 @@ class Bucket:
         import obstore
 
         what = f"list {folder or 'the store'}"
-        return self.ask(what, lambda: obstore.list_with_delimiter_async(self.client, folder or None))
+        return self.ask(what, lambda: obstore.list_with_delimiter(self.client, folder or None))
 
-    def ask(self, task: str, request: Callable[[], Awaitable[Answer]]) -> Answer:
+    def ask(self, task: str, request: Callable[[], Answer]) -> Answer:
         """Makes a request of obstore, and waits where the server is away (`Server.ask`).
 
         Raises:
             StoreError, FileNotFoundError, obstore's errors for failed conditions: as `explained` does.
         """
-        return self.wait(self.ask_async(task, request))
+        future = self.start(task, request)
+        self._asked.add(future)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # where an interrupt ended the waiting
+            self._asked.discard(future)
 
-    async def ask_async(self, task: str, request: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Does what `ask` does, on the thread of requests or in another event loop."""
+    def start(self, task: str, request: Callable[[], Answer]) -> "Future[Answer]":
+        """Starts what `ask` does; cancelling the future ends it."""
 
-        async def once() -> Answer:
+        def once() -> Answer:
             from obstore.exceptions import BaseError
 
             try:
-                return await request()
+                return request()
             except BaseError as error:
                 if (reason := self._passing(str(error))) is not None:
                     raise Away(reason) from None
                 raise
 
-        with self.explained(task):
-            return await self._server.ask(once)
+        def ask(unwanted: threading.Event) -> Answer:
+            with self.explained(task):
+                return self._server.ask(once, unwanted)
 
-    def wait(self, coroutine: Coroutine[Any, Any, Answer], timeout_s: float | None = None) -> Answer:
-        """Waits for one of the methods that end in `_async`."""
-        future = start(coroutine)
-        self._asked.add(future)
-        try:
-            return wait_for(future, timeout_s)
-        finally:
-            self._asked.discard(future)
+        return start(ask)
 
     def give_up(self) -> None:
         """Ends the requests that other threads wait for: CancelledError is raised there."""

@@ -4,10 +4,11 @@ Its holder changes it every few seconds; who sees it unchanged for `STALE_S`, by
 over. It is never deleted but marked as released, so that no release can hit a successor's lock.
 """
 
-import asyncio
 import json
 import os
 import platform
+import threading
+from concurrent.futures import CancelledError, wait
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +20,7 @@ from .bucket import Bucket, make_token
 from .liveness import machine, process_start
 from .server import start
 
-RELEASE_S = 3.0  # time for a release when the run failed, which may be as the server is away
+RELEASE_S = 1.5  # time for the last beat, and for a release after an error: the server may be away
 
 _held_here = set[str]()  # writers of locks that this process holds
 
@@ -35,9 +36,10 @@ class ObjectLock:
         """Takes the lock. Raises FileExistsError if another driver was quicker."""
         self._bucket, self._writer = bucket, make_token()
         self._num_beats = 0
-        self._e_tag: str | None = bucket.wait(self._put(self._writer, over))
+        self._e_tag: str | None = self._put(self._writer, over)
         _held_here.add(self._writer)
-        self._beating = start(self._beat())
+        self._stop = threading.Event()
+        self._beating = start(lambda _: self._beat())
 
     @classmethod
     def acquire(cls, bucket: Bucket) -> "ObjectLock":
@@ -77,30 +79,40 @@ class ObjectLock:
 
     def release(self, timeout_s: float | None = None) -> None:
         """Marks the lock as released. Raises TimeoutError: the server takes longer than that."""
-        self._beating.cancel()
         _held_here.discard(self._writer)
-        self._bucket.wait(self._release(), timeout_s)
+        self._stop.set()
+        wait([self._beating], RELEASE_S)
+        while not self._beating.done():  # its beat waits for a server that is away
+            self._bucket.give_up()
+            wait([self._beating], 0.05)
+        releasing = start(lambda _: self._release())
+        try:
+            releasing.result(timeout_s)
+        finally:
+            if not releasing.done():
+                self._bucket.give_up()
 
-    async def _release(self) -> None:
+    def _release(self) -> None:
         released = make_token()  # not the beats' writer, of which one may be under way
         for _ in range(3):
-            found = await self._bucket.find_async(DRIVER_LOCK)
+            found = self._bucket.find(DRIVER_LOCK)
             if found is None or found.writer != self._writer:
                 return  # it is a successor's
             with suppress(FileExistsError):
-                await self._put(released, found.e_tag)
+                self._put(released, found.e_tag)
                 return
 
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(lease.HEARTBEAT_S)
+    def _beat(self) -> None:
+        while not self._stop.wait(lease.HEARTBEAT_S):
             try:
-                self._e_tag = await self._put(self._writer, self._e_tag)
+                self._e_tag = self._put(self._writer, self._e_tag)
             except FileExistsError:
                 self._e_tag = None
                 return
+            except CancelledError:  # by the release
+                return
 
-    async def _put(self, writer: str, over: str | None) -> str:
+    def _put(self, writer: str, over: str | None) -> str:
         """Puts the lock with content that differs from before, so that nobody's condition holds any more."""
         self._num_beats += 1
         mine = {
@@ -112,7 +124,7 @@ class ObjectLock:
             "beat": self._num_beats,
             "released": writer != self._writer,
         }
-        return await self._bucket.put_async(DRIVER_LOCK, json.dumps(mine).encode(), writer=writer, over=over)
+        return self._bucket.put(DRIVER_LOCK, json.dumps(mine).encode(), writer=writer, over=over)
 
 
 def object_lock_holder(bucket: Bucket) -> dict[str, Any] | None:

@@ -113,6 +113,6 @@ class ObjectPlace(Bucket):
         """Returns the keys of all objects but the lock and what a lock's probe may have left."""
         import obstore
 
-        found = self.ask("list the store", lambda: obstore.list(self.client).collect_async())
+        found = self.ask("list the store", lambda: obstore.list(self.client).collect())
         keys = [meta["path"] for meta in found if meta["path"] != DRIVER_LOCK]
         return [key for key in keys if passing_for(key.removeprefix(".looptap/")) != "driver.lock"]

@@ -1,21 +1,22 @@
 """Waits for an object store that is away: every request to one is made here, and tried again for minutes.
 
-obstore's own retries do not send a put again whose answer timed out, and nothing interrupts them. Here
-requests are coroutines on a thread of their own, so that whoever waits for one can be interrupted. Threads
-share what they know of a server: they give up together, and the first of them says that it is away.
+obstore's own retries do not send a put again whose answer timed out, and nothing interrupts them. Here each
+request has a thread of its own, so that whoever waits for it can be interrupted, and one loop tries it again.
+Threads share what they know of a server: they give up together, and the first says that it is away.
+
+obstore's coroutines would do without threads, but theirs may need Python while it exits, which aborts it.
 """
 
-import asyncio
 import logging
-import os
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from functools import cache
 from itertools import count
-from typing import Any, TypeVar
+from typing import TypeVar
 
 PATIENCE_S = 300.0  # how long a server that was there before is waited for
 FIRST_S = 10.0  # and one that never answered, whose address may be wrong
@@ -42,9 +43,11 @@ class Server:
         self._is_said = False
         self._lock = threading.Lock()
 
-    async def ask(self, request: Callable[[], Awaitable[Answer]]) -> Answer:
+    def ask(self, request: Callable[[], Answer], unwanted: threading.Event) -> Answer:
         """Makes a request, again and again while it raises Away and there is patience.
 
+        Args:
+            unwanted: set when nobody waits for the answer any more.
         Raises:
             Away: there is none left. Any other error of the request is an answer of the server, and raised.
         """
@@ -52,13 +55,14 @@ class Server:
         for number in count():
             sent_s = time.monotonic()
             try:
-                answer = await request()
+                answer = request()
             except Away as away:
                 first_s = sent_s if first_s is None else first_s
                 pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(number, 10))
                 pause_s *= random.uniform(0.5, 1.0)  # many workers must not keep step
                 self._require_patience(first_s, sent_s, pause_s, away)
-                await asyncio.sleep(pause_s)
+                if unwanted.wait(pause_s):
+                    raise
             except Exception:
                 self._answers()
                 raise
@@ -99,29 +103,24 @@ def server_at(bucket: str, endpoint: str | None) -> Server:
     return Server(f"s3://{bucket} ({endpoint or 'AWS'})")
 
 
-def start(coroutine: Coroutine[Any, Any, Answer]) -> "Future[Answer]":
-    """Starts a coroutine on the thread of requests."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _loop(os.getpid()))
+def start(task: Callable[[threading.Event], Answer]) -> "Future[Answer]":
+    """Runs a task on a thread that keeps no process alive; its event says that the future was cancelled."""
+    future: Future[Answer] = Future()
+    unwanted = threading.Event()
+    future.add_done_callback(lambda _: unwanted.set())
 
+    def run() -> None:
+        try:
+            answer = task(unwanted)
+        except BaseException as error:
+            with suppress(InvalidStateError):  # cancelled
+                future.set_exception(error)
+        else:
+            with suppress(InvalidStateError):
+                future.set_result(answer)
 
-def wait_for(future: "Future[Answer]", timeout_s: float | None = None) -> Answer:
-    """Returns the result of `start`; whatever interrupts the waiting ends the coroutine.
-
-    Raises:
-        TimeoutError: it took longer than that.
-    """
-    try:
-        return future.result(timeout_s)
-    finally:
-        future.cancel()
-
-
-@cache
-def _loop(_pid: int) -> asyncio.AbstractEventLoop:
-    """Returns the loop of requests of a process; a forked one has none of its parent's threads."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="looptap requests", daemon=True).start()
-    return loop
+    threading.Thread(target=run, name="looptap request", daemon=True).start()
+    return future
 
 
 def _duration(seconds: float) -> str:
