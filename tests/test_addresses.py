@@ -58,7 +58,7 @@ def test_every_function_takes_a_url(door, tmp_path, capsys):
     for command in (commands.status, commands.verify, commands.info):
         assert command(url) == 0 and url in capsys.readouterr().out.replace("\n", "")
     assert commands.info("S3" + url[2:]) == 0
-    module, watched_url = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), f"s3://{BUCKET}/watched.zarr"
+    module, watched_url = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), f"s3://{BUCKET}/of-addresses.zarr"
     with looptap.watch(module, ["0", "1"], quantities=["residual"], store=watched_url):
         module(torch.zeros(1, 3, 4))
     assert looptap.open(watched_url).sizes["depth"] == 2

@@ -33,7 +33,7 @@ from looptap.tests.small_stores import RECEIPT, open_or_create, write_unit
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
 LOCK = ".looptap/driver.lock"
 KINDS = [
-    each if each in ("stopped", "answer lost", "503") else pytest.param(each, marks=pytest.mark.full)
+    each if each in ("stopped", "answer lost") else pytest.param(each, marks=pytest.mark.full)
     for each in OUTAGES
 ]
 
@@ -173,7 +173,7 @@ def wait_for_units(door: Door, capture: subprocess.Popen, num_units: int) -> Non
         time.sleep(0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("workers", "outage"), [(1, "stopped"), (2, "reset"), (2, "503")])
 def test_workers_wait_too(url, door, options, workers, outage):
     """The driver says it for all of them."""
@@ -190,14 +190,14 @@ def test_workers_wait_too(url, door, options, workers, outage):
 BEATS = "from looptap.capture.store.places import lease, server; lease.HEARTBEAT_S = 0.2"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [(), ("--workers", "2")], ids=["here", "workers"])
 def test_patience_ends(url, door, options, workers):
     """One message and exit code 2, and the same command goes on."""
     capture = command(*options, *workers, before=f"{BEATS}; server.PATIENCE_S = 2.0")
     wait_for_units(door, capture, 3)
     with door.away("stopped"):
-        said, _ = capture.communicate(timeout=20)
+        said, _ = capture.communicate(timeout=60)
     assert capture.returncode == 2 and "Traceback" not in said, said
     assert said.count("trying again for 2 s") == 1
     (message,) = [line for line in said.splitlines() if line.startswith("looptap: ")]
@@ -283,7 +283,7 @@ def test_what_cannot_be_read_now_is_no_damage(url, door, monkeypatch):
     assert verify_store(url).ok
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("outage", ["stopped", "paused"])
 @pytest.mark.parametrize("workers", [(), ("--workers", "1")], ids=["here", "worker"])
 def test_ctrl_c_while_it_waits(url, door, options, outage, workers):
@@ -295,16 +295,14 @@ def test_ctrl_c_while_it_waits(url, door, options, outage, workers):
         for _ in range(2):
             capture.send_signal(signal.SIGINT)
             time.sleep(0.5)
-        stopped_s = time.monotonic()
-        said, _ = capture.communicate(timeout=20)
-        assert time.monotonic() - stopped_s < object_lock.RELEASE_S + 5
+        said, _ = capture.communicate(timeout=60)  # and not the five minutes of patience
     assert capture.returncode == 130 and "Traceback" not in said, said
     assert "finishing the units in flight" in said
     again = command(*options, *workers)
     assert again.wait() == 0 and verify_store(url).ok
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_ctrl_c_while_a_command_reads(url, door):
     store = open_or_create(url, 2)
     for arguments in (("status", url), ("verify", url), ("info", url)):
@@ -312,9 +310,8 @@ def test_ctrl_c_while_a_command_reads(url, door):
             reading, num_requests = command(*arguments), len(door.requests)
             time.sleep(4)
             reading.send_signal(signal.SIGINT)
-            started_s = time.monotonic()
-            said, _ = reading.communicate(timeout=20)
-            assert time.monotonic() - started_s < 3 and len(door.requests) == num_requests
+            said, _ = reading.communicate(timeout=60)  # and not the five minutes of patience
+            assert len(door.requests) == num_requests
         assert reading.returncode == 130 and "Traceback" not in said, said
     assert store.todo() == [0, 1]
 
