@@ -32,10 +32,7 @@ from looptap.tests.small_stores import RECEIPT, open_or_create, write_unit
 
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
 LOCK = ".looptap/driver.lock"
-KINDS = [
-    each if each in ("stopped", "answer lost") else pytest.param(each, marks=pytest.mark.full)
-    for each in OUTAGES
-]
+KINDS = [each if each == "stopped" else pytest.param(each, marks=pytest.mark.full) for each in OUTAGES]
 
 
 @pytest.fixture(scope="module")
