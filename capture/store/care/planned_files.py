@@ -7,6 +7,7 @@ data know (`token_id`, ...) is restored by the capture's own command (`restore.p
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ from ..plan import StoredPlan
 from ..writing.encode import decode, encode, file_shape
 from .retry import Patience
 from .settle import Record, parse, read_records, settled_group
+
+_AT_A_TIME = 64
+_Found = bytes | StoreUnreadableError | NoFileError | None  # what a file holds, or why that is not known
 
 
 @dataclass
@@ -57,12 +61,12 @@ def read_planned(place: Place, patience: Patience) -> Planned:
     planned = Planned(group, noted)
     contents = {"zarr.json": group.to_bytes(), PLAN: group.plan_bytes()}
     contents |= {f"{name}/zarr.json": group.array_bytes(name) for name in group.metadata}
-    for key, content in contents.items():
-        _settle_metadata(place, planned, key, content, patience)
+    for key, found in _read_each(place, list(contents), patience):
+        _settle_metadata(planned, key, contents[key], found)
     for name in group.coordinates:
         if name != "unit_done":  # which is written again when a store is closed
-            for key in group.chunk_keys(name):
-                _settle_coordinate(place, planned, name, key, patience)
+            for key, found in _read_each(place, group.chunk_keys(name), patience):
+                _settle_coordinate(planned, name, key, found)
     _settle_records(place, planned)
     return planned
 
@@ -94,11 +98,23 @@ def derived_coordinate(plan: StoredPlan, name: str) -> np.ndarray | None:
     return None
 
 
-def _settle_metadata(place: Place, planned: Planned, key: str, content: bytes, patience: Patience) -> None:
-    try:
-        found = patience.read(place, key)
-    except (StoreUnreadableError, NoFileError) as error:
-        _put_aside(planned, key, error)
+def _read_each(place: Place, keys: list[str], patience: Patience) -> Iterator[tuple[str, _Found]]:
+    """Yields the content of files, some of which are read at a time."""
+
+    def read(key: str) -> _Found:
+        try:
+            return patience.read(place, key)
+        except (StoreUnreadableError, NoFileError) as error:
+            return error
+
+    for first in range(0, len(keys), _AT_A_TIME):
+        some = keys[first : first + _AT_A_TIME]
+        yield from zip(some, place.map(read, some), strict=True)
+
+
+def _settle_metadata(planned: Planned, key: str, content: bytes, found: _Found) -> None:
+    if isinstance(found, StoreError):
+        _put_aside(planned, key, found)
         planned.records[key] = planned.noted.get(key) or file_record(content)
         return
     if found is not None and parse(found) == parse(content):
@@ -115,12 +131,10 @@ def _put_aside(planned: Planned, key: str, error: StoreError) -> None:
     where[key] = str(error)
 
 
-def _settle_coordinate(place: Place, planned: Planned, name: str, key: str, patience: Patience) -> None:
+def _settle_coordinate(planned: Planned, name: str, key: str, found: _Found) -> None:
     metadata, noted = planned.group.metadata[name], planned.noted.get(key)
-    try:
-        found = patience.read(place, key)
-    except (StoreUnreadableError, NoFileError) as error:
-        _put_aside(planned, key, error)
+    if isinstance(found, StoreError):
+        _put_aside(planned, key, found)
         if noted is not None:
             planned.records[key] = noted
         return
