@@ -27,9 +27,12 @@ from looptap.capture.store.layout import create_store
 from looptap.capture.store.places import lease, liveness
 from looptap.capture.store.places.lock import driver_lock, lock_holder
 from looptap.capture.store.places.objects import ObjectPlace
+from looptap.capture.store.reading.batches import make_batches
+from looptap.capture.store.reading.reader import open_store
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 from looptap.errors import (
+    StoreDamagedError,
     StoreError,
     StoreExistsError,
     StoreLockedError,
@@ -47,6 +50,7 @@ from looptap.tests.small_stores import (
     unit_values,
     write_unit,
 )
+from looptap.tests.state_stores import commit_unit, make_states
 
 
 @pytest.fixture(scope="module")
@@ -486,6 +490,23 @@ def test_other_things_are_left_alone(url, door):
     obstore.put(ObjectPlace(url).client, "notes.txt", b"x")
     with pytest.raises(StoreExistsError, match=r"is not a looptap store, it holds notes\.txt"):
         open_or_create(url, 2)
+
+
+def test_an_object_that_is_gone_after_its_commit_raises(url):
+    """Never a fill value, which would go on into batches and reports."""
+    store = make_states(url, 64)
+    for unit in range(store.num_units):
+        commit_unit(store, unit)
+    for key in ("residual_norm/c.1.0", "state/c.2.0.0", "state_all/c.0.0.0", "token_sequence/c.0"):
+        ObjectPlace(url).remove([key])
+    for missing in ("mask", "raise"):
+        dataset = open_store(url, missing=missing)
+        for name in ("residual_norm", "state", "state_all", "token_sequence"):
+            with pytest.raises(StoreDamagedError, match=rf"{name}.* cannot be read: it is missing"):
+                dataset[name].variable.load()
+        assert np.isfinite(dataset["lens_token"].variable[:64]).all()  # of a unit that is whole
+    with pytest.raises(StoreDamagedError):
+        list(make_batches(url))
 
 
 def test_plain_zarr_reads_it(url, door):

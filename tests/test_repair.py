@@ -166,6 +166,19 @@ def test_leftovers_of_killed_attempts_go(tmp_path):
     assert verify_store(store.path).uncommitted == [] and store.done() == [0]
 
 
+def test_what_passes_and_was_killed_goes_with_the_next_run(store):
+    passing = [".looptap/.complete.7.new", "unit_done/.c.0.12.new", f"{LEDGER}/../attempts/.0.1.9.new"]
+    passing += ["token_id/.c.0.3.new", ".zarr.json.8.new"]
+    strangers = [".looptap/.other.7.new", "state/.c.9.3.new", ".looptap/.complete.x.new"]
+    for key in passing + strangers:
+        (store.path / key).write_bytes(b"x")
+    report = verify_store(store.path)
+    assert len(report.uncommitted) == len(passing) and set(report.foreign) == set(strangers)
+    clean(store)
+    report = verify_store(store.path)
+    assert report.ok and report.uncommitted == [] and set(report.foreign) == set(strangers)
+
+
 @pytest.mark.parametrize("file", ["unit_done/c.0", ".looptap/summary.parquet"])
 def test_what_closes_a_store_is_written_again(store, file):
     """No unit is touched for it."""

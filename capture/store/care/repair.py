@@ -20,6 +20,7 @@ from ..writing.commit import Store
 from .examined import Problem
 from .planned_files import read_planned
 from .retry import Patience
+from .strangers import passing_files
 from .verify import check_units, examine
 
 
@@ -99,6 +100,7 @@ def clean(store: Store) -> None:
     """
     store.place.restore_folders([LEDGER, ATTEMPTS, STAGING])
     store.clean_drafts()
+    store.place.remove(passing_files(store))
     _void_doubtful(store)
 
 
