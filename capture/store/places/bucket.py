@@ -18,7 +18,13 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ....errors import BucketMissingError, StoreDeniedError, StoreError, StoreUnreachableError
+from ....errors import (
+    BucketMissingError,
+    StoreDeniedError,
+    StoreError,
+    StoreLockedError,
+    StoreUnreachableError,
+)
 from .address import endpoint, split_url
 from .place import Bytes
 from .server import Answer, Away, server_at, start
@@ -166,12 +172,16 @@ class Bucket:
 
         Raises:
             StoreError: it does not: attempts and drivers could not be kept apart.
+            StoreLockedError: a driver is at work.
         """
         key = f".looptap/probe.{make_token()}"
         try:
             self.put(key, b"1", writer="1", over=None)
             found = self.find(key)
-            assert found is not None
+            if found is None:  # a driver that cleans up took it for one that was left
+                raise StoreLockedError(
+                    f"{self.url} is being written by another process: wait for it or stop it"
+                )
             for what, over in (("If-None-Match", None), ("If-Match", '"0"')):
                 try:
                     self.put(key, b"2", writer="2", over=over)
