@@ -173,7 +173,7 @@ def test_a_frozen_worker_does_not_hold_the_run(tmp_path, calm_store):
     check_equal(path, calm_store)
 
 
-@pytest.mark.alone
+@pytest.mark.full
 @pytest.mark.parametrize("signals", [["SIGTERM"], ["SIGTERM", "SIGINT"]], ids=["terminated", "ctrl-c twice"])
 def test_a_run_with_a_frozen_worker_can_be_stopped(tmp_path, calm_store, signals):
     """Once: as soon as its unit is slow. Twice: at once."""

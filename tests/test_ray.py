@@ -243,7 +243,9 @@ def test_ctrl_c_with_a_cluster_of_its_own(calm, tmp_path):
 NO_TOKEN = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": None}
 
 
-@pytest.mark.parametrize("mode", [None, "token"], ids=["by default", "asked for"])
+@pytest.mark.parametrize(
+    "mode", [None, pytest.param("token", marks=pytest.mark.full)], ids=["by default", "asked for"]
+)
 def test_a_cluster_of_its_own_without_a_home(nodes, calm, tmp_path, mode):
     """Ray asks for a token there by default, and would write a new one to ~/.ray."""
     (tmp_path / "file").touch()
