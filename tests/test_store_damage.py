@@ -159,13 +159,22 @@ def test_empty_folders_that_copying_lost_are_made_again(calm, copy):
     assert same(calm[2], open_store(place.store).load())
 
 
-@pytest.mark.parametrize("lost", [[PLAN, FILES], ["zarr.json", FILES], ["zarr.json", "gap_norm/zarr.json"]])
+@pytest.mark.parametrize(
+    "lost", [[PLAN, FILES], ["zarr.json", FILES], ["zarr.json", "gap_norm/zarr.json"], ["zarr.json", PLAN]]
+)
 def test_when_two_copies_are_gone(calm, copy, lost):
     place, _ = copy
     for key in lost:
         (place.store / key).unlink()
     if lost == ["zarr.json", "gap_norm/zarr.json"]:
         with pytest.raises(StoreError, match=r"gap_norm/zarr\.json and its copy in zarr\.json are both"):
+            repair_store(place.store)
+        return
+    if lost == ["zarr.json", PLAN]:
+        (place.store / "zarr.json").write_bytes(b"{")
+        with pytest.raises(
+            StoreError, match=r"plan\.json, which has a copy of the plan, is missing: copy one"
+        ):
             repair_store(place.store)
         return
     assert set(repair_store(place.store).files_restored) == set(lost)

@@ -17,6 +17,8 @@ from ..plan import StoredPlan
 from ..quantities import QUANTITIES
 from .retry import Patience
 
+_BACKUP = "copy one of them from a backup"
+
 Record = dict[str, Any]
 """`bytes` and `crc32c` of a file, as `file_record` makes it."""
 
@@ -44,7 +46,10 @@ def settled_group(place: Place, noted: dict[str, Record], patience: Patience) ->
         group = None if root is None else parse_group(root, str(place))
     except StoreError as error:
         if not place.exists(PLAN):
-            raise
+            why = str(error).partition(": run ")[0]
+            raise StoreError(
+                f"{why}, and {PLAN}, which has a copy of the plan, is missing: {_BACKUP}"
+            ) from error
         group, said = None, error
     else:
         said = None
@@ -54,13 +59,15 @@ def settled_group(place: Place, noted: dict[str, Record], patience: Patience) ->
     hopeless = f"{place} cannot be made whole from what is in it"
     plan = _settled_plan(place, group, noted, patience)
     if plan is None:
-        raise StoreError(f"{hopeless}: zarr.json and {PLAN} are both damaged; copy one from a backup")
+        raise StoreError(f"{hopeless}: zarr.json and {PLAN} are both damaged: {_BACKUP}")
     metadata: dict[str, dict[str, Any]] = {}
     wanted = plan.get("settings", {}).get("quantities", ()) if isinstance(plan.get("settings"), dict) else ()
     for name in _array_names(group, noted, names, wanted):
         found = _settled_array(place, name, group, noted, patience)
         if found is None:
-            raise StoreError(f"{hopeless}: {name}/zarr.json and its copy in zarr.json are both damaged")
+            raise StoreError(
+                f"{hopeless}: {name}/zarr.json and its copy in zarr.json are both damaged: {_BACKUP}"
+            )
         metadata[name] = found
     if group is not None:
         coordinates = group.coordinates
