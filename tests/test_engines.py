@@ -112,7 +112,7 @@ class TestProcesses(ProcessPoolContract):
         assert len(shown) == 4 and set(shown) == {"0", "GPU-7f", "2"}
 
     def test_a_worker_that_does_not_die_keeps_its_place_and_its_gpu(self, monkeypatch, tmp_path):
-        """As one does that waits inside the kernel for a disk."""
+        """Such a worker waits inside the kernel for a disk; here it is stopped."""
         monkeypatch.setattr(processes, "DEATH_S", 0.1)
         with Processes(Files(tmp_path), 2, ["0", "1"]) as pool:
             pool.start(0)

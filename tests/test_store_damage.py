@@ -66,14 +66,17 @@ def test_damage_at_random_for_long(calm, tmp_path):
 )
 def test_one_file_that_the_plan_tells_is_mended_without_the_data(calm, copy, key, how):
     """Every unit stays, and nothing is captured again."""
-    place, _ = copy
+    place, plan = copy
     before = (place.store / key).read_bytes()
     for seed in range(4):
         how(place.store / key, random.Random(seed))
         if not (place.store / key).exists() or (place.store / key).read_bytes() != before:
             assert key in {problem.file for problem in verify_store(place.store).problems}
         repair = repair_store(place.store)
-        assert not repair.irreparable and not repair.units_voided and not repair.units_missing
+        assert not repair.units_voided and not repair.units_missing
+        if repair.irreparable:  # one bit of the checksum of what only the data tell
+            assert (key, how) == (FILES, flip)
+            assert run_capture(plan).num_resumed == 6
         assert verify_store(place.store).ok and same(calm[2], open_store(place.store).load())
         assert key in (SUMMARY, COMPLETE) or (place.store / key).read_bytes() == before
 
@@ -146,6 +149,26 @@ def test_coordinates_of_an_unfinished_store_are_restored_before_workers_trust_th
     events = []
     assert run_capture(plan, events.append).complete
     assert FilesRestored([key]) in events
+    assert verify_store(place.store).ok and same(calm[2], open_store(place.store).load())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("token_position", "token_sequence"), ("sequence_start", "sequence_id")]
+)
+def test_coordinates_that_were_exchanged_are_not_taken_for_sound(calm, copy, one, other):
+    """Each is whole in itself, of the right shape, and the other's."""
+    place, plan = copy
+    paths = [place.store / name / "c.0" for name in (one, other)]
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(content)
+    keys = [f"{one}/c.0", f"{other}/c.0"]
+    assert sorted(problem.file for problem in verify_store(place.store).problems) == sorted(keys)
+    repair = repair_store(place.store)
+    assert sorted(problem.file for problem in repair.irreparable) == sorted(keys)
+    assert repair.files_restored == [] and not verify_store(place.store).ok
+    events = []
+    assert run_capture(plan, events.append).complete and FilesRestored(sorted(keys)) in events
     assert verify_store(place.store).ok and same(calm[2], open_store(place.store).load())
 
 

@@ -3,13 +3,13 @@
 Most is there twice: the plan in `zarr.json` and `.looptap/plan.json`, an array's metadata in `zarr.json` and
 its own folder, and of every file a checksum in `.looptap/files.json`. So of two copies that differ the one
 whose checksum was noted is right, and a checksum that two equal copies contradict is wrong. What only the
-data know (`token_id`, ...) is restored by the capture's own command (`restore.py`).
+data know (`token_id`, ...) is restored by the capture's own command (`restore.py`), and so is its checksum: a
+file that is sound in itself may be another's, so it proves nothing against what was noted.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def _settle_coordinate(planned: Planned, name: str, key: str, found: _Found) -> 
         planned.records[key] = noted
         return
     content = _derived_content(planned.group, name, key)
-    if found is not None and (noted is None or _has_checksum(metadata) or found == content):
+    if found is not None and (noted is None or found == content):
         try:
             decode(metadata, found)
             planned.records[key] = file_record(found)
@@ -167,10 +167,6 @@ def _settle_records(place: Place, planned: Planned) -> None:
         planned.wrong[FILES] = f"says something else of {differ[0]} than what is there and sound"
     if strange or differ or FILES in planned.wrong:
         planned.content[FILES] = records_bytes(planned.records)
-
-
-def _has_checksum(metadata: dict[str, Any]) -> bool:
-    return bool(metadata["codecs"][-1].get("configuration", {}).get("checksum"))
 
 
 def _derived_content(group: Group, name: str, key: str) -> bytes | None:
