@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -136,6 +137,17 @@ def serve_s3() -> Iterator[Door]:
         yield door
     finally:
         door.close()
+
+
+@contextmanager
+def serve_s3_here() -> Iterator[Door]:
+    """The same, and nothing but it, in this process's environment."""
+    with serve_s3() as door, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in environment(door).items():
+            patch.setenv(name, value)
+        yield door
 
 
 def environment(door: Door) -> dict[str, str]:

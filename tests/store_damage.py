@@ -85,6 +85,14 @@ def swap(path: Path, chance: random.Random) -> None:
         shutil.copy(chance.choice(sorted(others)), path)
 
 
+def swap_afar(path: Path, chance: random.Random) -> None:
+    """A file of another folder in its place, of the same name if there is one."""
+    store = next(parent for parent in path.parents if parent.name.endswith(".zarr"))
+    others = sorted(other for other in store.rglob("*") if other.is_file() and other.parent != path.parent)
+    alike = [other for other in others if other.name == path.name]
+    shutil.copy(chance.choice(alike or others), path)
+
+
 def make_folder(path: Path, chance: random.Random) -> None:
     path.unlink()
     path.mkdir()
@@ -103,7 +111,7 @@ def make_pipe(path: Path, chance: random.Random) -> None:
     os.mkfifo(path)
 
 
-DAMAGES = (flip, flip, flip, cut, lengthen, scramble, remove, remove, swap, swap)
+DAMAGES = (flip, flip, flip, cut, lengthen, scramble, remove, remove, swap, swap_afar, swap_afar)
 INTRUDERS = (make_folder, make_pipe, link_elsewhere)
 """What is no file has a file's name: verify names it, and it stays until somebody moves it away."""
 

@@ -24,18 +24,14 @@ from looptap.capture.store.places.lock import lock_holder
 from looptap.capture.store.places.open import open_place
 from looptap.cli import commands
 from looptap.errors import StoreAddressError
-from looptap.tests.s3_server import BUCKET, environment, serve_s3
+from looptap.tests.s3_server import BUCKET, serve_s3_here
 
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
 
 
 @pytest.fixture(scope="module")
 def door():
-    with serve_s3() as door, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in environment(door).items():
-            patch.setenv(name, value)
+    with serve_s3_here() as door:
         yield door
 
 

@@ -39,7 +39,7 @@ from looptap.errors import (
     StoreMissingError,
     UnitTakenError,
 )
-from looptap.tests.s3_server import BUCKET, Door, environment, serve_s3
+from looptap.tests.s3_server import BUCKET, Door, serve_s3_here
 from looptap.tests.small_stores import (
     RECEIPT,
     ROWS,
@@ -55,11 +55,7 @@ from looptap.tests.state_stores import commit_unit, make_states
 
 @pytest.fixture(scope="module")
 def server():
-    with serve_s3() as door, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in environment(door).items():
-            patch.setenv(name, value)
+    with serve_s3_here() as door:
         yield door
 
 

@@ -27,7 +27,7 @@ from looptap.capture.store.places.objects import ObjectPlace
 from looptap.capture.store.writing.attempt import begin_attempt
 from looptap.capture.store.writing.commit import Store
 from looptap.errors import BucketMissingError, StoreError, StoreLockedError, StoreUnreachableError
-from looptap.tests.s3_server import BUCKET, OUTAGES, Door, environment, serve_s3
+from looptap.tests.s3_server import BUCKET, OUTAGES, Door, serve_s3, serve_s3_here
 from looptap.tests.small_stores import RECEIPT, open_or_create, write_unit
 
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
@@ -37,11 +37,7 @@ KINDS = [each if each == "stopped" else pytest.param(each, marks=pytest.mark.ful
 
 @pytest.fixture(scope="module")
 def served():
-    with serve_s3() as door, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in environment(door).items():
-            patch.setenv(name, value)
+    with serve_s3_here() as door:
         yield door
 
 
