@@ -204,6 +204,20 @@ def test_when_two_copies_are_gone(calm, copy, lost):
     assert verify_store(place.store).ok and same(calm[2], open_store(place.store).load())
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "noted"),
+    [("depth", "attention_peak", True), ("token_id", "token_position", True), ("stage", "token_id", False)],
+)
+def test_another_arrays_metadata_are_not_taken_where_both_copies_are_gone(copy, name, other, noted):
+    place, _ = copy
+    shutil.copy(place.store / other / "zarr.json", place.store / name / "zarr.json")
+    (place.store / "zarr.json").unlink()
+    if not noted:
+        (place.store / FILES).unlink()
+    with pytest.raises(StoreError, match=rf"{name}/zarr\.json and its copy in zarr\.json are both"):
+        repair_store(place.store)
+
+
 def test_depths_follow_from_the_plan(calm):
     _, path, dataset = calm
     plan = Store.open(path).plan

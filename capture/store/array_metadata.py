@@ -9,6 +9,14 @@ import numpy as np
 
 from .keys import ARRAY_NAME
 
+COORDINATE_AXES = {
+    "depth": "depth", "stage": "depth", "layer": "depth", "recurrence": "depth", "depth_other": "depth_other",
+    "state_depth": "depth_state", "token_id": "token", "token_position": "token", "token_sequence": "token",
+    "sequence_start": "sequence", "sequence_length": "sequence", "sequence_id": "sequence",
+    "state_token": "token_state", "unit_done": "unit",
+}  # fmt: skip
+"""The one axis of each coordinate, in the order in which captures write them."""
+
 MAX_FILES = 2**28
 _MAX_FILE_BYTES = 2**40
 _Count = Annotated[int, msgspec.Meta(ge=1, le=2**48)]
@@ -87,6 +95,8 @@ def check_array(name: str, array: Mapping[str, Any]) -> None:
     shape, chunk = known.shape, known.chunk_grid.configuration.chunk_shape
     if not shape or not len(shape) == len(chunk) == len(known.dimension_names):
         raise ValueError(f"shape {shape}, chunks {chunk} and axes {known.dimension_names} do not fit")
+    if name in COORDINATE_AXES and known.dimension_names != [COORDINATE_AXES[name]]:
+        raise ValueError(f"axes {known.dimension_names}; it has the axis {COORDINATE_AXES[name]} alone")
     if len(set(known.dimension_names)) != len(shape):
         raise ValueError(f"axes {known.dimension_names} are not apart")
     if tuple(chunk[1:]) != tuple(max(1, size) for size in shape[1:]):

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from ....errors import NoFileError, StoreError
-from ..array_metadata import check_array
+from ..array_metadata import COORDINATE_AXES, check_array
 from ..group import Group, check_group, no_store, parse_group, remains_of
 from ..keys import ARRAY_NAME, FILES, PLAN
 from ..places.disk import file_record
@@ -21,12 +21,6 @@ _BACKUP = "copy one of them from a backup"
 
 Record = dict[str, Any]
 """`bytes` and `crc32c` of a file, as `file_record` makes it."""
-
-COORDINATES = (
-    "depth", "stage", "layer", "recurrence", "depth_other", "state_depth", "token_id", "token_position",
-    "token_sequence", "sequence_start", "sequence_length", "sequence_id", "state_token", "unit_done",
-)  # fmt: skip
-"""Coordinates in the order in which captures write them."""
 
 
 def _read_copy(place: Place, key: str, patience: Patience) -> bytes | None:
@@ -109,8 +103,9 @@ def _settled_array(
     for array in copies:  # the one of which the checksum was noted
         if file_record(json.dumps(array, indent=2).encode()) == noted.get(key):
             return array
-    is_agreed = len(copies) == 1 or (len(copies) == 2 and copies[0] == copies[1])
-    return copies[0] if is_agreed else None
+    if len(copies) == 1:
+        return copies[0] if key not in noted else None
+    return copies[0] if copies and copies[0] == copies[1] else None
 
 
 def _array_names(
@@ -121,8 +116,8 @@ def _array_names(
         return list(group.metadata)
     found = {key.partition("/")[0] for key in noted if key.endswith("/zarr.json")}
     if not found:
-        found = {name for name in names if name in COORDINATES or name in quantities}
-    order = dict.fromkeys([*COORDINATES, *quantities, *QUANTITIES])
+        found = {name for name in names if name in COORDINATE_AXES or name in quantities}
+    order = dict.fromkeys([*COORDINATE_AXES, *quantities, *QUANTITIES])
     known = [name for name in order if name in found]
     return [*known, *sorted(name for name in found - set(known) if ARRAY_NAME.fullmatch(name))]
 
