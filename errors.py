@@ -32,6 +32,10 @@ class UserError(Exception):
     status: ClassVar[int]
     """Kind of the failure, as an HTTP status: 400, 404, 409, 422 or 503."""
 
+    def __str__(self) -> str:
+        """Returns the message as any terminal, log or JSON takes it: see `plain`."""
+        return plain(super().__str__())
+
 
 class RequestError(UserError, ValueError):
     """An option, selection or spec that cannot be read, or whose value is out of its range."""
@@ -317,6 +321,26 @@ class ArchitectureError(UserError, ValueError):
     """Stores that are no architecture study, or not all of one."""
 
     status = 422
+
+
+_MAX_MESSAGE = 4000  # characters
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Returns what a user gave, as messages show it: its repr, cut beyond so many characters."""
+    return _cut(repr(value), most)
+
+
+def plain(text: str) -> str:
+    """Returns a message without control characters, which are escaped, and no longer than a screen or two."""
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return _cut(text, _MAX_MESSAGE)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]}… ({len(text):,} characters) …{text[-most // 3 :]}"
 
 
 @contextmanager

@@ -399,8 +399,8 @@ CONFIGS = {
     "untied, with a head": ("huginn", {"tie_embeddings": False, "n_heads": 8}, "qk_bias needs as many"),
     "retrofit's theta": ("retro-llama32", {"rope_theta": None}, "the field rope_theta is missing"),
     "retrofit's scaling": ("retro-llama32", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not"),
-    "embedding scale": ("retro-llama32", {"init_values": {"std": 0.1}}, "the field embed_scale is missing"),
-    "std": ("huginn", {"init_values": {}}, "the field std is missing"),
+    "embedding scale": ("retro-llama32", {"init_values": {"std": 0.1}}, "init_values.embed_scale is missing"),
+    "std": ("huginn", {"init_values": {}}, "the field init_values.std is missing"),
     "recurrences": ("retro-olmo2", {"mean_recurrence": 2.5}, "mean_recurrence must be a positive whole"),
 }  # fmt: skip
 

@@ -31,7 +31,11 @@ pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 ID = "Some-Lab/tiny.llama_5"
-SMALL = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+SMALL = {
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "adapter_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json",
+    "model.safetensors.index.json",
+}  # fmt: skip
 Run = Callable[..., subprocess.CompletedProcess]
 
 
@@ -235,10 +239,26 @@ def test_only_what_is_needed_is_asked_for(hub, capture):
     """Among copies of the weights in other places and forms, and code that comes with models."""
     needed = sharded_files()
     others = "modeling_llama.py pytorch_model.bin model.pt consolidated.safetensors training_args.bin"
-    others += " original/model.safetensors original/config.json model.safetensors README.md"
+    others += " original/model.safetensors original/config.json README.md"
     hub.add(ID, needed | dict.fromkeys(others.split(), b"not to be read"))
     assert capture(ID).returncode == 0
-    assert hub.asked_for() == set(needed) | SMALL
+    # without tokenizer.json there may be another form of one; and a second set of weights would be refused
+    others = {"tokenizer.model", "vocab.json", "merges.txt", "model.safetensors"}
+    assert hub.asked_for() == set(needed) | SMALL | others
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ("model.safetensors", "holds two sets of weights"),
+        ("adapter_config.json", "holds an adapter beside the weights (adapter_config.json)"),
+        ("quantize_config.json", "holds quantize_config.json, so its weights are quantised"),
+    ],
+)
+def test_files_that_make_another_model_are_refused_before_weights_are_fetched(hub, run, more, wanted):
+    hub.add(ID, sharded_files() | {more: b"{}"})
+    assert wanted in message_of(run("info", ID))
+    assert not [request for request in hub.requests if request.name.endswith("of-3.safetensors")]
 
 
 def test_a_damaged_file_is_thrown_away(hub, capture, tmp_path):

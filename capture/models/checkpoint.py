@@ -161,7 +161,7 @@ def check_headers(config: Config, tensors: Mapping[str, TensorHeader]) -> Checke
     path = config.path.parent
     kind, family = find_family(config)
     try:
-        description = family.describe(config, tensors.keys())
+        description = family.read(config, tensors.keys())
     except DescriptionError as error:
         raise ModelError(f"{config.path}: {error}") from error
     sources = family.sources(description)

@@ -1,9 +1,10 @@
 """Models from the Hugging Face Hub, in the cache of its own library: ORG/NAME or ORG/NAME@REVISION.
 
-Only config.json, tokenizer.json, the index of the weights and the safetensors files that it names are asked
-for, the small files first and the weights when they are needed, one file after another: `snapshot_download`
-fetches in threads, which Ctrl-C does not stop before their files are complete. Tokens, logins, offline mode,
-retries, locks and progress bars are the library's.
+Asked for are small files (config.json, the tokenizer's, the index of the weights, what would make another
+model of them) and the safetensors files of the index: the small files first, the weights when they are
+needed, one after another, as Ctrl-C does not stop the threads of `snapshot_download` before their files are
+complete.
+Tokens, logins, offline mode, retries, locks and progress bars are the library's.
 """
 
 import errno
@@ -18,13 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import HubError, ModelError, ModelMissingError, ModelSpecError, UserError
+from .other_files import (
+    ADAPTERS,
+    INDEX,
+    QUANTISED,
+    SINGLE,
+    TOKENIZER_EXTRAS,
+    TOKENIZER_MODELS,
+    refuse_other_files,
+    two_sets,
+)
 
 FORMS = (
     "a model is a directory with config.json and *.safetensors, a Hub id ORG/NAME or ORG/NAME@REVISION "
     "(branch, tag or commit), or a random: spec"
 )
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG = "config.json"
 _WEIGHTS = re.compile(r"[\w][\w.-]*\.safetensors", re.ASCII)
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _ID = re.compile(f"{_PART}/{_PART}", re.ASCII)
@@ -80,10 +90,18 @@ def fetch_model(spec: str) -> Snapshot:
                 f"{spec} holds no {CONFIG}, so it is no model that looptap reads; {FORMS}"
             )
         commit = config_path.parent.name
-        _fetch(id, TOKENIZER, commit)
+        small = ("tokenizer.json", *TOKENIZER_EXTRAS, ADAPTERS[0], *QUANTISED)
+        found = [name for name in small if _fetch(id, name, commit)]
+        refuse_other_files(id, found)
+        if "tokenizer.json" not in found:
+            for name in TOKENIZER_MODELS:
+                _fetch(id, name, commit)
         index_path = _fetch(id, INDEX, commit)
         weights = (SINGLE,) if index_path is None else _read_index(id, index_path)
-        return Snapshot(id, revision or None, commit, config_path.parent, weights)
+        snapshot = Snapshot(id, revision or None, commit, config_path.parent, weights)
+        if SINGLE not in weights and snapshot.missing and _exists(id, SINGLE, commit):
+            raise two_sets(id)
+        return snapshot
 
 
 def fetch_weights(snapshot: Snapshot, num_bytes: int) -> None:
@@ -125,6 +143,18 @@ def _fetch(id: str, name: str, revision: str) -> Path | None:
         raise
     except EntryNotFoundError:
         return None
+
+
+def _exists(id: str, name: str, commit: str) -> bool:
+    """Whether a repository has a file, which is not fetched."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(id, name, revision=commit))
+    except EntryNotFoundError:
+        return False
+    return True
 
 
 def _read_index(id: str, path: Path) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from ...errors import ModelError
 from .checkpoint import CheckedHeaders, Checkpoint, check_headers, open_checkpoint, read_config
 from .description import Description
-from .hub import TOKENIZER, Snapshot, fetch_model, fetch_weights, lacking, one_message
+from .hub import Snapshot, fetch_model, fetch_weights, lacking, one_message
 from .model import LoopedModel
 from .stored_tensors import TensorHeader, read_header, read_headers
 
@@ -51,7 +51,7 @@ class HubCheckpoint:
 
     @property
     def tokenizer_path(self) -> Path | None:
-        path = self.snapshot.path / TOKENIZER
+        path = self.snapshot.path / "tokenizer.json"
         return path if path.is_file() else None
 
     @property

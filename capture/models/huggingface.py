@@ -11,7 +11,7 @@ Ouro's; OLMo-2's is the attention's output norm.
 from collections.abc import Collection
 from dataclasses import replace
 
-from ...errors import ModelError
+from ...errors import ModelError, shown
 from .config import Config, read_rotary
 from .description import Block, Description
 from .loop_schedule import prelude_core_coda
@@ -75,7 +75,7 @@ def _feedforward(config: Config, block: Block, default_theta: float | None = Non
     config.must_be("hidden_act", "silu")
     _check_full_attention(config)
     width, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    if width % num_heads and config.fields.get("head_dim") is None:
+    if width % num_heads and config.value("head_dim") is None:
         raise ModelError(f"{config.path}: hidden_size {width} is no multiple of {num_heads} attention heads")
     return Description(
         phases=prelude_core_coda(config.integer("num_hidden_layers"), 0, 0, 0),
@@ -93,13 +93,12 @@ def _feedforward(config: Config, block: Block, default_theta: float | None = Non
 
 def _check_full_attention(config: Config) -> None:
     """Refuses sliding windows; Qwen2's files carry the width of one beside use_sliding_window false."""
-    if config.fields.get("use_sliding_window") is None:
+    config.must_be("use_sliding_window", False)
+    if config.value("sliding_window") is not None and config.value("use_sliding_window") is None:
         config.must_be("sliding_window", None)
-    else:
-        config.must_be("use_sliding_window", False)
-    kinds = config.fields.get("layer_types") or []
+    kinds = config.value("layer_types") or []
     if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
-        raise ModelError(f"{config.path}: layer_types is {kinds!r}; only 'full_attention' is known here")
+        raise ModelError(f"{config.path}: layer_types is {shown(kinds)}; only 'full_attention' is known here")
 
 
 def list_sources(d: Description) -> list[Source]:

@@ -51,6 +51,7 @@ def read_raven(config: Config, names: Collection[str]) -> Description:
     """Reads the description of whichever of the three wirings the tensors' names belong to."""
     for name, wanted in _COMMON.items():
         config.must_be(name, wanted)
+    config.must_be("tie_word_embeddings", config.flag("tie_embeddings", None))
     if any(name.endswith(".norm_3.weight") for name in names):
         return _huginn(config)
     is_olmo2 = any(name.endswith(".attn.q_norm.weight") for name in names)

@@ -7,6 +7,7 @@ and that the file is as long as they say.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import ModelError, ModelMissingError, os_errors_named
+from .other_files import INDEX, SINGLE, refuse_other_files, two_sets
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PIECE_BYTES = 2**21
@@ -92,8 +94,10 @@ def read_headers(path: Path, read_header: Callable[[Path], Sequence[Header]]) ->
     Raises:
         ModelError: files missing, damaged, cut short or contradictory.
     """
-    index_path = path / "model.safetensors.index.json"
-    weight_map, files = None, ["model.safetensors"]
+    if path.is_dir():
+        refuse_other_files(str(path), os.listdir(path))
+    index_path = path / INDEX
+    weight_map, files = None, [SINGLE]
     if index_path.is_file():
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -102,6 +106,8 @@ def read_headers(path: Path, read_header: Callable[[Path], Sequence[Header]]) ->
         if strange := [name for name in named if name in ("", "..") or Path(str(name)).name != name]:
             raise ModelError(f"{index_path} names {strange[0]!r}, which is no file of this directory")
         files = sorted(set(named))
+        if SINGLE not in files and (path / SINGLE).is_file():
+            raise two_sets(str(path))
     found: dict[str, Header] = {}
     for name in files:
         try:
