@@ -25,11 +25,11 @@ demo: $(VENV)/.installed  ## capture a small looped model and write a report; no
 	$(VENV)/bin/looptap demo
 
 check: lint  ## lint, types and the quick tests
-	$(beside) -m 'not slow and not alone and not full'
+	$(beside) -m 'not slow and not apart and not full'
 
 test: lint  ## lint, types and tests, of the kernels where they changed: a quarter of an hour
-	$(beside) -m 'not alone and not full'
-	$(VENV)/bin/python -m pytest $(but_kernels) -m 'alone and not full'
+	$(beside) -m 'not apart and not full'
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(but_kernels) -m 'apart and not full'
 	$(kernels_in_test)
 
 test-all: # what a file compiles for all of its tests is compiled once

@@ -1,4 +1,4 @@
-"""Commands that must be refused, for the tests of bad input; and what must not run beside other tests."""
+"""Commands that must be refused, for the tests of bad input; and what must not run beside many others."""
 
 import os
 import shutil
@@ -19,8 +19,11 @@ TINY = "random:(0,2x3,0)I,width=32,heads=2"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if hasattr(item.config, "workerinput") and item.get_closest_marker("alone"):
-        pytest.fail('it must run alone: pytest -n takes -m "not alone"', pytrace=False)
+    is_among_many = hasattr(item.config, "workerinput") and item.config.getoption("dist") != "loadfile"
+    if is_among_many and item.get_closest_marker("apart"):
+        pytest.fail(
+            'it must run apart: pytest -n takes -m "not apart", or -n 2 --dist loadfile', pytrace=False
+        )
 
 
 @pytest.fixture

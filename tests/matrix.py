@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "zarr")
-QUICK = ("-q", "-m", "not slow and not alone and not full", "--ignore=tests/ahead")
+QUICK = ("-q", "-m", "not slow and not apart and not full", "--ignore=tests/ahead")
 
 
 def oldest(requirements: list[str]) -> Iterator[str]:

@@ -146,6 +146,7 @@ def test_endpoints_that_can_be(monkeypatch, endpoint):
         ({"AWS_REGION": "a b"}, "AWS_REGION is 'a b'"),
     ],
 )
+@pytest.mark.slow
 def test_the_command_says_it_in_one_line(door, variables, message):
     done = subprocess.run(
         [sys.executable, "-m", "looptap", "status", f"s3://{BUCKET}/x"],

@@ -4,7 +4,7 @@ import pytest
 
 from looptap.benchmarks.chaos import attack
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.apart
 
 
 @pytest.mark.parametrize("num_kills", [8, pytest.param(40, marks=pytest.mark.full)])

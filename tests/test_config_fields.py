@@ -20,6 +20,7 @@ def refusal(path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_mutated_configs_give_the_reference_or_are_refused():
     found = try_cases(range(400))
     assert found.silent == []

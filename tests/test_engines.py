@@ -53,7 +53,7 @@ class TestThisProcess(PoolContract):
             run(make_pool, files, 3, 1, limits=self.limits)
 
 
-@pytest.mark.alone
+@pytest.mark.apart
 class TestProcesses(ProcessPoolContract):
     @pytest.fixture
     def make_pool(self):

@@ -219,6 +219,7 @@ def test_our_own_fault_is_a_traceback_and_seventy(monkeypatch, ended, error):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.slow
 def test_a_full_disk_behind_the_output(tmp_path, unbuffered):
     command = [sys.executable, "-m", "looptap", "info", TINY]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}

@@ -57,6 +57,7 @@ class Faults:
 
 @pytest.mark.parametrize("chance", [0.02, 0.3])
 @pytest.mark.parametrize("seed", range(30))
+@pytest.mark.slow
 def test_no_sound_unit_is_voided(store, monkeypatch, seed, chance):
     with monkeypatch.context() as patch:
         faults = Faults(patch, store, seed, chance)

@@ -348,8 +348,17 @@ def really(settings: CaptureSettings, mount: Path, how: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["bytes", "files", "read-only"])
+@pytest.mark.parametrize(
+    ("how", "workers"),
+    [
+        ("bytes", 0),
+        ("bytes", 2),
+        ("files", 0),
+        pytest.param("files", 2, marks=pytest.mark.full),
+        ("read-only", 0),
+        pytest.param("read-only", 2, marks=pytest.mark.full),
+    ],
+)
 def test_a_disk_that_really_refuses(tmp_path, how, workers):
     """A small tmpfs in a mount namespace of its own."""
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]

@@ -92,6 +92,7 @@ def test_page_holds_prompt_lens_and_figures_and_loads_nothing(tmp_path):
     assert "The coda's one block is left out here" in text
 
 
+@pytest.mark.slow
 def test_the_prompt_is_shown_as_it_is_or_not_at_all(tmp_path):
     dataset = inspected((0, 1, 2, 0), num_tokens=2)
     broken = ["\N{REPLACEMENT CHARACTER}"] * 2
@@ -169,6 +170,7 @@ def test_thinned_keeps_order_and_ends():
 
 # every head of 4 fits, of 32 only those of some blocks
 @pytest.mark.parametrize("heads", [4, 32])
+@pytest.mark.slow
 def test_a_page_of_64_tokens_and_100_depths_stays_small(tmp_path, heads):
     tokens = [f" t{i}" for i in range(64)]
     dataset = inspected((0, 10, 10, 0), num_tokens=64, heads=heads)
@@ -186,6 +188,7 @@ def test_a_page_of_64_tokens_and_100_depths_stays_small(tmp_path, heads):
     ("shape", "num_tokens", "heads"),
     [((4, 0, 0, 0), 6, 2), ((0, 1, 1, 0), 6, 1), ((0, 2, 2, 0), 1, 2), ((1, 1, 2, 1), 2, 1)],
 )
+@pytest.mark.slow
 def test_small_models_and_prompts_make_a_page(tmp_path, shape, num_tokens, heads):
     page = page_of(inspected(shape, num_tokens, heads), tmp_path, TOKENS[:num_tokens])
     text = words(page)

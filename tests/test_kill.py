@@ -162,7 +162,7 @@ def frozen_worker(capture: subprocess.Popen, path: Path) -> psutil.Process:
     return workers[0]
 
 
-@pytest.mark.alone
+@pytest.mark.apart
 def test_a_frozen_worker_does_not_hold_the_run(tmp_path, calm_store):
     path, ids_path = tmp_path / "run.zarr", calm_store.with_name("ids.npy")
     capture = start(ids_path, path, "--workers", "2")

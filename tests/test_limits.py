@@ -74,6 +74,7 @@ def many(kind: str, R: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 @pytest.mark.parametrize("R", [24, 128])
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.03])
 @pytest.mark.parametrize("kind", LIMITS)
+@pytest.mark.slow
 def test_ten_thousand_noisy_series_are_told_apart(kind, noise, R):
     rng = np.random.default_rng(RNG_SEED)
     x_SRD, period_S = many(kind, R, rng)

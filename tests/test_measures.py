@@ -382,6 +382,7 @@ def test_a_store_on_disk_gives_the_same_numbers(tmp_path):
 
 
 # 24 units against 6: four times the store in the same memory; 6 have more values than medians keep
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_store(tmp_path):
     sequences, _ = random_sequences([40, 40], (0, 3, 40, 0), heads=4)
     peaks = []

@@ -175,6 +175,7 @@ def test_leftovers_are_replaced(path):
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 @pytest.mark.parametrize("file", ["residual_norm/c.1.0", "state/c.3.0.0", "token_id/c.0"])
+@pytest.mark.slow
 def test_verify_finds_damage(path, file, damage):
     store = open_or_create(path, 2)
     for unit in range(2):
@@ -319,6 +320,7 @@ def test_a_server_without_conditions_is_refused(url, door, header):
     assert not [name for name in store.place.names(".looptap") if "probe" in name]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_reached(url, door, monkeypatch):
     """One line each, in bounded time."""
     with pytest.raises(StoreError, match="there is no bucket nowhere: make it, or mend the URL"):

@@ -81,7 +81,9 @@ def test_compiled_as_one_graph(name):
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on a CPU")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[NEEDS_COMPILER, pytest.mark.full])]
+)
 @pytest.mark.slow
 def test_a_model_compiles_as_one_graph(backend):
     model = load_model("random:(1,2x3,1)I,norm=huginn,width=32,heads=4")

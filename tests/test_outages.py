@@ -206,6 +206,7 @@ def test_patience_ends(url, door, options, workers):
 
 
 @pytest.mark.parametrize("outage", ["stopped", "paused", "reset"])
+@pytest.mark.slow
 def test_patience_is_of_the_server(door, outage, monkeypatch):
     """What is asked once it is over fails at once, or Ctrl-C would be followed by minutes of clearing up."""
     place = ObjectPlace(f"s3://{BUCKET}/x")
@@ -232,6 +233,7 @@ def test_a_server_that_never_answered(door, monkeypatch, endpoint):
     assert time.monotonic() - started_s < 3
 
 
+@pytest.mark.slow
 def test_a_worker_that_starts_in_an_outage(url, door, monkeypatch):
     """It never heard of the server; its driver did."""
     store = open_or_create(url, 2)
@@ -323,6 +325,7 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> None:
 
 
 @pytest.mark.parametrize("outage", ["stopped", "paused", "503"])
+@pytest.mark.slow
 def test_an_outage_takes_no_lock_away(url, door, quick_lock, outage):
     """It lasts longer than a lock does without a sign of life, but nobody can have taken it meanwhile."""
     open_or_create(url, 2)
@@ -339,6 +342,7 @@ def test_an_outage_takes_no_lock_away(url, door, quick_lock, outage):
     assert lock_holder(url) is None
 
 
+@pytest.mark.slow
 def test_a_lock_that_was_taken_over_in_an_outage(url, door, quick_lock, monkeypatch):
     """The server was away for its holder alone, who hears of it as soon as it is back."""
     open_or_create(url, 2)

@@ -36,6 +36,7 @@ def stores(tmp_path_factory) -> list[tuple[Path, Path]]:
     return write_plain_stores(tmp_path_factory.mktemp("stores"))
 
 
+@pytest.mark.slow
 def test_all_readers_find_what_was_written(stores):
     for path, expected_path in stores:
         done = read_plainly(path, expected_path)

@@ -335,7 +335,7 @@ MEASURED = """
 @pytest.mark.parametrize(
     ("changes", "method"),
     [
-        ({"quantities": ("all",)}, "keep states"),
+        pytest.param({"quantities": ("all",)}, "keep states", marks=pytest.mark.full),
         ({"quantities": ("gaps",), "states": ("all",), "gap_memory_gib": 0.0}, "run twice"),
     ],
 )

@@ -35,7 +35,7 @@ from looptap.capture.store.writing.commit import Store
 from looptap.errors import ClusterError, EngineError
 from looptap.tests.engine_contract import Files, ProcessPoolContract, ended, is_alive, run
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.apart
 
 TINY = "random:(0,2x3,0)I,width=32,heads=2"
 TOKEN = "0123456789abcdef" * 4

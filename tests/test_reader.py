@@ -106,6 +106,7 @@ def test_whole_arrays(store, way):
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
+@pytest.mark.slow
 def test_any_selection_equals_numpy(store, way, data):
     name = data.draw(st.sampled_from([*store.arrays]))
     decode = data.draw(st.booleans())
@@ -293,6 +294,7 @@ def _read_in(dataset: xr.Dataset, names: tuple[str, ...]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.slow
 def test_processes_share_a_dataset(store, start):
     """tensorstore's threads do not survive a fork, so a child that waited for them would hang."""
     names = ("state_all", "state_packed", "residual_norm")

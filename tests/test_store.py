@@ -161,6 +161,7 @@ print(json.dumps({"dims": dims, "coords": sorted(map(str, dataset.coords)), "att
 # 1: units of one row; 5: smaller than any inner chunk; 700: inner chunks of 350, ragged; 1024: two inner
 # chunks, the second sometimes missing; 1031: prime, so one inner chunk
 @pytest.mark.parametrize("unit_tokens", [1, 5, 700, 1024, 1031])
+@pytest.mark.slow
 def test_plain_readers_read_what_was_written(tmp_path, unit_tokens):
     store = make_store(tmp_path / "run.zarr", unit_tokens)
     for unit in (2, 0):  # unit 1 stays missing
@@ -523,7 +524,7 @@ def test_a_write_must_fit_its_array(tmp_path):
     assert store.todo() == [0, 1, 2]
 
 
-@pytest.mark.alone
+@pytest.mark.apart
 def test_opening_28_arrays_takes_a_tenth_of_a_second(tmp_path):
     arrays = {f"q{i}": ArraySpec(("token", "depth"), (30, 3), 10, "float32", {}) for i in range(21)}
     coordinates = {f"c{i}": (("token",), np.arange(30), {}) for i in range(6)}

@@ -64,6 +64,7 @@ def test_damage_at_random_for_long(calm, tmp_path):
 @pytest.mark.parametrize(
     "key", ["zarr.json", PLAN, FILES, "stage/c.0", "gap_norm/zarr.json", COMPLETE, SUMMARY, "unit_done/c.0"]
 )
+@pytest.mark.slow
 def test_one_file_that_the_plan_tells_is_mended_without_the_data(calm, copy, key, how):
     """Every unit stays, and nothing is captured again."""
     place, plan = copy
@@ -135,6 +136,7 @@ def test_a_folder_that_leads_out_is_refused(copy, folder):
 
 @pytest.mark.parametrize("key", ["token_id/c.0", "sequence_start/c.0", "sequence_id/c.0", "state_depth/c.0"])
 @pytest.mark.parametrize("how", [flip, remove, scramble])
+@pytest.mark.slow
 def test_coordinates_of_an_unfinished_store_are_restored_before_workers_trust_them(
     calm, copy, tmp_path, key, how
 ):
@@ -208,6 +210,7 @@ def test_when_two_copies_are_gone(calm, copy, lost):
     ("name", "other", "noted"),
     [("depth", "attention_peak", True), ("token_id", "token_position", True), ("stage", "token_id", False)],
 )
+@pytest.mark.slow
 def test_another_arrays_metadata_are_not_taken_where_both_copies_are_gone(copy, name, other, noted):
     place, _ = copy
     shutil.copy(place.store / other / "zarr.json", place.store / name / "zarr.json")

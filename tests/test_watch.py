@@ -264,6 +264,7 @@ def test_steps_alone_are_those_with_gaps():
     assert np.isfinite(found[0][:9, 3:7]).all()
 
 
+@pytest.mark.slow
 def test_everything_that_reads_stores_reads_this_one(tmp_path, capsys):
     module, path = make_looped(), tmp_path / "run.zarr"
     with torch.no_grad(), looptap.watch(module, states=["core@last"], store=path, name="my loop") as watched:

@@ -151,6 +151,7 @@ CALLS |= {
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("context", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.slow
 def test_every_kind_of_call(name, context):
     module = make_looped(key_heads=2)
     call, wanted_as = CALLS[name]

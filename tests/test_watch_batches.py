@@ -350,6 +350,7 @@ def test_a_mask_that_the_module_may_ignore(how, side):
     assert_same_rows(watched.dataset(), single.dataset(), tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_set_by_hand():
     """The mask is for a module without attention_mask; it holds for one pass."""
     module = make_looped()

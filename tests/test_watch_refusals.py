@@ -628,6 +628,7 @@ def test_gradient_checkpointing():
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know")
 @pytest.mark.parametrize("is_compiled_before", [False, True])
+@pytest.mark.slow
 def test_a_function_compiled_around_the_module(is_compiled_before):
     """torch.compile steps aside for hooks: what it calls is measured as it runs."""
     module = make_looped()
