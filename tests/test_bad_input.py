@@ -299,6 +299,7 @@ def store(tmp_path_factory) -> Path:
         (TINY, "--quantities steps", "settings.quantities: ['residual_norm', "),
     ],
 )
+@pytest.mark.slow
 def test_another_plan_at_the_same_path(message, store, tmp_path, model_spec, options, differs):
     shutil.copytree(store, tmp_path / "run.zarr")
     said = message(model_spec, *options.split())

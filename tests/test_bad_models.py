@@ -112,7 +112,7 @@ CONFIGS = {
     ),
     "rope scaling without factors": (
         {"rope_scaling": {"rope_type": "llama3"}},
-        "the field low_freq_factor is missing",
+        "the field rope_scaling.low_freq_factor is missing",
     ),
     "rope scaling of another type": (
         {"rope_scaling": "llama3"},
@@ -145,7 +145,10 @@ CONFIGS = {
     "key heads": ({"num_key_value_heads": 4}, "k_proj.weight is [16, 64] where the config says [32, 64]"),
     "mlp": ({"intermediate_size": 100}, "gate_proj.weight is [176, 64] where the config says [100, 64]"),
     "untied": ({"tie_word_embeddings": False}, "missing lm_head.weight"),
-    "another family": ({"model_type": "olmo2"}, "not those of a olmo2 model with this config: missing "),
+    "another family": (
+        {"model_type": "olmo2", "architectures": None},
+        "not those of a olmo2 model with this config: missing ",
+    ),
     # nothing that could be right
     "odd heads": ({"head_dim": 7}, "rotary positions need an even head width, got 7"),
     "heads that do not divide": (

@@ -202,6 +202,7 @@ def test_transposed_tensors_are_named(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("value", "says"), [("nan", "holds NaN"), ("-inf", "holds infinite values")])
+@pytest.mark.slow
 def test_numbers_that_are_none_are_named(tmp_path, name, value, says):
     """One stands in the last place of each kind of tensor; a load and a plan's hash both find it."""
     for number, role in enumerate(roles(weights_of(name))):

@@ -133,6 +133,7 @@ def test_an_error_that_travels_comes_back_equal(cls):
     assert str(back) == "row 3: ünïcode\nand a second line" and back.status == cls.status
 
 
+@pytest.mark.slow
 def test_an_error_comes_back_from_another_process(tmp_path):
     """A worker's error arrives with its class and message, through a pickle on a pipe."""
     code = (
@@ -386,6 +387,7 @@ def test_capture_takes_a_url_as_text(bucket, tmp_path):
     assert captured.drop_attrs().identical(local.drop_attrs())
 
 
+@pytest.mark.slow
 def test_watched_saves_to_a_url(bucket, tmp_path):
     import torch
 

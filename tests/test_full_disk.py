@@ -137,6 +137,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "skipped", "code", "stays"), CASES)
+@pytest.mark.slow
 def test_the_first_refusal_ends_the_run(settings, computed, monkeypatch, name, skipped, code, stays):
     fault = Fault(Path(settings.run.store), name, code, skipped, stays)
     with monkeypatch.context() as patch:

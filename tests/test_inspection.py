@@ -64,6 +64,7 @@ def square(weights: list[int], num_tokens: int) -> np.ndarray:
     return map_TT
 
 
+@pytest.mark.slow
 def test_every_weight_of_a_small_prompt_is_in_the_page(tmp_path):
     dataset = inspected((1, 2, 4, 1))
     page = page_of(dataset, tmp_path)
@@ -81,6 +82,7 @@ def test_every_weight_of_a_small_prompt_is_in_the_page(tmp_path):
     assert page.tags.count("option") == 10 + 1 + (1 + 2) + (1 + 4)
 
 
+@pytest.mark.slow
 def test_page_holds_prompt_lens_and_figures_and_loads_nothing(tmp_path):
     page = page_of(inspected((1, 2, 4, 1)), tmp_path, lens=[[("a", 0.9)], [LENS[1]], [LENS[0]], [LENS[0]]])
     assert page.loads == [] and "b" not in page.tags
@@ -197,6 +199,7 @@ def test_small_models_and_prompts_make_a_page(tmp_path, shape, num_tokens, heads
     assert "To keep the page small" not in text
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_counted_and_marked(tmp_path):
     dataset = inspected((0, 2, 3, 0))
     dataset["attention"].values[0, 1, 2, :3] = np.nan
@@ -208,6 +211,7 @@ def test_weights_that_are_not_finite_are_counted_and_marked(tmp_path):
     assert f"{6 * 2 * 21} weights are not finite" in words(page_of(dataset, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_real_prompt(tmp_path):
     found = inspect_prompt(InspectSettings.of(model="random:(1,2x3,1)I,width=32", prompt="ab cab"))
     path = write_inspection(found.dataset, found.tokens, found.lens, tmp_path / "deep" / "i.html")

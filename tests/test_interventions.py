@@ -171,6 +171,7 @@ class Zeroing(Plain):
         ),
     ],
 )
+@pytest.mark.slow
 def test_zeroed_outputs(norm, zero, halves):
     model = f"random:(1,2x3,1)I,norm={norm},width=32,heads=4"
     dataset = looptap.capture(model, ROWS[:1], states=("all",), quantities=("residual",), zero=zero)

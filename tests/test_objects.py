@@ -360,6 +360,7 @@ def forge_lock(url: str, **changes) -> None:
     ObjectPlace(url).replace(".looptap/driver.lock", json.dumps(mine).encode())
 
 
+@pytest.mark.slow
 def test_a_silent_driver_is_succeeded(url, monkeypatch):
     open_or_create(url, 2)
     forge_lock(url)

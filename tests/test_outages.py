@@ -266,6 +266,7 @@ def test_what_will_not_pass_is_said_at_once(url, door):
     assert time.monotonic() - started_s < 5
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_now_is_no_damage(url, door, monkeypatch):
     store = open_or_create(url, 2)
     write_unit(begin_attempt(store, 0)).commit(RECEIPT)
@@ -387,6 +388,7 @@ def test_a_beat_under_way_at_the_release(url, door, monkeypatch):
     assert lock_holder(url) is None
 
 
+@pytest.mark.slow
 def test_readers_wait(url, door, monkeypatch):
     """zarr-python's requests, of a Dataset that was sent to another process as well."""
     store = open_or_create(url, 2)

@@ -47,6 +47,7 @@ def test_all_readers_find_what_was_written(stores):
 
 
 @pytest.mark.parametrize("name", ["state_all", "state_packed", "residual_norm", "lens_token"])
+@pytest.mark.slow
 def test_another_value_is_noticed(stores, tmp_path, name):
     path, expected_path = stores[2]
     expected = dict(np.load(expected_path))

@@ -77,6 +77,7 @@ def swap(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, cut, swap, Path.unlink])
 @pytest.mark.parametrize("file", ["residual_norm/c.2.0", "state/c.2.0.0", ".looptap/ledger/2.json"])
+@pytest.mark.slow
 def test_a_damaged_unit_is_done_again(store, file, damage):
     unit = 1 if file.startswith("state") else 2  # two files of states a unit
     damage(store.path / file)

@@ -154,6 +154,7 @@ def test_states_are_read_once_for_all_analyses():
 
 
 # 24 units against 3: eight times the store in the same memory
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_store(tmp_path):
     sequences, states = random_sequences([40, 40], (0, 3, 40, 0))
     peaks = []

@@ -140,6 +140,7 @@ def test_rows_of_several_calls_are_numbered_in_order():
     assert sequence_values(dataset, "token_position", 3).tolist() == [*range(6)]
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_the_input():
     """Ids are found by name, place or keyword; never a mask, positions or labels; -1 for embeddings."""
     model, ids = tiny_llama(), torch.arange(1, 9).view(1, 8)

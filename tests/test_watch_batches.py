@@ -328,6 +328,7 @@ HANDLED = {
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.slow
 def test_a_mask_that_the_module_may_ignore(how, side):
     """Right padding behind causal attention is seen by no real token; anything else must be masked."""
     ids, mask = padded(side)

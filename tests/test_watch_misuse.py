@@ -281,6 +281,7 @@ def test_copies_made_inside_are_not_watched():
 CAUSAL = partial(nn.functional.scaled_dot_product_attention, is_causal=True)
 
 
+@pytest.mark.slow
 def test_another_thread():
     """It is refused, and the pass that is at work in the first one goes on."""
     module, errors = make_looped(), []

@@ -645,6 +645,7 @@ def test_a_function_compiled_around_the_module(is_compiled_before):
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_watching_loads_no_transformers():
     code = "import looptap, sys; looptap.watch; print('loaded:', *({'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -56,6 +56,7 @@ def missing(dataset, name: str) -> int:
 
 
 @pytest.mark.parametrize("name", QUANTITIES)
+@pytest.mark.slow
 def test_a_quantity_that_is_accepted_is_written(name):
     dataset = captured(name)
     assert missing(dataset, name) == 0
