@@ -231,7 +231,11 @@ class _Readers:
 
         def ours(g: np.random.Generator) -> None:
             for _ in make_batches(
-                self._store.path, batch_rows=size, buffer_chunks=buffer, seed=int(g.integers(99))
+                self._store.path,
+                decode=False,  # bytes against bytes
+                batch_rows=size,
+                buffer_chunks=buffer,
+                seed=int(g.integers(99)),
             ):
                 pass
 

@@ -5,10 +5,11 @@ is its sequence id for good.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..errors import DataError, DataMissingError, RequestError, os_errors_named
 from .models.load import ModelSource
 from .store.plan import StoredData
 
-Rows = Sequence[str] | Sequence[Sequence[int]]
+Rows = Iterable[str] | Iterable[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,19 @@ def make_dataset(rows: Rows, tokenizer: Tokenizer | None, *, limit: int | None =
         RequestError: neither texts nor token ids.
         DataError: no tokens at all, a row that does not fit; names the row.
     """
-    if all(isinstance(row, str) for row in rows):
+    if isinstance(rows, Mapping | set | frozenset | str | bytes):
+        raise RequestError(
+            f"data is a {type(rows).__name__}, which has no rows in order; give a file, a list of texts, or "
+            "a list of lists of whole token ids"
+        )
+    given: list[Any] = list(rows)  # it may tell them once
+    if all(isinstance(row, str) for row in given):
         name, field = "texts.jsonl", "text"
-        content = "".join(json.dumps({field: row}) + "\n" for row in rows).encode()
-        found = _encode(name, tokenizer, rows[:limit])  # pyright: ignore[reportArgumentType]
+        content = "".join(json.dumps({field: row}) + "\n" for row in given).encode()
+        found = _encode(name, tokenizer, given[:limit])
     else:
         name, field = "ids.safetensors", None
-        ids_ST, lengths_S = _padded(rows)
+        ids_ST, lengths_S = _padded(given)
         content = safetensors.numpy.save({"input_ids": ids_ST, "lengths": lengths_S})
         found = _matrix_rows(name, ids_ST, lengths_S)[:limit]
     _check_not_empty(name, found, limit)
@@ -181,7 +188,7 @@ def _encode(name: str, tokenizer: Tokenizer | None, texts: Iterable[str]) -> lis
     return rows
 
 
-def _padded(rows: Sequence[Sequence[int]] | Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _padded(rows: Iterable[Sequence[int]] | Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of token ids as a matrix, int64 [S, T], and their lengths, int64 [S]."""
     arrays = [np.asarray(row) for row in rows]
     if any(row.ndim != 1 or (len(row) and row.dtype.kind not in "iu") for row in arrays):

@@ -16,7 +16,7 @@ from .store.reading.reader import open_store
 
 
 def capture(
-    model: str,
+    model: str | Path,
     data: str | Path | Rows,
     store: str | Path | None = None,
     **settings: Any,
@@ -25,7 +25,8 @@ def capture(
 
     Args:
         model: a directory, a Hub id or a `random:` spec.
-        data: a file as on the command line, or texts, or token ids, one sequence each.
+        data: a file as on the command line, or texts, or token ids, one sequence each: any iterable, an array
+            or a tensor [S, T].
         store: path of a store to write or go on with, read lazily; without it all is in memory afterwards.
         settings: any other of `CaptureSettings`, by its name on the command line.
     Returns:

@@ -4,9 +4,10 @@ A setting that several commands have is written once, in a part that they share;
 one setting of a part, as a type with its help.
 """
 
+import os
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin, get_type_hints
 
 import tyro
 
@@ -143,8 +144,8 @@ class _OfParts:
         for part in fields(cls):
             if isinstance(kind := part.type, type) and is_dataclass(kind):
                 names = settings.keys() & {field.name for field in fields(kind)}
-                parts[part.name] = kind(**{name: settings.pop(name) for name in names})
-        return cls(**parts, **settings)
+                parts[part.name] = kind(**_taken(kind, {name: settings.pop(name) for name in names}))
+        return cls(**parts, **_taken(cls, settings))
 
     def but(self, **changes: Any) -> Self:
         """Returns the same settings with some of them changed; names and errors are those of `of`."""
@@ -153,6 +154,20 @@ class _OfParts:
             value = getattr(self, each.name)
             known |= vars(value) if is_dataclass(value) else {each.name: value}
         return self.of(**(known | changes))
+
+
+def _taken(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings as their fields have them, where one value or another sequence was given for a tuple,
+    or a path for text.
+    """
+    hints, taken = get_type_hints(kind), {}
+    for name, value in given.items():
+        if get_origin(hints.get(name)) is tuple and value is not None:
+            value = (value,) if isinstance(value, str | int | float) else tuple(value)
+        if hints.get(name) in (str, str | None) and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        taken[name] = value
+    return taken
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from .models.loop_schedule import STAGES, Step
 from .store.layout import ArraySpec, Codec, Coordinate
-from .store.quantities import QUANTITIES
+from .store.quantities import BITS, QUANTITIES
 
 DEFAULT_UNIT_TOKENS = 4096
 
@@ -178,7 +178,11 @@ def array_specs(
                 dimensions = ("token_state", *dimensions[1:])
             if state_dtype == "bfloat16":
                 dtype = "uint16"
-                attributes |= {"bits_of": "bfloat16", "how_to_read": "array.view(ml_dtypes.bfloat16)"}
+                attributes |= {
+                    "bits_of": "bfloat16",
+                    "how_to_read": "array.view(ml_dtypes.bfloat16)",
+                    "long_name": BITS + quantity.definition,
+                }
         shape = (slots.num_units * unit_rows, *(sizes[axis] for axis in dimensions[1:]))
         codec = state_codec if name == "state" else "zstd"
         specs[name] = ArraySpec(dimensions, shape, unit_rows, dtype, attributes, codec)

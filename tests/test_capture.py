@@ -357,6 +357,8 @@ def test_bfloat16_states_come_back_to_the_bit(tmp_path):
     # as someone without looptap reads it: bits, named as such
     raw = xr.open_zarr(tmp_path / "s", chunks=None)["state"]
     assert raw.dtype == np.uint16 and raw.attrs["bits_of"] == "bfloat16"
+    assert raw.attrs["long_name"].startswith("BITS of bfloat16, no numbers: ")
+    assert not dataset["state"].attrs["long_name"].startswith("BITS")
     as_float = torch.from_numpy(raw.values.view(np.int16)).view(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(as_float, dataset["state"].values)
     # statistics are float32 of those rounded states

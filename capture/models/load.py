@@ -81,7 +81,9 @@ class ModelSource:
         return self.spec if isinstance(self.origin, RandomModel) else self.origin.name
 
 
-def find_model(spec: str, loop: str | None = None, recurrences: int | None = None) -> ModelSource:
+def find_model(
+    spec: str | os.PathLike[str], loop: str | None = None, recurrences: int | None = None
+) -> ModelSource:
     """Finds and checks a model without loading its weights.
 
     Args:
@@ -93,6 +95,7 @@ def find_model(spec: str, loop: str | None = None, recurrences: int | None = Non
         ModelError: none of these; see `open_checkpoint`, `open_hub` and `parse_random`; also a loop or count
             that the model cannot run.
     """
+    spec = os.fspath(spec)
     if spec.startswith("random:"):
         origin = parse_random(spec)
     elif os.path.isdir(spec):  # also False where it cannot be looked at
@@ -120,7 +123,7 @@ def find_model(spec: str, loop: str | None = None, recurrences: int | None = Non
 
 
 def load_model(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     loop: str | None = None,
     recurrences: int | None = None,

@@ -33,6 +33,9 @@ _SEQUENCE_HEAD = ("sequence", "depth", "head")
 _PAIRS = ("sequence", "depth", "depth_other")  # xarray takes no dimension twice
 _RECURRENCE = ("token", "recurrence")  # a dimension of its own; on depth, recurrence is a coordinate
 
+BITS = "BITS of bfloat16, no numbers: "
+"""Begins the long_name of an array that holds such bits, where no reader can overlook it."""
+
 QUANTITIES: dict[str, Quantity] = {
     quantity.name: quantity
     for quantity in (

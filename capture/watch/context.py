@@ -28,7 +28,7 @@ class Watched:
 
     def __init__(self, module: nn.Module, recorder: Recorder, name: str) -> None:
         self._module, self._recorder, self._name = module, recorder, name
-        self._weights = (-1, "")  # their hash, after so many passes
+        self._weights: tuple[int, str | None] = (-1, None)  # their hash, after so many passes
 
     @property
     def num_sequences(self) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from .record import Recorder
 from .watched_sequence import WatchedSequence
 
 
-def write_store(path: str | Path, recorder: Recorder, module: nn.Module, name: str, weights: str) -> None:
+def write_store(
+    path: str | Path, recorder: Recorder, module: nn.Module, name: str, weights: str | None
+) -> None:
     """Makes the store and commits every unit.
 
     Args:
@@ -146,7 +148,7 @@ def _make_plan(
     )
 
 
-def _identity(module: nn.Module, name: str, weights: str) -> dict[str, Any]:
+def _identity(module: nn.Module, name: str, weights: str | None) -> dict[str, Any]:
     """Returns what the plan records to identify a module."""
     return {
         "name": name,
@@ -156,20 +158,44 @@ def _identity(module: nn.Module, name: str, weights: str) -> dict[str, Any]:
     }
 
 
-def hash_weights(module: nn.Module) -> str:
-    """Returns a hash over names, shapes, types and bytes, a tensor at a time.
+def hash_weights(module: nn.Module) -> str | None:
+    """Returns a hash over names, shapes, types and bytes, a tensor at a time; None if not all bytes are here.
 
-    Bytes are left out of tensors that have none to read: on the meta device, sparse, quantised, or of a class
-    of their own.
+    They are not on the meta device, nor where processes have a part each; bytes of sparse and quantised
+    tensors are not read.
     """
     digest = hashlib.sha256()
     for key, tensor in sorted(module.state_dict().items()):
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        plain = tensor.detach()
-        is_strided = type(plain) is Tensor and plain.layout == torch.strided
-        if is_strided and not (plain.is_meta or plain.is_quantized or plain.is_nested):
+        for plain in _plain_tensors(tensor.detach()):
+            if plain is None:
+                return None
             plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
             digest.update(plain.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor | None]:
+    """Yields the tensors whose bytes a tensor's values are, which may be of a class that wraps others; None
+    for one whose bytes cannot be read here.
+    """
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is not None and mesh.size() > 1:  # of a sharded tensor this process has a part
+        yield None
+    elif type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+        for part in (getattr(tensor, name) for name in names):
+            if isinstance(part, Tensor):
+                yield from _plain_tensors(part)
+    elif (
+        type(tensor) is not Tensor
+        or tensor.layout != torch.strided
+        or tensor.is_meta
+        or tensor.is_quantized
+        or tensor.is_nested
+    ):
+        yield None
+    else:
+        yield tensor

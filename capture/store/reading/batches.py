@@ -51,7 +51,7 @@ class Order:
 
 
 def make_batches(
-    store: str | Path, *, depths: Sequence[int] | None = None, decode: bool = False, **order: Any
+    store: str | Path, *, depths: Sequence[int] | None = None, decode: bool = True, **order: Any
 ) -> "Batches":
     """Returns batches of kept states of committed units, in random order.
 
@@ -59,8 +59,8 @@ def make_batches(
         store: a local directory or s3://bucket/prefix.
         depths: those to draw from, as `state_depth` has them; all that are kept by default. Rows of several
             depths come mixed.
-        decode: give bfloat16 as float32, not as its bits in uint16
-            (`torch.from_numpy(rows).view(torch.bfloat16)`).
+        decode: give bfloat16 as float32; False gives its bits as uint16, which are half as many bytes and
+            numbers only after `torch.from_numpy(rows).view(torch.bfloat16)`.
         order: batch_rows, seed, epoch, buffer_chunks, rank, num_ranks, start, as `Order` has them.
     Returns:
         an iterable of arrays [rows, hidden], each the caller's own; `len` is their number. Workers of a torch

@@ -17,6 +17,7 @@ from xarray.core import indexing
 from ....errors import MissingUnitsError, RequestError, UnfitError, os_errors_named
 from ..places.directory import LocalPlace
 from ..plan import plan_of
+from ..quantities import BITS
 from ..writing.commit import Store
 from .decoded_arrays import LibraryArray
 from .mapped_states import Key, MappedArray, can_map
@@ -120,6 +121,7 @@ def _lazy(variable: xr.Variable, rows: "_UnitRows", decode: bool) -> xr.Variable
     attributes = dict(variable.attrs)
     if decode and attributes.get("bits_of") == "bfloat16":
         attributes["stored_as"] = attributes.pop("bits_of")
+        attributes["long_name"] = str(attributes.get("long_name", "")).removeprefix(BITS)
         rows.decodes_bfloat16()
     return xr.Variable(variable.dims, indexing.LazilyIndexedArray(rows), attributes)
 
