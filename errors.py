@@ -137,6 +137,10 @@ class DataMissingError(DataError):
     status = 404
 
 
+class TokenizerError(DataError):
+    """A model's tokenizer cannot be used, or its files say one thing and do another."""
+
+
 class SelectionError(UserError, ValueError):
     """A selection of states, halves of blocks or tokens that cannot be read."""
 

@@ -88,15 +88,16 @@ def _write_rows(settings: WatchBench, directory: Path) -> Path:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from ..capture.data import open_tokenizer, read_dataset
+    from ..capture.data import read_dataset
     from ..capture.models.load import find_model
+    from ..capture.tokenizer import model_tokenizer
 
     source = find_model(settings.model)
     if settings.data is None:
         high, shape = source.description.vocab_size, (settings.sequences, settings.length)
         rows = list(np.random.default_rng(0).integers(0, high, shape))
     else:
-        tokenizer = open_tokenizer(source.origin.tokenizer_path)
+        tokenizer = model_tokenizer(source)
         rows = read_dataset(settings.data, tokenizer, field=settings.field, limit=settings.sequences).rows
     ids_ST = np.zeros((len(rows), max(map(len, rows))), np.int64)
     for padded_T, row in zip(ids_ST, rows, strict=True):

@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ..capture.data import open_tokenizer, read_dataset
+from ..capture.data import read_dataset
+from ..capture.models.other_files import tokenizer_files
 from ..capture.store.layout import ArraySpec, create_store
 from ..capture.store.quantities import QUANTITIES
 from ..capture.store.writing.attempt import begin_attempt
 from ..capture.store.writing.commit import Store
+from ..capture.tokenizer import BYTES, open_tokenizer
 from ..capture.units import pack
 from .bare_plan import bare_plan
 from .bench_settings import StoreBench
@@ -36,7 +38,9 @@ def measure_flatness(settings: StoreBench) -> Figure:
     with ExitStack() as stack:
         bundled = files("looptap.capture.studies") / "demo_prompts.jsonl"
         path = settings.data or stack.enter_context(as_file(bundled))
-        tokenizer = open_tokenizer(settings.tokenizer)
+        tokenizer = BYTES
+        if settings.tokenizer is not None:
+            tokenizer = open_tokenizer(tokenizer_files(settings.tokenizer.parent))
         lengths = [len(row) for row in read_dataset(path, tokenizer, field=settings.field).rows]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=settings.directory)))
         stored = {rows: _stored_rows(lengths, rows, folder / f"{rows}.zarr") for rows in (4096, 16384)}

@@ -5,7 +5,7 @@ is its sequence id for good.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,21 +15,11 @@ from zipfile import BadZipFile
 import numpy as np
 import safetensors.numpy
 
-from ..errors import DataError, DataMissingError, RequestError, os_errors_named
-from .models.load import ModelSource
+from ..errors import DataError, DataMissingError, RequestError, TokenizerError, os_errors_named
 from .store.plan import StoredData
+from .tokenizer import Tokenizer
 
 Rows = Iterable[str] | Iterable[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Turns text into token ids and back; a plan records its name and hash."""
-
-    name: str
-    sha256: str | None
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
 
 
 @dataclass(frozen=True)
@@ -41,43 +31,25 @@ class Dataset:
     """The plan's record of the data: its name, the hash of its content, its number of rows."""
     tokenizer: Tokenizer | None = None
     """The model's tokenizer; None where it has none."""
+    is_text: bool = False
+    """Whether the tokenizer made the ids."""
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.rows))
 
     @property
+    def beginning(self) -> list[tuple[int, str]]:
+        """How rows begin: the first ids of the first row of text that has any, each with its text."""
+        if self.tokenizer is None or not self.is_text:
+            return []
+        first = next(row for row in self.rows if len(row))
+        return [(int(id), self.tokenizer.decode([int(id)])) for id in first[:4]]
+
+    @property
     def longest(self) -> int:
         """Number of tokens of the longest row."""
         return max(map(len, self.rows))
-
-
-def model_tokenizer(source: ModelSource) -> Tokenizer | None:
-    """Opens a model's own tokenizer: bytes for a randomly initialised one, None where its files have none."""
-    path = source.origin.tokenizer_path
-    return None if path is None and not source.spec.startswith("random:") else open_tokenizer(path)
-
-
-def open_tokenizer(path: Path | None) -> Tokenizer:
-    """Opens the tokenizer.json at `path`; plain UTF-8 bytes where there is no path."""
-    if path is None:
-        return Tokenizer(
-            "bytes", None, lambda text: list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace")
-        )
-    import tokenizers
-
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a bad file
-        raise DataError(f"{path} is no tokenizer that the tokenizers library reads: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return Tokenizer(
-        path.name,
-        hashlib.sha256(path.read_bytes()).hexdigest(),
-        lambda text: tokenizer.encode(text).ids,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-    )
 
 
 def read_dataset(
@@ -107,7 +79,7 @@ def read_dataset(
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     identity = _identity(path.name, digest, field if suffix == ".jsonl" else None, rows)
-    return Dataset(rows, identity, tokenizer)
+    return Dataset(rows, identity, tokenizer, is_text=suffix in (".jsonl", ".txt"))
 
 
 def make_dataset(rows: Rows, tokenizer: Tokenizer | None, *, limit: int | None = None) -> Dataset:
@@ -140,7 +112,8 @@ def make_dataset(rows: Rows, tokenizer: Tokenizer | None, *, limit: int | None =
         content = safetensors.numpy.save({"input_ids": ids_ST, "lengths": lengths_S})
         found = _matrix_rows(name, ids_ST, lengths_S)[:limit]
     _check_not_empty(name, found, limit)
-    return Dataset(found, _identity(name, hashlib.sha256(content).hexdigest(), field, found), tokenizer)
+    identity = _identity(name, hashlib.sha256(content).hexdigest(), field, found)
+    return Dataset(found, identity, tokenizer, is_text=field is not None)
 
 
 def check_rows(dataset: Dataset, vocab_size: int, max_positions: int) -> None:
@@ -176,15 +149,20 @@ def _check_not_empty(name: str, rows: list[np.ndarray], limit: int | None) -> No
 def _encode(name: str, tokenizer: Tokenizer | None, texts: Iterable[str]) -> list[np.ndarray]:
     if tokenizer is None:
         raise DataError(
-            f"{name} is text and the model has no tokenizer.json beside it; give token ids instead"
+            f"{name} is text and the model has no tokenizer.json beside it, nor another form of a tokenizer; "
+            "give token ids instead"
         )
     rows = []
     for number, text in enumerate(texts):
         try:
             # no text, no tokens: a tokenizer may put a beginning before nothing at all
             rows.append(np.array(tokenizer.encode(text) if text else [], dtype=np.int32))
-        except Exception as error:  # the library raises bare Exception, and half a surrogate pair is no UTF-8
+        except UnicodeEncodeError as error:  # half a surrogate pair is no UTF-8
             raise DataError(f"{name}, row {number}: {tokenizer.name} cannot read it: {error}") from error
+        except TokenizerError:
+            raise
+        except DataError as error:
+            raise DataError(f"{name}, row {number}: {error}") from error
     return rows
 
 

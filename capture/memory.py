@@ -7,12 +7,13 @@ from typing import Any
 import xarray as xr
 
 from ..errors import RequestError
-from .data import Rows, make_dataset, model_tokenizer
+from .data import Rows, make_dataset
 from .models.load import find_model
 from .plan import Plan, make_plan
 from .run import run_capture
 from .settings import CaptureSettings
 from .store.reading.reader import open_store
+from .tokenizer import model_tokenizer
 
 
 def capture(
@@ -55,5 +56,6 @@ def _plan(data: str | Path | Rows, settings: dict[str, Any]) -> Plan:
     wanted.check()  # before the rows are cut to a limit
     model = wanted.model
     source = find_model(model.model, model.loop, model.recurrences)
-    dataset = make_dataset(data, model_tokenizer(source), limit=wanted.data.limit)
+    tokenizer = model_tokenizer(source, wanted.data.special_tokens)
+    dataset = make_dataset(data, tokenizer, limit=wanted.data.limit)
     return make_plan(wanted, source, dataset)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import PlanError
 from . import token_memory
-from .data import Dataset, check_rows, model_tokenizer, read_dataset
+from .data import Dataset, check_rows, read_dataset
 from .models.description import Description
 from .models.load import ModelSource, find_model
 from .models.model import LoopedModel
@@ -21,6 +21,7 @@ from .settings import CaptureSettings
 from .store.layout import ArraySpec, Coordinate
 from .store.plan import StoredModel, StoredPlan, StoredSettings, StoredTokenizer
 from .store.quantities import GROUPS, QUANTITIES, resolve_quantities
+from .tokenizer import model_tokenizer
 from .units import Slots, array_specs, default_unit_tokens, depth_coordinates, pack
 from .versions import versions
 
@@ -121,7 +122,13 @@ class Plan:
         return StoredPlan(
             model=StoredModel.of(self.source.identity()),
             data=self.dataset.identity,
-            tokenizer=tokenizer and StoredTokenizer(name=tokenizer.name, sha256=tokenizer.sha256),
+            tokenizer=tokenizer
+            and StoredTokenizer(
+                name=tokenizer.name,
+                sha256=tokenizer.sha256,
+                special_tokens=None if data.special_tokens == "model" else data.special_tokens,
+                beginning=tuple(self.dataset.beginning) or None,
+            ),
             settings=StoredSettings(
                 field=data.field,
                 limit=data.limit,
@@ -167,7 +174,10 @@ def make_plan(
     if measure.prelude_output != "model" and not d.loops:
         raise PlanError(f"--prelude-output {measure.prelude_output}: {d.notation} has no loop after it")
     if dataset is None:
-        dataset = read_dataset(data.data, model_tokenizer(source), field=data.field, limit=data.limit)
+        tokenizer = model_tokenizer(source, data.special_tokens)
+        dataset = read_dataset(data.data, tokenizer, field=data.field, limit=data.limit)
+    if data.special_tokens != "model" and not dataset.is_text:
+        raise PlanError(f"--special-tokens {data.special_tokens}: the data are token ids, and no text")
     check_rows(dataset, d.vocab_size, d.max_positions)
     slots = _slots(settings, dataset, keeps_states="state" in quantities)
     device = resolve_device(model.device, is_here=settings.run.engine != "ray")

@@ -13,7 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from ..errors import PlanError
-from .data import make_dataset, model_tokenizer
+from .data import make_dataset
 from .models.load import find_model
 from .models.model import LoopedModel
 from .models.starts import initial_state
@@ -24,6 +24,7 @@ from .run import prepare_store
 from .settings import CaptureSettings, DataSettings, InspectSettings, MeasureSettings, RunSettings
 from .store.reading.reader import open_store
 from .taps.maps import Maps
+from .tokenizer import model_tokenizer
 from .worker import Worker
 
 LENS_TOKENS = 3  # how many of the likeliest next tokens are shown

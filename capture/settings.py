@@ -21,6 +21,14 @@ Device = Annotated[
 TextField = Annotated[
     str, tyro.conf.arg(metavar="NAME", help="Field of each .jsonl line that holds the text.")
 ]
+SpecialTokens = Annotated[
+    Literal["model", "none", "bos"],
+    tyro.conf.arg(
+        metavar="model|none|bos",
+        help="Around each text: what the model's tokenizer puts there, nothing, or the token that begins a "
+        "sequence, once.",
+    ),
+]
 BatchTokens = Annotated[
     int | None,
     tyro.conf.arg(
@@ -61,6 +69,7 @@ class DataSettings:
     field: TextField = "text"
     limit: Annotated[int | None, tyro.conf.arg(metavar="ROWS")] = None
     """Only the first so many rows of the data."""
+    special_tokens: SpecialTokens = "model"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from ..capture.engines.events import (
 from ..capture.plan import Plan
 from ..capture.plan_cost import disk_bytes, memory_bytes
 from ..capture.run import Outcome, run_capture
-from .tables import make_console, to_size
+from .tables import make_console, to_size, to_tokens
 
 console = make_console(stderr=True)
 LINE_S = 10.0  # between lines where there is no bar
@@ -48,6 +48,8 @@ def print_plan(plan: Plan) -> None:
         f"{plan.slots.num_sequences} sequences, {plan.dataset.num_tokens} tokens"
         + (f"; {empty} empty rows get no slots" if empty else ""),
     )
+    if beginning := plan.dataset.beginning:
+        table.add_row("rows begin", to_tokens(beginning))
     table.add_row(
         "units",
         f"{plan.slots.num_units} of {plan.slots.unit_tokens} token slots, "

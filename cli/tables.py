@@ -22,6 +22,7 @@ from ..capture.store.care.verify import Report
 from ..capture.store.plan import StoredSettings, plan_of
 from ..capture.store.quantities import QUANTITIES
 from ..capture.store.writing.commit import Store
+from ..errors import shown
 
 
 def make_console(stderr: bool) -> Console:
@@ -143,6 +144,8 @@ def print_store(path: str | Path) -> None:
     weights = "unknown" if model.weights_sha256 is None else f"{model.weights_sha256[:16]}…"
     table.add_row("weights", f"{model.num_parameters} parameters, sha256 {weights}")
     table.add_row("data", f"{data.name}, {plan.num_sequences} sequences, {plan.num_tokens} tokens")
+    if plan.tokenizer is not None and plan.tokenizer.beginning:
+        table.add_row("rows begin", to_tokens(plan.tokenizer.beginning))
     table.add_row("units", f"{plan.num_units} of {plan.unit_tokens} token slots")
     table.add_row("quantities", ", ".join(settings.quantities))
     if settings.states:
@@ -296,6 +299,11 @@ def _settled(step: float, epsilon: float) -> str:
     if step <= rounding_step(epsilon):
         return ", which rounding alone may do: give --dtype float32 to tell"
     return ", so it is no fixed point and the factor is that of a place on the way"
+
+
+def to_tokens(beginning: Sequence[tuple[int, str]]) -> str:
+    """Returns the first tokens of a row as a line: texts and ids."""
+    return ", ".join(f"{shown(text, 20)} ({id})" for id, text in beginning)
 
 
 def to_size(num_bytes: int) -> str:

@@ -19,7 +19,8 @@ TINY = "random:(0,2x3,0)I,width=32,heads=2"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    is_among_many = hasattr(item.config, "workerinput") and item.config.getoption("dist") != "loadfile"
+    worker = getattr(item.config, "workerinput", None)  # of pytest-xdist, with the command's arguments
+    is_among_many = worker is not None and "loadfile" not in worker["mainargv"]
     if is_among_many and item.get_closest_marker("apart"):
         pytest.fail(
             'it must run apart: pytest -n takes -m "not apart", or -n 2 --dist loadfile', pytrace=False

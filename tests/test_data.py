@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from looptap.capture.data import make_dataset, open_tokenizer, read_dataset
+from looptap.capture.data import make_dataset, read_dataset
 from looptap.capture.plan import make_plan
 from looptap.capture.settings import CaptureSettings
+from looptap.capture.tokenizer import BYTES, open_tokenizer
 from looptap.errors import UserError
 
-BYTES = open_tokenizer(None)
 # accents, three-byte signs, a four-byte one, and two line separators that are no line ends in these files
 TEXTS = ["Hello there.", "naïve – 数学", "", "a\u2028b\x0cc", "🙂" * 5, "tab\tand 'quotes' \"too\""]
 
@@ -156,7 +156,7 @@ def test_tokenizer_json(tmp_path, truncation):
     """Truncation and padding that a file may switch on would drop tokens silently; neither is used."""
     write_tokenizer(tmp_path / "tokenizer.json", truncation=truncation)
     (tmp_path / "data.txt").write_text("the cat sat the cat\nthe dog\n\n数学\n")
-    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = open_tokenizer([tmp_path / "tokenizer.json"])
     dataset = read_dataset(tmp_path / "data.txt", tokenizer)
     assert rows_of(dataset) == [[0, 2, 3, 4, 2, 3], [0, 2, 1], [], [0, 5]]
     assert tokenizer.decode([0, 2, 3]) == "<s> the cat"

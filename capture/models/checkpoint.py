@@ -19,6 +19,7 @@ from .config import Config
 from .description import Description
 from .families import find_family
 from .model import LoopedModel, rotary_frequencies, rotary_table
+from .other_files import tokenizer_files
 from .sources import COMPUTED, Copy, Source
 from .stored_tensors import (
     DTYPES,
@@ -56,9 +57,8 @@ class Checkpoint(CheckedHeaders):
         return self.path.resolve().name
 
     @property
-    def tokenizer_path(self) -> Path | None:
-        path = self.path / "tokenizer.json"
-        return path if path.is_file() else None
+    def tokenizer_files(self) -> list[Path]:
+        return tokenizer_files(self.path)
 
     @cached_property
     def weights_sha256(self) -> str:

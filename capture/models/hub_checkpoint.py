@@ -17,6 +17,7 @@ from .checkpoint import CheckedHeaders, Checkpoint, check_headers, open_checkpoi
 from .description import Description
 from .hub import Snapshot, fetch_model, fetch_weights, lacking, one_message
 from .model import LoopedModel
+from .other_files import tokenizer_files
 from .stored_tensors import TensorHeader, read_header, read_headers
 
 if TYPE_CHECKING:
@@ -50,9 +51,8 @@ class HubCheckpoint:
         return self.headers.dtype
 
     @property
-    def tokenizer_path(self) -> Path | None:
-        path = self.snapshot.path / "tokenizer.json"
-        return path if path.is_file() else None
+    def tokenizer_files(self) -> list[Path]:
+        return tokenizer_files(self.snapshot.path)
 
     @property
     def weights_sha256(self) -> str:

@@ -3,6 +3,7 @@ which are refused by name.
 """
 
 from collections.abc import Collection
+from pathlib import Path
 
 from ...errors import ModelError
 
@@ -14,6 +15,15 @@ TOKENIZER_MODELS = ("tokenizer.model", "vocab.json", "merges.txt")
 
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Returns the files of a directory that make its tokenizer, its model first; none if there is none."""
+    models = [name for name in ("tokenizer.json", *TOKENIZER_MODELS) if (folder / name).is_file()]
+    if not models:
+        return []
+    models = models[:1] if models[0] == "tokenizer.json" else models
+    return [folder / name for name in (*models, *TOKENIZER_EXTRAS) if (folder / name).is_file()]
 
 
 def refuse_other_files(where: str, names: Collection[str]) -> None:

@@ -9,6 +9,7 @@ Scale decides what such a model does: with gain 0.64, or embeddings of 0.02, pre
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +49,7 @@ class RandomModel:
     description: Description
     options: RandomOptions
     dtype: torch.dtype = torch.float32
-    tokenizer_path: Path | None = None  # bytes
+    tokenizer_files: Sequence[Path] = ()  # bytes
 
     @cached_property
     def weights_sha256(self) -> str:

@@ -124,7 +124,11 @@ class StoredTokenizer:
 
     name: str
     sha256: str | None = None
-    """SHA-256 of its tokenizer.json; None for plain bytes."""
+    """SHA-256 of its tokenizer.json, or over all of its files if there are more; None for plain bytes."""
+    special_tokens: str | None = None
+    """What was put around a text, none or bos; None for what the model's files say."""
+    beginning: tuple[tuple[int, str], ...] | None = None
+    """The first ids of the first row of text, each with its text; None where the data are token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +220,13 @@ class StoredPlan:
         document = self._hashed()
         if self.model.neurons is not None:
             document["model"]["neurons"] = self.model.neurons
+        if self.tokenizer is not None and self.tokenizer.beginning:
+            document["tokenizer"]["beginning"] = [list(each) for each in self.tokenizer.beginning]
         return document | {"hash": self.hash, "versions": self.versions, "created": self.created}
 
     @property
     def hash(self) -> str:
-        """SHA-256 over all fields but the hash itself, versions, created, and the model's neurons."""
+        """SHA-256 over all fields but itself, versions, created, neurons, and how rows begin."""
         if self.recorded_hash is not None:
             return self.recorded_hash
         return hashlib.sha256(json.dumps(self._hashed(), sort_keys=True).encode()).hexdigest()
@@ -259,7 +265,10 @@ class StoredPlan:
         document: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples become lists
         for name in ("versions", "created", "recorded_hash"):
             del document[name]
-        document["tokenizer"] = document["tokenizer"] or {}
+        document["tokenizer"] = tokenizer = document["tokenizer"] or {}
+        tokenizer.pop("beginning", None)
+        if tokenizer.get("special_tokens", "") is None:
+            del tokenizer["special_tokens"]
         del document["model"]["neurons"]
         if self.model.blocks is None:
             del document["model"]["blocks"]
@@ -274,8 +283,8 @@ def plan_of(dataset: Any) -> StoredPlan:
 def plan_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Returns the differences of two plans' documents, as lines "settings.seed: 0 -> 1" (stored -> wanted).
 
-    `versions` and `created` may differ between runs of one plan; `hash` follows from the rest, and so does
-    what the plan tells of the model's neurons, which is taken when the store is made.
+    `versions` and `created` may differ between runs of one plan; `hash` follows from the rest, and so do
+    what the plan tells of the model's neurons and of how rows begin, taken when the store is made.
     """
     old, new = _flatten(stored), _flatten(wanted)
     return [
@@ -283,6 +292,7 @@ def plan_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> li
         for name in dict.fromkeys([*old, *new])
         if name.split(".")[0] not in ("versions", "created", "hash")
         and not name.startswith("model.neurons.")
+        and name != "tokenizer.beginning"
         and (name not in old or name not in new or old[name] != new[name])
     ]
 

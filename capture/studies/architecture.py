@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import NoRoomError, OtherPlanError, PlanError
-from ..data import Dataset, open_tokenizer, read_dataset
+from ..data import Dataset, read_dataset
 from ..plan import Plan, make_plan
 from ..plan_cost import disk_bytes
 from ..run import Outcome
@@ -31,6 +31,7 @@ from ..store.group import store_exists
 from ..store.places.open import open_place
 from ..store.plan import plan_differences
 from ..store.writing.commit import Store
+from ..tokenizer import BYTES
 from ..units import DEFAULT_UNIT_TOKENS
 
 QUANTITIES = ("residual", "steps", "gaps")
@@ -85,7 +86,7 @@ def architecture_plans(settings: ArchitectureStudySettings) -> list[Plan]:
         if path is None:
             path = stack.enter_context(as_file(files("looptap.capture.studies") / "demo_prompts.jsonl"))
         data = DataSettings(data=path, field=settings.field, limit=settings.limit)
-        dataset = read_dataset(path, open_tokenizer(None), field=data.field, limit=data.limit)
+        dataset = read_dataset(path, BYTES, field=data.field, limit=data.limit)
         cells = cells_of(settings)
         return [make_plan(_capture(settings, cell, data, dataset), dataset=dataset) for cell in cells]
 

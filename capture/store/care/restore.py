@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ....errors import NoFileError
+from ....errors import NoFileError, OtherPlanError
 from ..keys import FILES
 from ..layout import Coordinate
 from ..places.disk import file_record
@@ -27,6 +27,7 @@ def restore_planned(store: Store, coordinates: Mapping[str, Coordinate]) -> list
     Raises:
         StoreUnreadableError: a file can be neither read nor known to be lost.
         NoFileError: something that is no file has the name of one.
+        OtherPlanError: a coordinate is what was written, and not what the data say now.
     """
     place, patience = store.place, Patience()
     planned = read_planned(place, patience)
@@ -44,6 +45,12 @@ def restore_planned(store: Store, coordinates: Mapping[str, Coordinate]) -> list
             found = patience.read(place, key)
             if found is not None and found != wanted and _holds(metadata, found, decode(metadata, wanted)):
                 wanted = found  # another zstd wrote it
+            if found not in (None, wanted) and planned.noted.get(key) == file_record(found):
+                raise OtherPlanError(
+                    f"{store} holds another {name} than the data give now, and it is what was written: the "
+                    "tokenizer's library may have changed since; capture with its old version (`looptap info "
+                    "STORE` has it), or into another store"
+                )
             if found == wanted:
                 planned.content.pop(key, None)
             else:
