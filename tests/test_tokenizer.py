@@ -273,7 +273,7 @@ def test_token_ids_load_no_tokenizer(tmp_path):
 
 
 def test_a_store_is_not_gone_on_with_under_other_ids(tmp_path, monkeypatch):
-    """As another version of the library may give them, under the same plan."""
+    """Another version of the library may give other ids of the same text, and the plan would not show it."""
     write(tmp_path / "m", form="<s> $A", config={"bos_token": "<s>"})
     how = {"store": tmp_path / "run.zarr", "unit_tokens": 8}
     before = looptap.capture(tmp_path / "m", ["two trains", "late"], **how).load()
